@@ -168,13 +168,15 @@ def torchao_config(quantization: str) -> AOBaseConfig | None:
         ) from error
 
 
-def engine_arguments(config: Config, device: str) -> dict:
+def engine_arguments(config: Config, path: str, device: str) -> dict:
     """Keyword arguments for `LLM`: an FP8 engine whose workers can receive weights."""
+    on_cpu = "mp" if config.tensor_parallel_size > 1 else "uni"  # vLLM has no Ray workers on the CPU
+    executor = "ray" if device == "cuda" else on_cpu
     arguments = dict(
-        model=config.model,
+        model=path,
         dtype="bfloat16",  # torchao's PerRow quantizes nothing else
         tensor_parallel_size=config.tensor_parallel_size,
-        distributed_executor_backend="ray" if device == "cuda" else "mp",  # vLLM has no Ray workers on the CPU
+        distributed_executor_backend=executor,
         worker_extension_cls="rlhf_utils.WorkerExtension",
         enforce_eager=config.enforce_eager or device == "cpu",
         max_model_len=config.max_model_len,
@@ -365,12 +367,12 @@ def resolve(config: Config, gpus: int) -> tuple[Config, str]:
     ), device
 
 
-def find_model(model: str, folder: str) -> str:
+def find_model(model: str, folder: str, seed: int) -> str:
     """Check that a model can be had before any process starts; builds `tiny` in `folder`."""
     if model == "tiny":
-        from tests.tiny_models import build_tiny_model
+        from tests.random_models import build_random_model
 
-        return build_tiny_model(folder)
+        return build_random_model(folder, seed=seed)
     try:
         transformers.AutoConfig.from_pretrained(model)
     except (OSError, ValueError) as error:
@@ -409,46 +411,50 @@ def connect(config: Config) -> int:
     return int(ray.cluster_resources().get("GPU", 0))
 
 
-def start(config: Config, device: str, cleanup: contextlib.ExitStack) -> tuple:
-    """Start trainer and engine side by side and join them to one group; returns their handles and the FP8 proof.
-
-    What was started is stopped by `cleanup`, also if this function fails half-way.
-    """
-    needs_gpu = config.trainer_device == "cuda"
-    bundles = [[{"CPU": 1, "GPU": int(needs_gpu)}], [{"GPU": 1} if device == "cuda" else {"CPU": 1}] * config.tensor_parallel_size]
-    trainer_group, engine_group = (reserve(b, config.timeout_s, cleanup) for b in bundles)  # in this order: GPU 0 first
-    trainer = ray.remote(Trainer).options(
-        num_cpus=1,
-        num_gpus=int(needs_gpu),
-        scheduling_strategy=PlacementGroupSchedulingStrategy(trainer_group),
-    ).remote(config.model, config.trainer_device, config.trainer_dtype, config.learning_rate)
+def start_trainer(config: Config, path: str, cleanup: contextlib.ExitStack):
+    """Start loading the trainer and return the actor's handle; `cleanup` kills it."""
+    gpus = int(config.trainer_device == "cuda")
+    group = reserve([{"CPU": 1, "GPU": gpus}], config.timeout_s, cleanup)
+    trainer = (
+        ray.remote(Trainer)
+        .options(num_cpus=1, num_gpus=gpus, scheduling_strategy=PlacementGroupSchedulingStrategy(group))
+        .remote(path, config.trainer_device, config.trainer_dtype, config.learning_rate)
+    )
     cleanup.callback(ray.kill, trainer)
-    llm = ray.remote(MyLLM).options(
-        num_cpus=0,
-        num_gpus=0,
-        scheduling_strategy=PlacementGroupSchedulingStrategy(
-            engine_group, placement_group_bundle_index=0, placement_group_capture_child_tasks=True
-        ),
-    ).remote(**engine_arguments(config, device))
-    cleanup.callback(stop_engine, llm)
+    return trainer
 
+
+def start_engine(config: Config, path: str, device: str, cleanup: contextlib.ExitStack):
+    """Start loading the engine, one GPU bundle per worker, and return the actor's handle; `cleanup` stops it."""
+    bundle = {"GPU": 1} if device == "cuda" else {"CPU": 1}
+    placement = PlacementGroupSchedulingStrategy(
+        reserve([bundle] * config.tensor_parallel_size, config.timeout_s, cleanup),
+        placement_group_bundle_index=0,
+        placement_group_capture_child_tasks=True,
+    )
+    llm = (
+        ray.remote(MyLLM)
+        .options(num_cpus=0, num_gpus=0, scheduling_strategy=placement)
+        .remote(**engine_arguments(config, path, device))
+    )
+    cleanup.callback(stop_engine, llm)
+    return llm
+
+
+def join(config: Config, device: str, trainer, llm) -> None:
+    """Make trainer (rank 0) and workers (ranks 1..TP) one group."""
     one_node = sum(node["Alive"] for node in ray.nodes()) == 1
     rendezvous = trainer.open_rendezvous.remote("127.0.0.1" if one_node else None)
-    proof = llm.collective_rpc.remote("inspect_quantization")
-    (address, port), ranks = wait([rendezvous, proof], 10 * config.timeout_s, "starting trainer and engine")
+    [(address, port)] = wait([rendezvous], 10 * config.timeout_s, "loading the trainer's model")
     world_size = 1 + config.tensor_parallel_size
     backend = "nccl" if device == config.trainer_device == "cuda" else "gloo"
+    rest = (world_size, backend, config.timeout_s)
+    workers = llm.collective_rpc.remote("init_weight_update_group", args=(address, port, 1, *rest))
     wait(
-        [
-            llm.collective_rpc.remote(
-                "init_weight_update_group", args=(address, port, 1, world_size, backend, config.timeout_s)
-            ),
-            trainer.init_weight_update_group.remote(address, port, world_size, backend, config.timeout_s),
-        ],
+        [workers, trainer.init_weight_update_group.remote(address, port, *rest)],
         config.timeout_s,
         f"joining the {backend} group of {world_size}",
     )
-    return trainer, llm, ranks
 
 
 def reserve(bundles: list[dict], timeout_s: float, cleanup: contextlib.ExitStack) -> PlacementGroup:
@@ -468,21 +474,28 @@ def stop_engine(llm) -> None:
     ray.kill(llm)
 
 
-def require_fp8(ranks: list[dict], quantization: str) -> None:
-    """Print what each rank holds; stop if quantization was asked for and nothing is FP8."""
+def prove_fp8(llm, config: Config) -> list[dict]:
+    """Wait for the engine, print and return what each rank holds.
+
+    Raises:
+        SystemExit: quantization was asked for and some rank has no FP8 layer.
+    """
+    [ranks] = wait([llm.collective_rpc.remote("inspect_quantization")], 10 * config.timeout_s, "starting the engine")
     for rank in ranks:
         print(
             f"engine rank {rank['rank']}: {rank['fp8_linear_layers']} linear layers in FP8, "
-            f"{rank['unquantized_linear_layers']} not; weights {rank['weights_gib']:.3f} GiB, "
-            f"in BF16 they would take {rank['bf16_weights_gib']:.3f} GiB"
+            f"{rank['unquantized_linear_layers']} not; weights {rank['weights_gib']:.4f} GiB, "
+            f"in BF16 they would take {rank['bf16_weights_gib']:.4f} GiB"
         )
     for reason, names in ranks[0]["unquantized"].items():
-        print(f"  not in FP8: {reason}: {', '.join(names[:4])}{f' and {len(names) - 4} more' if len(names) > 4 else ''}")
-    if quantization != "none" and not all(rank["fp8_linear_layers"] for rank in ranks):
+        more = f" and {len(names) - 4} more" if len(names) > 4 else ""
+        print(f"  not in FP8 because {reason}: {', '.join(names[:4])}{more}")
+    if config.quantization != "none" and not all(rank["fp8_linear_layers"] for rank in ranks):
         raise SystemExit(
-            f"--quantization {quantization} had no effect: no Float8Tensor layer on the engine. The reasons are above; "
-            "use a torchao FP8 config and shard dimensions that are multiples of 16, or --quantization none"
+            f"--quantization {config.quantization} had no effect: an engine rank has no Float8Tensor layer. The reasons "
+            "are above; use a torchao FP8 config and shard dimensions that are multiples of 16, or --quantization none"
         )
+    return ranks
 
 
 def main(config: Config) -> dict:
@@ -493,11 +506,13 @@ def main(config: Config) -> dict:
     with contextlib.ExitStack() as cleanup:
         cleanup.callback(ray.shutdown)
         config, device = resolve(config, connect(config))
-        config.model = find_model(config.model, cleanup.enter_context(tempfile.TemporaryDirectory()))
+        path = find_model(config.model, cleanup.enter_context(tempfile.TemporaryDirectory()), config.seed)
         print(f"Starting trainer ({config.trainer_device}) and engine ({device}, TP={config.tensor_parallel_size}) ...")
-        trainer, llm, ranks = start(config, device, cleanup)
+        trainer = start_trainer(config, path, cleanup)  # first, so that it gets GPU 0
+        llm = start_engine(config, path, device, cleanup)
+        ranks = prove_fp8(llm, config)
+        join(config, device, trainer, llm)
         startup_s = time.perf_counter() - began
-        require_fp8(ranks, config.quantization)
 
         def generate(**sampling) -> list:
             params = SamplingParams(max_tokens=config.max_tokens, seed=config.seed, logprobs=0, **sampling)

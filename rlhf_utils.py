@@ -338,11 +338,11 @@ def inspect_linear_layers(model: torch.nn.Module) -> dict:
         if is_float8(weight):
             fp8.append(weight)
         elif isinstance(module, ParallelLMHead):
-            unquantized.setdefault("vLLM's torchao support leaves embeddings and output heads alone", []).append(name)
+            unquantized.setdefault("vLLM quantizes no output heads with torchao", []).append(name)
         elif any(size % 16 for size in weight.shape):
             unquantized.setdefault("a shard dimension is no multiple of 16", []).append(f"{name} {tuple(weight.shape)}")
         else:
-            unquantized.setdefault("quantization is off for this layer", []).append(name)
+            unquantized.setdefault("quantization is off for it", []).append(name)
     return {
         "fp8_linear_layers": len(fp8),
         "unquantized_linear_layers": sum(map(len, unquantized.values())),

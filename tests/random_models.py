@@ -1,0 +1,66 @@
+"""Random models with a byte-level tokenizer, built on the spot: what the CPU run, the tests and the benchmarks need."""
+
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import AutoModelForCausalLM, LlamaConfig, OPTConfig, PreTrainedTokenizerFast, Qwen3Config, set_seed
+
+SPECIAL = ["<pad>", "<s>", "</s>"]
+IDS = dict(pad_token_id=0, bos_token_id=1, eos_token_id=2)
+TINY = IDS | dict(
+    vocab_size=len(SPECIAL) + 256,
+    hidden_size=128,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    max_position_embeddings=512,
+)
+QWEN3 = IDS | dict(vocab_size=151936, num_key_value_heads=8, head_dim=128, max_position_embeddings=40960)
+SHAPES = {
+    "tiny-opt": OPTConfig(**TINY, ffn_dim=256, word_embed_proj_dim=128, tie_word_embeddings=True),
+    "tiny-qwen3": Qwen3Config(
+        **TINY, intermediate_size=256, num_key_value_heads=2, head_dim=32, tie_word_embeddings=True
+    ),
+    "tiny-llama": LlamaConfig(**TINY, intermediate_size=256, num_key_value_heads=2, tie_word_embeddings=False),
+    "opt-125m": OPTConfig(**IDS, tie_word_embeddings=True),  # OPTConfig's defaults are those of facebook/opt-125m
+    "qwen3-0.6b": Qwen3Config(
+        **QWEN3,
+        hidden_size=1024,
+        intermediate_size=3072,
+        num_hidden_layers=28,
+        num_attention_heads=16,
+        tie_word_embeddings=True,
+    ),
+    "qwen3-8b": Qwen3Config(
+        **QWEN3,
+        hidden_size=4096,
+        intermediate_size=12288,
+        num_hidden_layers=36,
+        num_attention_heads=32,
+        tie_word_embeddings=False,
+    ),
+}
+
+
+def byte_tokenizer() -> PreTrainedTokenizerFast:
+    """One token per byte and three special tokens."""
+    vocabulary = {token: i for i, token in enumerate(SPECIAL + sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>")
+
+
+def build_random_model(folder: str | Path, shape: str = "tiny-opt", seed: int = 0) -> str:
+    """Write a random BF16 model of one of SHAPES in Hugging Face format to `folder`; returns the folder.
+
+    No weight stays at 0 or 1 (biases, norms), so that a swapped or forgotten tensor shows.
+    """
+    set_seed(seed)
+    with torch.device("cuda" if torch.cuda.is_available() else "cpu"), torch.no_grad():
+        model = AutoModelForCausalLM.from_config(SHAPES[shape], dtype=torch.bfloat16)
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter), alpha=0.1 if shape.startswith("tiny") else 0.01)
+    model.save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
+    return str(folder)
