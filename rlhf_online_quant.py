@@ -396,18 +396,24 @@ def read_prompts(path: Path | None) -> list[str]:
     return prompts
 
 
+def actor_environment() -> dict[str, str]:
+    """Environment of every process of the run; what the user has set wins."""
+    environment = {
+        "VLLM_LOGGING_LEVEL": "WARNING",
+        # Without a GPU: two ranks share one NUMA node and a few cores, which vLLM refuses by default; KV cache in GiB.
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+        "VLLM_CPU_KVCACHE_SPACE": "1",
+    }
+    environment = {name: os.environ.get(name, value) for name, value in environment.items()}
+    path = [str(HERE), os.environ.get("PYTHONPATH")]  # vLLM's workers import rlhf_utils from wherever they are
+    return environment | {"PYTHONPATH": os.pathsep.join(filter(None, path))}
+
+
 def connect(config: Config) -> int:
     """Connect to Ray or start a private cluster; returns the number of GPUs."""
     os.environ.setdefault("RAY_process_group_cleanup_enabled", "true")  # an actor that is killed takes its children along
-    environment = {
-        "PYTHONPATH": os.pathsep.join(filter(None, [str(HERE), os.environ.get("PYTHONPATH")])),
-        "VLLM_LOGGING_LEVEL": os.environ.get("VLLM_LOGGING_LEVEL", "WARNING"),
-        # Two ranks share one NUMA node and a few cores on most machines without a GPU; vLLM refuses that by default.
-        "VLLM_CPU_OMP_THREADS_BIND": os.environ.get("VLLM_CPU_OMP_THREADS_BIND", "nobind"),
-        "VLLM_CPU_KVCACHE_SPACE": os.environ.get("VLLM_CPU_KVCACHE_SPACE", "1"),
-    }
     private = {} if config.ray_address else {"num_cpus": 2 + config.tensor_parallel_size, "include_dashboard": False}
-    ray.init(config.ray_address or "local", runtime_env={"env_vars": environment}, **private)
+    ray.init(config.ray_address or "local", runtime_env={"env_vars": actor_environment()}, **private)
     return int(ray.cluster_resources().get("GPU", 0))
 
 

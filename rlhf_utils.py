@@ -82,6 +82,8 @@ def stateless_init_process_group(
         RuntimeError: NCCL cannot be loaded (vLLM's communicator would then do nothing, silently).
     """
     device, timeout = torch.device(device), timedelta(seconds=timeout_s)
+    if device.type == "cuda" and device.index is None:
+        device = torch.device("cuda", torch.cuda.current_device())  # NCCL wants to know which
     backend = backend or ("nccl" if device.type == "cuda" else "gloo")
     if rank == 0 and listen_socket is None:
         listen_socket = socket.create_server((master_address, master_port))

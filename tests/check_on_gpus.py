@@ -1,6 +1,8 @@
-"""Sync equals cold start, on GPUs, for one shape: python tests/check_on_gpus.py --shape qwen3-0.6b [any flag of the driver].
+"""Sync equals cold start, on GPUs, for one shape and layout; prints one line with what was measured.
 
-Prints one line with what was measured; every difference is an AssertionError.
+    python tests/check_on_gpus.py --shape qwen3-0.6b --tensor-parallel-size 1 [any flag of the driver]
+
+A second engine, fresh from the trainer's checkpoint, starts beside the synced one: on the trainer's GPU if it has one.
 """
 
 import contextlib
@@ -9,11 +11,12 @@ import json
 import tempfile
 from pathlib import Path
 
+from harness import driver, seed_demonstration, seed_group, sync_versus_cold_start
+from random_models import build_random_model
+
 import ray
 import torch
 import tyro
-from harness import driver, seed_demonstration, sync_versus_cold_start
-from random_models import build_random_model
 
 
 @dataclasses.dataclass
@@ -22,39 +25,50 @@ class Check(driver.Config):
 
     shape: str = "opt-125m"
     """A key of SHAPES in random_models.py."""
-    more_syncs: int = 5
+    more_syncs: int = 10
     """Repetitions for the median."""
     seed_loop: bool = False
-    """Also run the seed's per-parameter loop, with the engine's own weights and with zeros."""
+    """Also run the seed's per-parameter loop, with the trainer's weights and with zeros."""
+    gpu_memory_utilization: float = 0.4
+    """Two engines may share a GPU here."""
 
 
 def main(check: Check) -> None:
     with contextlib.ExitStack() as cleanup:
+        folder = Path(cleanup.enter_context(tempfile.TemporaryDirectory()))
+        old, new = (build_random_model(folder / str(seed), check.shape, seed) for seed in (1, 2))
+        torch.cuda.empty_cache()
         cleanup.callback(ray.shutdown)
         config, device = driver.resolve(check, driver.connect(check))
-        folder = Path(cleanup.enter_context(tempfile.TemporaryDirectory()))
-        path = build_random_model(folder / "start", check.shape)
-        torch.cuda.empty_cache() if torch.cuda.is_available() else None
+        own_device = torch.device("cuda:0" if config.trainer_device == "cuda" else "cpu")
 
-        def demonstrate(llm, trained: str) -> dict:
-            own_device = torch.device("cuda:0" if config.trainer_device == "cuda" else "cpu")
+        def demonstrate(llm, path: str) -> dict:
             backend = "nccl" if config.trainer_device == device == "cuda" else "gloo"
-            return seed_demonstration(llm, trained, config.tensor_parallel_size, own_device, backend)
+            group = seed_group(llm, config.tensor_parallel_size, own_device, backend)
+            shown = seed_demonstration(llm, group, path, own_device)
+            return {key: value for key, value in shown.items() if key != "loaded"}
 
         result = sync_versus_cold_start(
-            config, path, device, str(folder / "trained"), check.more_syncs, demonstrate if check.seed_loop else None
+            config,
+            old,
+            new,
+            device,
+            check.more_syncs,
+            visible_gpus=",".join(map(str, range(config.tensor_parallel_size))),
+            then=demonstrate if check.seed_loop else None,
         )
     config.output_dir.mkdir(parents=True, exist_ok=True)
-    layout = f"{check.shape} TP={check.tensor_parallel_size} trainer={config.trainer_device} eager={check.enforce_eager}"
-    (config.output_dir / f"{layout.replace(' ', '_')}.json").write_text(json.dumps(result, indent=2))
-    sync, rank = result["sync"], result["ranks"][0]
+    mode = "eager" if check.enforce_eager else "compiled"
+    layout = f"{check.shape} TP={check.tensor_parallel_size} trainer={config.trainer_device} {mode}"
+    (config.output_dir / f"{layout.replace(' ', '_').replace('=', '')}.json").write_text(json.dumps(result, indent=2))
+    first, rank = result["sync"], result["ranks"][0]
     print(
-        f"RESULT {layout}: equal to a cold start in {result['tensors']} tensors; fp8 layers {rank['fp8_linear_layers']}, "
-        f"weights/rank {rank['weights_gib']:.3f} GiB (BF16 {rank['bf16_weights_gib']:.3f}), "
-        f"start {result['startup_s']:.1f} s, cold {result['cold_startup_s']:.1f} s, "
-        f"first sync {sync['seconds']:.3f} s, again {result.get('sync_again_s', 0):.4f} s (sender {result.get('wire_s', 0):.4f} s), "
-        f"{sync['bytes'] / 1e9:.3f} GB, extra GiB sender {sync['sender']['extra_gib']} "
-        f"engine {[r['extra_gib'] for r in sync['ranks']]}, then {result.get('then')}"
+        f"RESULT {layout}: {result['tensors']} tensors and all outputs equal a cold start; "
+        f"FP8 layers {rank['fp8_linear_layers']}, weights/rank {rank['weights_gib']:.3f} GiB (BF16 "
+        f"{rank['bf16_weights_gib']:.3f}); start-up {result['startup_s']:.1f} s; {first['bytes'] / 1e9:.3f} GB, "
+        f"first sync {first['seconds']:.4f} s, again {result['again_s']:.4f} s = "
+        f"{first['bytes'] / result['again_s'] / 1e9:.1f} GB/s (sender {result['sender_s']:.4f} s); extra GiB: sender "
+        f"{first['sender']['extra_gib']}, engine {[r['extra_gib'] for r in first['ranks']]}; {result.get('then', '')}"
     )
 
 

@@ -1,17 +1,22 @@
 """What tests, GPU checks and benchmarks share: the seed's loop, and the question whether a sync equals a cold start."""
 
 import contextlib
+import dataclasses
+import json
+import os
 import statistics
+import subprocess
 import sys
 import time
 from pathlib import Path
 
-import ray
-import torch
-import transformers
+HERE = Path(__file__).resolve().parent
+sys.path[:0] = [str(HERE), str(HERE.parent)]
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from vllm import SamplingParams  # noqa: E402
+import ray  # noqa: E402
+import torch  # noqa: E402
+import transformers  # noqa: E402
+from vllm import LLM, SamplingParams  # noqa: E402
 
 import rlhf_online_quant as driver  # noqa: E402
 from rlhf_utils import named_weights, stateless_init_process_group  # noqa: E402
@@ -19,27 +24,114 @@ from rlhf_utils import named_weights, stateless_init_process_group  # noqa: E402
 PROMPTS = ["Hello, my name is", "The capital of France is", "a", "0123456789" * 8]
 
 
-def call(llm, method: str, *args, timeout_s: float = 300):
-    """One collective_rpc, all ranks' answers."""
-    return driver.wait([llm.collective_rpc.remote(method, args=args)], timeout_s, method)[0]
+class Remote:
+    """A MyLLM actor that answers like a local LLM."""
+
+    def __init__(self, actor, timeout_s: float = 300):
+        self.actor, self.timeout_s = actor, timeout_s
+
+    def __getattr__(self, method):
+        def call(*args, **kwargs):
+            return driver.wait([getattr(self.actor, method).remote(*args, **kwargs)], self.timeout_s, method)[0]
+
+        return call
 
 
-def generate(llm, prompts=PROMPTS, max_tokens: int = 16, timeout_s: float = 300) -> list:
-    """Greedy (token ids, log-probabilities of the five likeliest tokens at each step) per prompt."""
+def generate(llm, prompts=PROMPTS, max_tokens: int = 16) -> list:
+    """Greedy [token ids, log-probabilities of the five likeliest tokens at each step] per prompt, from LLM or Remote."""
     params = SamplingParams(temperature=0, max_tokens=max_tokens, logprobs=5, ignore_eos=True)
-    [outputs] = driver.wait([llm.generate.remote(prompts, params, use_tqdm=False)], timeout_s, "generating")
-    completions = [output.outputs[0] for output in outputs]
+    completions = [output.outputs[0] for output in llm.generate(prompts, params, use_tqdm=False)]
     return [
-        (list(c.token_ids), [{t: lp.logprob for t, lp in step.items()} for step in c.logprobs]) for c in completions
+        [list(c.token_ids), [[[t, lp.logprob] for t, lp in sorted(step.items())] for step in c.logprobs]]
+        for c in completions
     ]
 
 
-def checksums(llm) -> dict:
+def checksums(llm) -> dict[str, str]:
     """SHA-256 of every tensor of every rank (FP8 bytes and scales one by one), by vLLM's own code."""
-    merged = {}
-    for rank in call(llm, "compute_weight_checksums"):
-        merged |= rank
-    return merged
+    return {name: digest for rank in llm.collective_rpc("compute_weight_checksums") for name, digest in rank.items()}
+
+
+@contextlib.contextmanager
+def fresh_engine(config: driver.Config, path: str, device: str, visible_gpus: str = ""):
+    """Start a fresh engine from a checkpoint in a process of its own; yields a function that waits for what it says.
+
+    It is no part of any group and knows nothing of a sync: outputs and checksums of what vLLM and torchao load.
+    """
+    arguments = driver.engine_arguments(config, path, device)
+    arguments["distributed_executor_backend"] = "mp" if config.tensor_parallel_size > 1 else "uni"
+    environment = os.environ | driver.actor_environment() | {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
+    if device == "cuda":
+        environment |= {"CUDA_VISIBLE_DEVICES": visible_gpus, "VLLM_CACHE_ROOT": f"{path}/vllm_cache"}
+    process = subprocess.Popen(
+        [sys.executable, __file__, json.dumps(arguments)],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+    def observed(timeout_s: float = 600) -> dict:
+        out, err = process.communicate(timeout=timeout_s)
+        assert process.returncode == 0, err[-5000:]
+        return json.loads(out.splitlines()[-1])
+
+    try:
+        yield observed
+    finally:
+        process.kill()
+
+
+def observe(llm) -> dict:
+    """Outputs and checksums; equal for two engines only if they are the same in every bit that counts."""
+    return {"outputs": generate(llm), "checksums": checksums(llm)}
+
+
+def assert_same(synced: dict, fresh: dict) -> None:
+    """The synced engine holds the fresh one's bytes and says the same, log-probability by log-probability."""
+    assert synced["checksums"].keys() == fresh["checksums"].keys()
+    different = [name for name, value in fresh["checksums"].items() if synced["checksums"][name] != value]
+    assert not different, f"{len(different)} of {len(fresh['checksums'])} tensors differ: {different[:10]}"
+    assert synced["outputs"] == fresh["outputs"], "same weights, other tokens or log-probabilities"
+
+
+def sync(config: driver.Config, trainer, llm, **overrides) -> dict:
+    """The driver's sync with a config's settings."""
+    settings = dict(bucket_bytes=config.bucket_mib * 2**20, verify=config.verify, timeout_s=config.timeout_s)
+    return driver.sync_weights_to_quantized_engine(trainer, llm, **settings | overrides)
+
+
+def sync_versus_cold_start(
+    config: driver.Config, old: str, new: str, device: str, more_syncs: int = 0, visible_gpus: str = "", then=None
+) -> dict:
+    """Start an engine from checkpoint `old`, sync it to a trainer that holds `new`, compare with an engine fresh from `new`.
+
+    Needs a running Ray. `then(llm, new)` is called at the end. Returns what was measured, with the median of `more_syncs`.
+    """
+    result, start = {}, time.perf_counter()
+    with contextlib.ExitStack() as cleanup:
+        fresh = cleanup.enter_context(fresh_engine(config, new, device, visible_gpus))
+        trainer = driver.start_trainer(config, new, cleanup)
+        actor = driver.start_engine(config, old, device, cleanup)
+        result["ranks"] = driver.prove_fp8(actor, config)
+        driver.join(config, device, trainer, actor)
+        result["startup_s"] = time.perf_counter() - start
+        llm = Remote(actor)
+        before = generate(llm)
+        result["sync"] = sync(config, trainer, actor)
+        assert result["sync"]["verified"] and result["sync"]["changed"]
+        synced = observe(llm)
+        assert synced["outputs"] != before
+        again = [sync(config, trainer, actor, verify=False) for _ in range(more_syncs)]
+        if again:
+            assert not any(s["changed"] for s in again) and observe(llm) == synced
+            result["again_s"] = statistics.median(s["seconds"] for s in again)
+            result["sender_s"] = statistics.median(s["sender"]["seconds"] for s in again)
+        if then is not None:
+            result["then"] = then(llm, new)
+        assert_same(synced, fresh())
+        result["tensors"] = len(synced["checksums"])
+    return result
 
 
 def seed_group(llm, tensor_parallel_size: int, device: torch.device, backend: str | None = None):
@@ -47,7 +139,8 @@ def seed_group(llm, tensor_parallel_size: int, device: torch.device, backend: st
     from vllm.utils.network_utils import get_open_port
 
     port, world_size = get_open_port(), 1 + tensor_parallel_size
-    handle = llm.collective_rpc.remote("init_weight_update_group", args=("127.0.0.1", port, 1, world_size, backend))
+    arguments = ("127.0.0.1", port, 1, world_size, backend)
+    handle = llm.actor.collective_rpc.remote("init_weight_update_group", args=arguments)
     group = stateless_init_process_group("127.0.0.1", port, 0, world_size, device, backend=backend)
     ray.get(handle)
     return group
@@ -55,82 +148,34 @@ def seed_group(llm, tensor_parallel_size: int, device: torch.device, backend: st
 
 def seed_loop(llm, model, group) -> list[bool]:
     """The seed's own loop: a call and a broadcast per parameter, then `check_weights_changed`."""
-    for name, p in named_weights(model).items():
+    for name, p in model.named_parameters():
         dtype_name = str(p.dtype).split(".")[-1]
-        handle = llm.collective_rpc.remote("update_weight", args=(name, dtype_name, tuple(p.shape)))
+        handle = llm.actor.collective_rpc.remote("update_weight", args=(name, dtype_name, p.shape))
         group.broadcast(p, src=0, stream=torch.cuda.current_stream() if p.is_cuda else None)
         ray.get(handle)
-    return ray.get(llm.collective_rpc.remote("check_weights_changed"))
+    return ray.get(llm.actor.collective_rpc.remote("check_weights_changed"))
 
 
-def seed_demonstration(llm, folder: str, tensor_parallel_size: int, device: torch.device, backend=None) -> dict:
-    """The seed's loop with the engine's own weights (nothing may change) and with zeros (all zero, all finite)."""
-    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).to(device)
-    before, group = checksums(llm), seed_group(llm, tensor_parallel_size, device, backend)
-    assert not any(seed_loop(llm, model, group)) and checksums(llm) == before
-    for weight in named_weights(model).values():
-        weight.data.zero_()
+def seed_demonstration(llm, group, path: str, device: torch.device, dtype: torch.dtype = torch.float32) -> dict:
+    """The seed's loop with a checkpoint, then with zeros as the seed has it: every byte zero, every scale finite."""
+    model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=dtype).to(device)
+    seed_loop(llm, model, group)
+    loaded = observe(llm)
+    for _, p in model.named_parameters():
+        p.data.zero_()
     assert all(seed_loop(llm, model, group))
     assert not any(seed_loop(llm, model, group)), "the same zeros once more change nothing"
-    tokens, logprobs = generate(llm)[0]
-    after = checksums(llm)
-    call(llm, "reset_weights")  # vLLM's own: zeroes every byte, the scales too
+    outputs, zeroed = generate(llm), checksums(llm)
+    llm.collective_rpc("reset_weights")  # vLLM's own: zeroes every byte, the scales too
     zeros = checksums(llm)
     return {
-        "not_zero": [name for name in after if after[name] != zeros[name] and not name.endswith(".scale")],
-        "zero_scales": [name for name in after if after[name] == zeros[name] and name.endswith(".scale")],
-        "logprobs": sorted({p for step in logprobs for p in step.values()}),
+        "loaded": loaded,
+        "not_zero": [name for name in zeroed if zeroed[name] != zeros[name] and not name.endswith(".scale")],
+        "zero_scales": [name for name in zeroed if zeroed[name] == zeros[name] and name.endswith(".scale")],
+        "logprobs": sorted({logprob for _, steps in outputs for step in steps for _, logprob in step}),
     }
 
 
-def sync_versus_cold_start(config: driver.Config, path: str, device: str, folder: str, more_syncs: int = 0, then=None) -> dict:
-    """Train one step, sync, save, start a fresh engine from what was saved, and compare the two engines.
-
-    Needs a running Ray. `then(llm, folder)` is called before the synced engine stops. Returns what was compared and measured; raises AssertionError where the engines differ.
-    """
-    result = {}
-    with contextlib.ExitStack() as cleanup:
-        start = time.perf_counter()
-        trainer = driver.start_trainer(config, path, cleanup)
-        with contextlib.ExitStack() as first_engine:
-            llm = driver.start_engine(config, path, device, first_engine)
-            result["ranks"] = driver.prove_fp8(llm, config)
-            driver.join(config, device, trainer, llm)
-            result["startup_s"] = time.perf_counter() - start
-            before = generate(llm)
-            pairs = [(list(range(3, 13)), list(range(13 + i, 29 + i))) for i in range(4)]
-            result["train"] = driver.wait([trainer.train_step.remote(pairs)], config.timeout_s, "training")[0]
-
-            def sync() -> dict:
-                return driver.sync_weights_to_quantized_engine(
-                    trainer,
-                    llm,
-                    bucket_bytes=config.bucket_mib * 2**20,
-                    verify=config.verify,
-                    timeout_s=config.timeout_s,
-                )
-
-            result["sync"] = sync()
-            assert result["sync"]["verified"] and result["sync"]["changed"]
-            synced, synced_sums = generate(llm), checksums(llm)
-            assert synced != before
-            again = [sync() for _ in range(more_syncs)]
-            if again:
-                assert not any(s["changed"] for s in again)
-                result["sync_again_s"] = statistics.median(s["seconds"] for s in again)
-                result["wire_s"] = statistics.median(s["sender"]["seconds"] for s in again)
-                assert generate(llm) == synced
-            driver.wait([trainer.save_pretrained.remote(folder)], 10 * config.timeout_s, "saving")
-            if then is not None:
-                result["then"] = then(llm, folder)
-        start = time.perf_counter()
-        cold = driver.start_engine(config, folder, device, cleanup)
-        driver.prove_fp8(cold, config)
-        result["cold_startup_s"] = time.perf_counter() - start
-        fresh, fresh_sums = generate(cold), checksums(cold)
-        different = [name for name in fresh_sums if fresh_sums[name] != synced_sums[name]]
-        result["tensors"] = len(fresh_sums)
-        result["float8_tensors"] = sum(name.endswith(".qdata") for name in fresh_sums)
-        assert fresh_sums.keys() == synced_sums.keys() and not different, different
-        assert fresh == synced, "same bytes, other tokens or log-probabilities"
-    return result
+if __name__ == "__main__":  # fresh_engine's process
+    engine = LLM(**json.loads(sys.argv[1]))
+    print("\n" + json.dumps(observe(engine)))
