@@ -153,7 +153,8 @@ def torchao_config(quantization: str) -> AOBaseConfig | None:
         SystemExit: neither a known name nor a readable torchao config.
     """
     named = {
-        "fp8-dynamic": Float8DynamicActivationFloat8WeightConfig(granularity=PerRow()),
+        # The lower bound keeps an all-zero activation row from being divided by its scale of 0; nothing else changes.
+        "fp8-dynamic": Float8DynamicActivationFloat8WeightConfig(granularity=PerRow(), activation_value_lb=1e-12),
         "fp8-weight-only": Float8WeightOnlyConfig(),
         "none": None,
     }

@@ -197,7 +197,7 @@ def digest(tensor: torch.Tensor) -> torch.Tensor:
     if data.numel() % 8:
         data = torch.nn.functional.pad(data, (0, -data.numel() % 8))
     words = data.view(torch.int64)
-    columns = 4096
+    columns = 256  # few, because CUDA's reduction along rows takes scratch memory for each
     whole = words.numel() // columns * columns
     matrix, rest = words[:whole].view(-1, columns), words[whole:]
     return sum(
@@ -214,7 +214,7 @@ def send_weights(model: torch.nn.Module, manifest: Manifest, group, device: torc
     """
     weights, digests = named_weights(model), []
     for size, slots in plan_buckets(manifest, bucket_bytes):
-        bucket = torch.zeros(size, dtype=torch.uint8, device=device)
+        bucket = torch.empty(size, dtype=torch.uint8, device=device)
         for slot in slots:
             slot.view(bucket).copy_(weights[slot.name].detach())
         group.broadcast(bucket, src=0)
@@ -287,6 +287,8 @@ class ReloadSession:
         from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
         from vllm.model_executor.model_loader.reload import finalize_layerwise_reload
 
+        # It warns of layers without weights in any checkpoint, such as tied heads; `stale` below finds real gaps.
+        logging.getLogger("vllm.model_executor.model_loader.reload.layerwise").setLevel(logging.ERROR)
         with self._vllm_config():
             finalize_layerwise_reload(self.model, self.worker.model_config)
         for module in self.model.modules():
