@@ -400,7 +400,8 @@ def read_prompts(path: Path | None) -> list[str]:
 def actor_environment() -> dict[str, str]:
     """Environment of every process of the run; what the user has set wins."""
     environment = {
-        "VLLM_LOGGING_LEVEL": "WARNING",
+        "VLLM_LOGGING_LEVEL": "ERROR",
+        "PYTHONWARNINGS": "ignore::FutureWarning",
         # Without a GPU: two ranks share one NUMA node and a few cores, which vLLM refuses by default; KV cache in GiB.
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",
         "VLLM_CPU_KVCACHE_SPACE": "1",
@@ -448,11 +449,12 @@ def start_engine(config: Config, path: str, device: str, cleanup: contextlib.Exi
     return llm
 
 
-def join(config: Config, device: str, trainer, llm) -> None:
-    """Make trainer (rank 0) and workers (ranks 1..TP) one group."""
+def join_group(config: Config, device: str, trainer, llm) -> None:
+    """Wait for both sides to have loaded, and make trainer (rank 0) and workers (ranks 1..TP) one group."""
     one_node = sum(node["Alive"] for node in ray.nodes()) == 1
     rendezvous = trainer.open_rendezvous.remote("127.0.0.1" if one_node else None)
-    [(address, port)] = wait([rendezvous], 10 * config.timeout_s, "loading the trainer's model")
+    loaded = [rendezvous, llm.get_weights_version.remote()]
+    (address, port), _ = wait(loaded, 10 * config.timeout_s, "starting trainer and engine")
     world_size = 1 + config.tensor_parallel_size
     backend = "nccl" if device == config.trainer_device == "cuda" else "gloo"
     rest = (world_size, backend, config.timeout_s)
@@ -482,12 +484,12 @@ def stop_engine(llm) -> None:
 
 
 def prove_fp8(llm, config: Config) -> list[dict]:
-    """Wait for the engine, print and return what each rank holds.
+    """Print and return what each rank of the engine holds.
 
     Raises:
         SystemExit: quantization was asked for and some rank has no FP8 layer.
     """
-    [ranks] = wait([llm.collective_rpc.remote("inspect_quantization")], 10 * config.timeout_s, "starting the engine")
+    [ranks] = wait([llm.collective_rpc.remote("inspect_quantization")], config.timeout_s, "inspecting the engine")
     for rank in ranks:
         print(
             f"engine rank {rank['rank']}: {rank['fp8_linear_layers']} linear layers in FP8, "
@@ -517,8 +519,8 @@ def main(config: Config) -> dict:
         print(f"Starting trainer ({config.trainer_device}) and engine ({device}, TP={config.tensor_parallel_size}) ...")
         trainer = start_trainer(config, path, cleanup)  # first, so that it gets GPU 0
         llm = start_engine(config, path, device, cleanup)
+        join_group(config, device, trainer, llm)
         ranks = prove_fp8(llm, config)
-        join(config, device, trainer, llm)
         startup_s = time.perf_counter() - began
 
         def generate(**sampling) -> list:
@@ -576,8 +578,8 @@ def report(summary: dict, folder: Path, console: Console) -> None:
     sync = summary["sync"]
     figures = Table("what", "value", title="One verified FP8 weight sync")
     figures.add_row("FP8 linear layers per rank", f"{summary['fp8_linear_layers']} ({summary['unquantized_linear_layers']} not)")
-    figures.add_row("engine weights, all ranks", f"{summary['weights_gib']:.3f} GiB (BF16: {summary['bf16_weights_gib']:.3f} GiB)")
-    figures.add_row("sync", f"{sync['bytes'] / 1e9:.3f} GB in {sync['seconds']:.3f} s = {sync['gb_per_s']:.2f} GB/s")
+    figures.add_row("engine weights, all ranks", f"{summary['weights_gib']:.4f} GiB (BF16: {summary['bf16_weights_gib']:.4f} GiB)")
+    figures.add_row("sync", f"{sync['bytes'] / 1e9:.4f} GB in {sync['seconds']:.3f} s = {sync['gb_per_s']:.2f} GB/s")
     figures.add_row("verified / changed", f"{sync['verified']} / {sync['changed']}")
     if "compared_tensors" in sync:
         figures.add_row("compared bit for bit", f"{sync['compared_tensors']} tensors, all equal")

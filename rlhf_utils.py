@@ -209,8 +209,8 @@ def digest(tensor: torch.Tensor) -> torch.Tensor:
 def send_weights(model: torch.nn.Module, manifest: Manifest, group, device: torch.device, bucket_bytes: int) -> int:
     """Rank 0: cast and pack each bucket, broadcast it, and at the end broadcast the digests of what was sent.
 
-    `device` is where buckets are packed (the model's). Everything runs on one stream, so the two buckets in flight are
-    all the extra memory. Returns the number of buckets.
+    `device` is where buckets are packed (the model's). Everything runs on one stream, so one bucket is all the extra
+    memory. Returns the number of buckets.
     """
     weights, digests = named_weights(model), []
     for size, slots in plan_buckets(manifest, bucket_bytes):
@@ -219,6 +219,7 @@ def send_weights(model: torch.nn.Module, manifest: Manifest, group, device: torc
             slot.view(bucket).copy_(weights[slot.name].detach())
         group.broadcast(bucket, src=0)
         digests.append(digest(bucket))
+        del bucket  # before the next is made: both at once would be the peak
     group.broadcast(torch.stack(digests), src=0)
     return len(digests)
 
@@ -239,6 +240,7 @@ def receive_buckets(
         group.broadcast(bucket, src=0)
         digests.append(digest(bucket))
         yield [(slot.name, slot.view(bucket)) for slot in slots]
+        del bucket
     received = torch.stack(digests)
     sent = torch.empty_like(received)
     group.broadcast(sent, src=0)
@@ -507,6 +509,7 @@ class WorkerExtension:
                         self.reload_session.load(weights)
                 except Exception as error:  # noqa: BLE001 - raised below, when the sender is through
                     failure = error
+                del weights  # or the bucket would live on while the next one comes in
             if failure is not None:
                 raise failure
         except Exception:

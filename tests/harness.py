@@ -21,7 +21,7 @@ from vllm import LLM, SamplingParams  # noqa: E402
 import rlhf_online_quant as driver  # noqa: E402
 from rlhf_utils import named_weights, stateless_init_process_group  # noqa: E402
 
-PROMPTS = ["Hello, my name is", "The capital of France is", "a", "0123456789" * 8]
+PROMPTS = ["Hello, my name is", "The capital of France is", "a", "0123456789" * 30]
 
 
 class Remote:
@@ -61,6 +61,7 @@ def fresh_engine(config: driver.Config, path: str, device: str, visible_gpus: st
     arguments = driver.engine_arguments(config, path, device)
     arguments["distributed_executor_backend"] = "mp" if config.tensor_parallel_size > 1 else "uni"
     environment = os.environ | driver.actor_environment() | {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
+    environment["OMP_NUM_THREADS"] = "1"  # as Ray sets it for the engine: the count changes the last bits on the CPU
     if device == "cuda":
         environment |= {"CUDA_VISIBLE_DEVICES": visible_gpus, "VLLM_CACHE_ROOT": f"{path}/vllm_cache"}
     process = subprocess.Popen(
@@ -113,8 +114,8 @@ def sync_versus_cold_start(
         fresh = cleanup.enter_context(fresh_engine(config, new, device, visible_gpus))
         trainer = driver.start_trainer(config, new, cleanup)
         actor = driver.start_engine(config, old, device, cleanup)
+        driver.join_group(config, device, trainer, actor)
         result["ranks"] = driver.prove_fp8(actor, config)
-        driver.join(config, device, trainer, actor)
         result["startup_s"] = time.perf_counter() - start
         llm = Remote(actor)
         before = generate(llm)

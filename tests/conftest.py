@@ -1,0 +1,46 @@
+"""One Ray, one engine with its trainer, and the models: made once for all tests."""
+
+import contextlib
+from types import SimpleNamespace
+
+import pytest
+import ray
+import torch
+from harness import Remote, driver
+from random_models import build_random_model
+
+
+@pytest.fixture(scope="session")
+def models(tmp_path_factory):
+    """`models(shape)` returns the folders of two checkpoints: BF16, and FP32 that BF16 cannot hold exactly."""
+    built = {}
+
+    def build(shape: str) -> tuple[str, str]:
+        if shape not in built:
+            folder = tmp_path_factory.mktemp(shape)
+            old = build_random_model(folder / "old", shape, seed=1)
+            built[shape] = old, build_random_model(folder / "new", shape, seed=2, dtype=torch.float32)
+        return built[shape]
+
+    return build
+
+
+@pytest.fixture(scope="session")
+def config():
+    """The program's defaults on this machine, connected to a private Ray."""
+    config, device = driver.resolve(driver.Config(verify=True), driver.connect(driver.Config()))
+    assert device == "cpu", "the tests are written for a machine without a GPU"
+    yield config
+    ray.shutdown()
+
+
+@pytest.fixture(scope="session")
+def pair(config, models):
+    """A TP=2 engine from one tiny OPT checkpoint and a trainer that holds another, in one group."""
+    old, new = models("tiny-opt")
+    with contextlib.ExitStack() as cleanup:
+        trainer = driver.start_trainer(config, new, cleanup)
+        actor = driver.start_engine(config, old, "cpu", cleanup)
+        driver.join_group(config, "cpu", trainer, actor)
+        driver.prove_fp8(actor, config)
+        yield SimpleNamespace(trainer=trainer, actor=actor, llm=Remote(actor), old=old, new=new)

@@ -1,0 +1,151 @@
+"""The real thing on the CPU: vLLM engines, torchao's FP8, Ray actors, gloo."""
+
+import dataclasses
+
+import pytest
+import ray
+import torch
+import transformers
+from harness import (
+    PROMPTS,
+    Remote,
+    driver,
+    generate,
+    observe,
+    seed_demonstration,
+    seed_group,
+    seed_loop,
+    sync,
+    sync_versus_cold_start,
+)
+from rlhf_utils import BUCKET_BYTES, make_manifest, send_weights
+from vllm import SamplingParams
+
+CPU = torch.device("cpu")
+
+
+def rejoin(config, pair) -> None:
+    """Put the trainer actor back in the group after a test was rank 0 itself."""
+    driver.join_group(config, "cpu", pair.trainer, pair.actor)
+
+
+@pytest.mark.parametrize("shape", ["tiny-opt", "tiny-qwen3", "tiny-llama"])
+@pytest.mark.parametrize("tensor_parallel_size", [1, 2])
+def test_sync_equals_cold_start(config, models, shape, tensor_parallel_size):
+    """Guards against stale, swapped, half-loaded or twice-rounded weights, and against a tied head's packed old copy."""
+    config = dataclasses.replace(config, tensor_parallel_size=tensor_parallel_size, bucket_mib=1)
+    result = sync_versus_cold_start(config, *models(shape), "cpu", more_syncs=1)
+    assert result["sync"]["compared_tensors"] == result["tensors"]  # --verify looked at every tensor of every rank
+    assert result["sync"]["weights_version"] == 1
+
+
+def test_prefix_cache_is_reset(config, pair):
+    """The same prompt before and after: old keys and values would answer for the new weights."""
+    params = SamplingParams(temperature=0, max_tokens=1)
+
+    def cached() -> int:
+        return pair.llm.generate([PROMPTS[-1]], params, use_tqdm=False)[0].num_cached_tokens
+
+    cached()
+    assert cached() > 0, "the test needs a prompt that the cache can serve"
+    sync(config, pair.trainer, pair.actor)
+    assert cached() == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_seed_loop(config, pair, dtype):
+    """The seed's calls, verbatim in shape, from a trainer of each dtype: non-zero, zero, and each twice in a row."""
+    sync(config, pair.trainer, pair.actor)
+    group = seed_group(pair.llm, 2, CPU)
+    model = transformers.AutoModelForCausalLM.from_pretrained(pair.old, dtype=dtype)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter), alpha=0.01)
+    assert all(seed_loop(pair.llm, model, group)), "new weights change every rank"
+    first = observe(pair.llm)
+    assert not any(seed_loop(pair.llm, model, group)) and observe(pair.llm) == first
+
+    manifest = make_manifest(model, torch.bfloat16)
+    comparing = pair.actor.collective_rpc.remote("verify_weights", args=(manifest,))
+    send_weights(model, manifest, group, CPU, BUCKET_BYTES)
+    assert ray.get(comparing) == [{"compared": 36, "different": []}] * 2
+
+    shown = seed_demonstration(pair.llm, group, pair.old, CPU, dtype)
+    assert shown["not_zero"] == [] and shown["zero_scales"] == []
+    vocabulary = model.config.vocab_size
+    assert shown["logprobs"] == pytest.approx([-torch.tensor(float(vocabulary)).log().item()]), "finite and uniform"
+    rejoin(config, pair)
+
+
+def test_verify_sees_one_wrong_byte(config, pair):
+    """An independent comparison that cannot fail would prove nothing: the trainer's weights are not the engine's here."""
+    sync(config, pair.trainer, pair.actor)
+    group = seed_group(pair.llm, 2, CPU)
+    model = transformers.AutoModelForCausalLM.from_pretrained(pair.new, dtype=torch.float32)
+    with torch.no_grad():
+        model.model.decoder.layers[1].self_attn.v_proj.weight[-1, -1] += 10  # the last row of rank 1's fused q, k, v
+    manifest = make_manifest(model, torch.bfloat16)
+    comparing = pair.actor.collective_rpc.remote("verify_weights", args=(manifest,))
+    send_weights(model, manifest, group, CPU, BUCKET_BYTES)
+    rank0, rank1 = ray.get(comparing)
+    name = "model.decoder.layers.1.self_attn.qkv_proj.weight"
+    assert rank0["different"] == [] and rank1["different"] == [f"{name} qdata", f"{name} scale"]
+    rejoin(config, pair)
+
+
+def test_wrong_manifest_is_refused_before_a_byte_moves(config, pair):
+    """Every mistake in one message, and the engine goes on with what it has."""
+    sync(config, pair.trainer, pair.actor)
+    before = observe(pair.llm)
+    manifest = ray.get(pair.trainer.weight_manifest.remote())
+    (first, *_), *rest = manifest
+    wrong = [[first, "int64", [3, 3]], *rest[:-1], rest[0], ["model.lora", "bfloat16", [1]]]
+    with pytest.raises(ray.exceptions.RayTaskError) as error:
+        ray.get(pair.actor.collective_rpc.remote("check_weight_manifest", args=(wrong,)))
+    for line in (
+        f"misshapen: {first} is [3, 3], the engine's model has [259, 128]",
+        f"dtype: {first} is 'int64', expected a float type",
+        f"duplicate: {rest[0][0]}",
+        "unexpected: model.lora [1]",
+        f"missing: {rest[-1][0]}",
+    ):
+        assert line in str(error.value)
+    assert observe(pair.llm) == before
+
+
+def test_engine_refuses_to_generate_while_torn(config, pair):
+    """Half an update is no version: refused until a complete sync, which then is right."""
+    sync(config, pair.trainer, pair.actor)
+    before = observe(pair.llm)
+    version = pair.llm.get_weights_version()
+    group = seed_group(pair.llm, 2, CPU)
+    weight = torch.randn(128)
+    updating = pair.actor.collective_rpc.remote(
+        "update_weight", args=("model.decoder.final_layer_norm.weight", "float32", [128])
+    )
+    group.broadcast(weight, src=0)
+    ray.get(updating)
+    with pytest.raises(ray.exceptions.RayTaskError, match="refusing to generate"):
+        generate(pair.llm)
+    with pytest.raises(ray.exceptions.RayTaskError, match="missing: model.decoder.embed_tokens.weight"):
+        pair.llm.collective_rpc("check_weights_changed")
+    with pytest.raises(ray.exceptions.RayTaskError, match="refusing to generate"):
+        generate(pair.llm)
+    rejoin(config, pair)
+    result = sync(config, pair.trainer, pair.actor)
+    assert result["weights_version"] == version + 1 and observe(pair.llm) == before
+
+
+def test_no_fp8_layer_is_an_error(config, models, tmp_path):
+    """The commonest silent failure: a torchao config that quantizes nothing."""
+    from torchao.core.config import config_to_dict
+    from torchao.quantization import ModuleFqnToConfig
+
+    file = tmp_path / "nothing.json"
+    file.write_text(driver.json.dumps(config_to_dict(ModuleFqnToConfig({"_default": None}))))
+    config = dataclasses.replace(config, tensor_parallel_size=1, quantization=str(file))
+    with driver.contextlib.ExitStack() as cleanup:
+        actor = driver.start_engine(config, models("tiny-opt")[0], "cpu", cleanup)
+        Remote(actor).get_weights_version()
+        with pytest.raises(SystemExit, match="had no effect: an engine rank has no Float8Tensor layer"):
+            driver.prove_fp8(actor, config)

@@ -1,0 +1,119 @@
+"""Small pieces, and the messages for bad input."""
+
+import doctest
+import json
+
+import pytest
+import torch
+from harness import driver
+from torchao.quantization import Float8Tensor
+
+import rlhf_utils
+from rlhf_utils import digest, plan_buckets, repair_zero_rows
+
+
+def test_documentation_examples():
+    assert doctest.testmod(rlhf_utils).failed == 0
+
+
+def test_digest_sees_order_and_single_bits():
+    """A plain sum would miss swapped rows, columns and words."""
+    torch.manual_seed(0)
+    data = torch.randn(3000, 257)  # neither a multiple of 8 bytes nor of the digest's row
+    swapped_rows, swapped_words, flipped = data.flip(0), data.clone(), data.clone()
+    swapped_words.view(-1)[[0, 2]] = data.view(-1)[[2, 0]]
+    flipped.view(torch.int32)[-1, -1] ^= 1
+    values = {digest(t.contiguous()).item() for t in (data, swapped_rows, swapped_words, flipped)}
+    assert len(values) == 4 and digest(data.clone()).item() in values
+    assert digest(torch.zeros(0)).item() == 0 and digest(torch.ones(3, dtype=torch.uint8)).item() != 0
+
+
+def test_buckets_hold_every_weight_once_without_overlap():
+    manifest = [[f"w{i}", dtype, [i + 1, 7]] for i, dtype in enumerate(["float32", "bfloat16"] * 8)]
+    plan = plan_buckets(manifest, 256)
+    assert [slot.name for _, slots in plan for slot in slots] == [name for name, _, _ in manifest]
+    for size, slots in plan:
+        ends = [slot.offset + slot.nbytes for slot in slots]
+        assert all(end <= slot.offset for end, slot in zip(ends, slots[1:])) and ends[-1] <= size
+        assert size <= 256 or len(slots) == 1, "only a weight larger than a bucket may exceed it"
+
+
+def test_zero_rows_are_repaired():
+    """torchao 0.18 gives NaN for a zero row, and 448 for a row whose scale underflows to 0."""
+    weight = torch.randn(32, 64, dtype=torch.bfloat16)
+    weight[3], weight[7] = 0, 1e-40
+    broken = Float8Tensor.from_hp(weight)
+    assert broken.qdata[3].float().isnan().all() and broken.qdata[7].float().isfinite().all()
+    expected = broken.dequantize().clone()
+    expected[[3, 7]] = 0
+    assert repair_zero_rows(torch.nn.ParameterList([torch.nn.Parameter(broken, requires_grad=False)])) == 2
+    assert torch.equal(broken.dequantize(), expected) and (broken.scale > 0).all()
+
+
+def test_zero_activation_rows_stay_finite():
+    """Dynamic quantization divides by an activation row's scale too; the bound must leave every other row alone."""
+    bound = driver.torchao_config("fp8-dynamic").activation_value_lb
+    activations = torch.randn(8, 64, dtype=torch.bfloat16)
+    activations[2] = 0
+    plain, bounded = Float8Tensor.from_hp(activations), Float8Tensor.from_hp(activations, hp_value_lb=bound)
+    assert plain.dequantize()[2].isnan().all() and (bounded.dequantize()[2] == 0).all()
+    others = [i for i in range(8) if i != 2]
+    assert torch.equal(plain.dequantize()[others], bounded.dequantize()[others])
+
+
+@pytest.mark.parametrize(
+    ("gpus", "flags", "found", "fits"),
+    [
+        (1, {}, "Found 1 GPU(s), need 3: 2 for the engine", "--tensor-parallel-size 1 --trainer-device cpu"),
+        (2, {}, "Found 2 GPU(s), need 3: 2 for the engine", "--tensor-parallel-size 1"),
+        (2, dict(tensor_parallel_size=4, trainer_device="cpu"), "need 4: 4 for the engine", "--tensor-parallel-size 1"),
+        (0, dict(trainer_device="cuda"), "Found 0 GPU(s), need 1", "--trainer-device cpu"),
+    ],
+)
+def test_too_few_gpus(gpus, flags, found, fits):
+    with pytest.raises(SystemExit) as error:
+        driver.resolve(driver.Config(**flags), gpus)
+    message = str(error.value)
+    assert found in message and message.endswith(fits)
+    words = fits.split()
+    answer = {name[2:].replace("-", "_"): value for name, value in zip(words[::2], words[1::2])}
+    answer = {name: int(value) if value.isdigit() else value for name, value in answer.items()}
+    driver.resolve(driver.Config(**flags | answer), gpus)  # the advice works
+
+
+def test_defaults_follow_the_machine():
+    on_gpus, device = driver.resolve(driver.Config(), 3)
+    assert (device, on_gpus.model, on_gpus.quantization) == ("cuda", "facebook/opt-125m", "fp8-dynamic")
+    on_cpu, device = driver.resolve(driver.Config(), 0)
+    assert (device, on_cpu.model, on_cpu.quantization, on_cpu.trainer_device) == ("cpu", "tiny", "fp8-weight-only", "cpu")
+
+
+def test_unknown_model(tmp_path):
+    with pytest.raises(SystemExit, match=r"--model no-such/model: expected a model on the Hugging Face hub"):
+        driver.find_model("no-such/model", str(tmp_path), 0)
+    with pytest.raises(SystemExit, match="a local folder with config.json"):
+        driver.find_model(str(tmp_path), str(tmp_path), 0)
+
+
+@pytest.mark.parametrize("content", [None, "not json", '{"a": 1}', '"text"', '{"_type": "NoSuchConfig", "_data": {}}'])
+def test_bad_quantization(tmp_path, content):
+    file = tmp_path / "torchao.json"
+    if content is not None:
+        file.write_text(content)
+    with pytest.raises(SystemExit, match="expected fp8-dynamic, fp8-weight-only, none, or a file with the JSON"):
+        driver.torchao_config(str(file))
+
+
+def test_serialized_config_is_the_same_as_the_named_one(tmp_path):
+    file = tmp_path / "torchao.json"
+    file.write_text(json.dumps(driver.config_to_dict(driver.torchao_config("fp8-weight-only"))))
+    assert driver.torchao_config(str(file)) == driver.torchao_config("fp8-weight-only")
+
+
+@pytest.mark.parametrize(("content", "found"), [(None, "No such file"), (b"\xff\xfe\xfa", "UnicodeDecodeError|codec"), (b"\n\n", "no line with text")])
+def test_bad_prompts_file(tmp_path, content, found):
+    file = tmp_path / "prompts.txt"
+    if content is not None:
+        file.write_bytes(content)
+    with pytest.raises(SystemExit, match=found):
+        driver.read_prompts(file)
