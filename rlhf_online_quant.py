@@ -16,7 +16,6 @@ Without a GPU the same processes run on the CPU (gloo, weight-only FP8, a tiny r
 
 import contextlib
 import dataclasses
-import importlib.metadata
 import json
 import math
 import os
@@ -30,8 +29,10 @@ from typing import Literal
 
 import ray
 import torch
+import torchao
 import transformers
 import tyro
+import vllm
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from rich.console import Console
@@ -63,14 +64,13 @@ class Config:
     """RL with an FP8 vLLM rollout engine, quantized online: one verified weight sync, before and after."""
 
     model: str = "auto"
-    """Hugging Face name, local folder, or `tiny` (random, built on the spot). `auto`: facebook/opt-125m on GPUs, else tiny."""
+    """Hugging Face name, local folder, or `tiny` (random, built here). `auto`: facebook/opt-125m on GPUs, else tiny."""
     tensor_parallel_size: int = 2
     """GPUs of the engine (CPU: processes). The trainer's GPU comes on top."""
     trainer_device: Literal["auto", "cuda", "cpu"] = "auto"
     """Where the trainer runs; `auto` takes a GPU if the cluster has any."""
     quantization: str = "auto"
-    """`fp8-dynamic`, `fp8-weight-only`, `none`, or the path of a torchao config serialized as JSON. `auto`: fp8-dynamic
-    on GPUs, fp8-weight-only on the CPU."""
+    """`fp8-dynamic` (`auto` on GPUs), `fp8-weight-only` (`auto` on CPU), `none`, or a torchao config's JSON file."""
     trainer_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Precision of the trainer's weights. The engine computes in bfloat16, so that is what goes over the wire."""
     learning_rate: float = 1e-4
@@ -98,14 +98,12 @@ class Config:
     timeout_s: float = 120.0
     """Longest wait (seconds) for one sync, generation or training step; start-up may take ten times as long."""
     ray_address: str | None = None
-    """An existing Ray cluster, such as `auto` or `ray://host:10001`. Default: start a private one."""
+    """An existing Ray cluster, such as `auto` or `10.0.0.1:6379`. Default: start a private one."""
     output_dir: Path = Path("outputs")
     """Gets summary.json."""
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The engine
-# ---------------------------------------------------------------------------------------------------------------------
+# ----- The engine ----------------------------------------------------------------------------------------------------
 
 
 class MyLLM(LLM):
@@ -191,9 +189,7 @@ def engine_arguments(config: Config, path: str, device: str) -> dict:
     return arguments
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The trainer
-# ---------------------------------------------------------------------------------------------------------------------
+# ----- The trainer ---------------------------------------------------------------------------------------------------
 
 
 class Trainer:
@@ -236,17 +232,10 @@ class Trainer:
         self.listen_socket = socket.create_server((address, 0))
         return address, self.listen_socket.getsockname()[1]
 
-    def init_weight_update_group(self, address: str, port: int, world_size: int, backend: str, timeout_s: float) -> None:
+    def init_weight_update_group(self, address: str, port: int, world_size: int, backend: str, timeout_s: float):
         """Join as rank 0, beside the workers' method of the same name."""
         self.group = stateless_init_process_group(
-            address,
-            port,
-            0,
-            world_size,
-            self.device,
-            backend=backend,
-            listen_socket=self.listen_socket,
-            timeout_s=timeout_s,
+            address, port, 0, world_size, self.device, backend, timeout_s, self.listen_socket
         )
 
     def weight_manifest(self) -> list[list]:
@@ -271,9 +260,7 @@ class Trainer:
         transformers.AutoTokenizer.from_pretrained(self.model.name_or_path).save_pretrained(folder)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The sync
-# ---------------------------------------------------------------------------------------------------------------------
+# ----- The sync ------------------------------------------------------------------------------------------------------
 
 
 def wait(refs: list, timeout_s: float, doing: str) -> list:
@@ -297,12 +284,13 @@ def sync_weights_to_quantized_engine(
         verify: broadcast a second time and compare every shard with an independent quantization, bit for bit.
 
     Returns:
-        `bytes` on the wire, `seconds` from the first byte to the reset prefix cache, `gb_per_s` (1e9), `verified` (every
-        rank's digests equal the sender's, and with `verify` every bit), `changed` (on any rank), and per-rank details.
+        `bytes` on the wire, `seconds` from the first byte to the reset prefix cache, `gb_per_s` (1e9), `verified` (on
+        every rank, the digest of every bucket equals the sender's), `changed` (on any rank), and per-rank details.
 
     Raises:
-        ray.exceptions.RayTaskError: what is wrong with which weight on which rank; the engine refuses to generate unless
-            it happened before the first byte.
+        ray.exceptions.RayTaskError: what is wrong with which weight on which rank. Unless no byte has moved, the engine
+            refuses to generate.
+        RuntimeError: with `verify`, the tensors that differ.
         TimeoutError: the group did not finish in `timeout_s` seconds.
     """
     [manifest] = wait([train_model.weight_manifest.remote()], timeout_s, "listing the trainer's weights")
@@ -324,21 +312,23 @@ def sync_weights_to_quantized_engine(
         "gb_per_s": size / seconds / 1e9,
         "verified": all(rank["buckets_matched"] == sent["buckets"] for rank in ranks),
         "changed": any(rank["changed"] for rank in ranks),
+        "compared_tensors": 0,
         "sender": sent,
         "ranks": ranks,
     }
     if verify:
         _, comparisons = broadcast_to("verify_weights")
         result["compared_tensors"] = sum(comparison["compared"] for comparison in comparisons)
+        result["hidden_tensors"] = [
+            f"rank {rank}: {name}" for rank, c in enumerate(comparisons) for name in c["hidden"]
+        ]
         if different := [f"rank {rank}: {name}" for rank, c in enumerate(comparisons) for name in c["different"]]:
             raise RuntimeError(f"{len(different)} tensors of the engine are not the trainer's: {', '.join(different)}")
     [result["weights_version"]] = wait([quantized_llm.get_weights_version.remote()], timeout_s, "reading the version")
     return result
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Start, run, report, stop
-# ---------------------------------------------------------------------------------------------------------------------
+# ----- Start, run, report, stop --------------------------------------------------------------------------------------
 
 
 def resolve(config: Config, gpus: int) -> tuple[Config, str]:
@@ -351,14 +341,16 @@ def resolve(config: Config, gpus: int) -> tuple[Config, str]:
     trainer_device = device if config.trainer_device == "auto" else config.trainer_device
     needed = (config.tensor_parallel_size if device == "cuda" else 0) + (trainer_device == "cuda")
     if gpus < needed:
-        fits = "--trainer-device cpu" if not gpus else "--tensor-parallel-size 1" + " --trainer-device cpu" * (gpus == 1)
+        fits = "--tensor-parallel-size 1" * bool(gpus) + " --trainer-device cpu" * (gpus < 2)
         raise SystemExit(
             f"Found {gpus} GPU(s), need {needed}: {needed - (trainer_device == 'cuda')} for the engine "
             f"(--tensor-parallel-size) and {int(trainer_device == 'cuda')} for the trainer.\n"
-            f"What fits here: python {Path(sys.argv[0]).name} {fits}"
+            f"What fits here: python {Path(sys.argv[0]).name} {fits.strip()}"
         )
     if not gpus:
-        print("No GPU found: running the same processes on the CPU (gloo, weight-only FP8, and a tiny model by default).")
+        print(
+            "No GPU found: running the same processes on the CPU (by default gloo, weight-only FP8 and a tiny model)."
+        )
     model, quantization = ("facebook/opt-125m", "fp8-dynamic") if gpus else ("tiny", "fp8-weight-only")
     return dataclasses.replace(
         config,
@@ -391,7 +383,7 @@ def read_prompts(path: Path | None) -> list[str]:
     try:
         prompts = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
-        raise SystemExit(f"--prompts-file {path}: expected a UTF-8 text file, one prompt a line. Found: {error}") from error
+        raise SystemExit(f"--prompts-file {path}: expected UTF-8 text, one prompt a line. Found: {error}") from error
     if not prompts:
         raise SystemExit(f"--prompts-file {path}: expected one prompt a line, found no line with text")
     return prompts
@@ -413,7 +405,7 @@ def actor_environment() -> dict[str, str]:
 
 def connect(config: Config) -> int:
     """Connect to Ray or start a private cluster; returns the number of GPUs."""
-    os.environ.setdefault("RAY_process_group_cleanup_enabled", "true")  # an actor that is killed takes its children along
+    os.environ.setdefault("RAY_process_group_cleanup_enabled", "true")  # a killed actor takes its children along
     private = {} if config.ray_address else {"num_cpus": 2 + config.tensor_parallel_size, "include_dashboard": False}
     ray.init(config.ray_address or "local", runtime_env={"env_vars": actor_environment()}, **private)
     return int(ray.cluster_resources().get("GPU", 0))
@@ -501,7 +493,7 @@ def prove_fp8(llm, config: Config) -> list[dict]:
         print(f"  not in FP8 because {reason}: {', '.join(names[:4])}{more}")
     if config.quantization != "none" and not all(rank["fp8_linear_layers"] for rank in ranks):
         raise SystemExit(
-            f"--quantization {config.quantization} had no effect: an engine rank has no Float8Tensor layer. The reasons "
+            f"--quantization {config.quantization} had no effect: an engine rank has no Float8Tensor layer. Reasons "
             "are above; use a torchao FP8 config and shard dimensions that are multiples of 16, or --quantization none"
         )
     return ranks
@@ -510,7 +502,7 @@ def prove_fp8(llm, config: Config) -> list[dict]:
 def main(config: Config) -> dict:
     """Run once and return what summary.json holds."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    began, console = time.perf_counter(), Console()
+    began = time.perf_counter()
     prompts = read_prompts(config.prompts_file)
     with contextlib.ExitStack() as cleanup:
         cleanup.callback(ray.shutdown)
@@ -553,39 +545,35 @@ def main(config: Config) -> dict:
             {"prompt": old.prompt, "before": old.outputs[0].text, "after": new.outputs[0].text}
             for old, new in zip(before, after, strict=True)
         ],
-        "versions": {"python": sys.version.split()[0]} | {name: version(name) for name in ("torch", "vllm", "torchao", "ray", "transformers")},
+        "versions": {"python": sys.version.split()[0]}
+        | {library.__name__: library.__version__ for library in (torch, vllm, torchao, ray, transformers)},
     }
     config.output_dir.mkdir(parents=True, exist_ok=True)
     (config.output_dir / "summary.json").write_text(json.dumps(summary, indent=2))
-    report(summary, config.output_dir, console)
+    report(summary, config.output_dir)
     return summary
 
 
-def version(package: str) -> str:
-    """Installed version; vLLM's CPU build goes by another name."""
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return importlib.metadata.version(f"{package}-cpu")
-
-
-def report(summary: dict, folder: Path, console: Console) -> None:
+def report(summary: dict, folder: Path) -> None:
     """Print the samples and the figures."""
-    table = Table("prompt", "before the sync", "after the sync", title="Greedy samples")
+    samples = Table("prompt", "before the sync", "after the sync", title="Greedy samples")
     for sample in summary["samples"]:
-        table.add_row(*(repr(text) for text in sample.values()))
-    console.print(table)
+        samples.add_row(*map(repr, sample.values()))
     sync = summary["sync"]
+    rows = {
+        "FP8 linear layers per rank": f"{summary['fp8_linear_layers']} ({summary['unquantized_linear_layers']} not)",
+        "engine weights, all ranks": f"{summary['weights_gib']:.4f} GiB (BF16: {summary['bf16_weights_gib']:.4f} GiB)",
+        "sync": f"{sync['bytes'] / 1e9:.4f} GB in {sync['seconds']:.3f} s = {sync['gb_per_s']:.2f} GB/s",
+        "verified / changed": f"{sync['verified']} / {sync['changed']}",
+        "compared bit for bit": f"{sync['compared_tensors']} tensors, all equal" if "hidden_tensors" in sync else "no",
+        "weights version": str(summary["weights_version"]),
+        "start-up": f"{summary['startup_seconds']:.1f} s",
+    }
     figures = Table("what", "value", title="One verified FP8 weight sync")
-    figures.add_row("FP8 linear layers per rank", f"{summary['fp8_linear_layers']} ({summary['unquantized_linear_layers']} not)")
-    figures.add_row("engine weights, all ranks", f"{summary['weights_gib']:.4f} GiB (BF16: {summary['bf16_weights_gib']:.4f} GiB)")
-    figures.add_row("sync", f"{sync['bytes'] / 1e9:.4f} GB in {sync['seconds']:.3f} s = {sync['gb_per_s']:.2f} GB/s")
-    figures.add_row("verified / changed", f"{sync['verified']} / {sync['changed']}")
-    if "compared_tensors" in sync:
-        figures.add_row("compared bit for bit", f"{sync['compared_tensors']} tensors, all equal")
-    figures.add_row("weights version", str(summary["weights_version"]))
-    figures.add_row("start-up", f"{summary['startup_seconds']:.1f} s")
-    console.print(figures)
+    for row in rows.items():
+        figures.add_row(*row)
+    for table in (samples, figures):
+        Console().print(table)
     print(f"Wrote {folder / 'summary.json'}")
 
 

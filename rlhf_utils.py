@@ -3,13 +3,13 @@
     trainer   rank 0       send_weights()                     packs buckets, broadcasts, broadcasts their digests
     engine    ranks 1..TP  WorkerExtension.receive_weights()  receives, compares digests, reloads, quantizes
 
-vLLM adds `WorkerExtension` to each of its workers (`worker_extension_cls="rlhf_utils.WorkerExtension"`), and its methods
+vLLM adds `WorkerExtension` to each of its workers (`worker_extension_cls="rlhf_utils.WorkerExtension"`); its methods
 are called by name with `collective_rpc`. Three rules decide the code:
 
-1. One reload session for a whole update. `model.load_weights` outside a session rebuilds every layer that it touches from
-   uninitialized memory, so a call per parameter destroys a quantized model.
-2. A rank never leaves a broadcast early. Whatever fails while loading is kept until the last bucket has come in;
-   otherwise the sender waits for ever.
+1. One reload session for a whole update. `model.load_weights` outside a session rebuilds every layer that it
+   touches from uninitialized memory, so a call per parameter destroys a quantized model.
+2. A rank never leaves a broadcast early (`use_all`). Whatever fails while loading is kept until the last bucket has come
+   in; otherwise the sender waits for ever.
 3. All ranks agree on errors (`agreed`). One reply too many in vLLM's executor is taken for the answer to the next call.
 
 vLLM is imported where it is used: the trainer process starts without it.
@@ -21,7 +21,7 @@ import functools
 import logging
 import math
 import socket
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from datetime import timedelta
 from typing import NamedTuple
 
@@ -31,11 +31,10 @@ import torch.distributed as dist
 logger = logging.getLogger(__name__)
 BUCKET_BYTES = 256 * 2**20
 Manifest = list[list]  # [[name, dtype name such as "bfloat16", shape], ...] in the order of sending
+Weights = list[tuple[str, torch.Tensor]]  # checkpoint names and full tensors, what vLLM's loaders take
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The group: rank 0 is the trainer, ranks 1..TP are the engine's workers
-# ---------------------------------------------------------------------------------------------------------------------
+# ----- The group: rank 0 is the trainer, ranks 1..TP are the engine's workers ----------------------------------------
 
 
 class GlooGroup:
@@ -45,14 +44,13 @@ class GlooGroup:
         options = dist.ProcessGroupGloo._Options()
         options._devices = [dist.ProcessGroupGloo.create_device(hostname=address)]
         options._timeout = timeout
-        self.rank, self.world_size = rank, world_size
-        self._gloo = dist.ProcessGroupGloo(dist.PrefixStore("weights", store), rank, world_size, options)
+        self.gloo = dist.ProcessGroupGloo(dist.PrefixStore("weights", store), rank, world_size, options)
 
     def broadcast(self, tensor: torch.Tensor, src: int, stream: object = None) -> None:
         """Send `tensor` (contiguous, any dtype) from rank `src` to the same tensor of every other rank; blocks."""
         options = dist.BroadcastOptions()
         options.rootRank = src
-        self._gloo.broadcast([as_bytes(tensor)], options).wait()
+        self.gloo.broadcast([as_bytes(tensor)], options).wait()
 
 
 def stateless_init_process_group(
@@ -61,40 +59,39 @@ def stateless_init_process_group(
     rank: int,
     world_size: int,
     device: torch.device,
-    *,
     backend: str | None = None,
-    listen_socket: socket.socket | None = None,
     timeout_s: float = 60.0,
+    listen_socket: socket.socket | None = None,
 ):
     """Join the weight-update group and return an object with `broadcast(tensor, src, stream=None)`.
 
-    It leaves torch.distributed's default group alone, so it can be called next to a running vLLM worker. Every rank must
-    call it; rank 0 serves the rendezvous on `master_address` only (pass `listen_socket` to serve on a socket that is
-    bound already, which leaves no moment in which another program can take the port).
+    It leaves torch.distributed's default group alone, so it works inside a vLLM worker. Every rank must call it; rank 0
+    serves the rendezvous on `master_address` only. What travels there is never unpickled.
 
     Args:
-        device: where this rank's tensors live; with `backend=None`, CUDA means NCCL and CPU means gloo.
+        device: where this rank's tensors live; without `backend`, CUDA means NCCL and CPU means gloo.
         backend: "nccl" or "gloo"; give it when the two ends differ (gloo is for a group with any CPU rank).
         timeout_s: seconds to wait for the other ranks, and for each gloo broadcast. NCCL broadcasts have no timeout.
+        listen_socket: rank 0 may bring a socket that listens already, so that no other program can take the port.
 
     Raises:
         TimeoutError: not all ranks arrived in time.
-        RuntimeError: NCCL cannot be loaded (vLLM's communicator would then do nothing, silently).
+        RuntimeError: NCCL is off or cannot be loaded (vLLM's communicator would then do nothing, silently).
     """
     device, timeout = torch.device(device), timedelta(seconds=timeout_s)
     if device.type == "cuda" and device.index is None:
         device = torch.device("cuda", torch.cuda.current_device())  # NCCL wants to know which
-    backend = backend or ("nccl" if device.type == "cuda" else "gloo")
-    if rank == 0 and listen_socket is None:
-        listen_socket = socket.create_server((master_address, master_port))
-    serve = {"master_listen_fd": listen_socket.detach()} if rank == 0 else {}
+    serve = {}
+    if rank == 0:
+        listen_socket = listen_socket or socket.create_server((master_address, master_port))
+        serve = {"master_listen_fd": listen_socket.detach()}
     try:
         store = dist.TCPStore(master_address, master_port, world_size, rank == 0, timeout, use_libuv=False, **serve)
     except dist.DistStoreError as error:
         raise TimeoutError(
             f"rank {rank} waited {timeout_s:g} s at {master_address}:{master_port} for a group of {world_size}: {error}"
         ) from error
-    if backend == "gloo":
+    if (backend or ("nccl" if device.type == "cuda" else "gloo")) == "gloo":
         with socket.create_connection((master_address, master_port), timeout_s) as probe:
             own_address = probe.getsockname()[0]  # the address by which this rank reaches rank 0
         return GlooGroup(store, rank, world_size, own_address, timeout)
@@ -113,19 +110,15 @@ def stateless_init_process_group(
     return group
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# What travels: a manifest, buckets, digests. Both ends compute the same plan from the same manifest.
-# ---------------------------------------------------------------------------------------------------------------------
+# ----- What travels: a manifest, buckets, digests. Both ends make the same plan from the same manifest. ---------------
 
 
 def named_weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """The parameters and saved buffers of a Hugging Face model, each once: a tied head goes under the embedding's name."""
-    weights, seen = {}, set()
+    """The parameters and saved buffers of a Hugging Face model, each once: a tied head goes by the embedding's name."""
+    names = {}
     for name, tensor in model.state_dict(keep_vars=True).items():
-        if id(tensor) not in seen:
-            seen.add(id(tensor))
-            weights[name] = tensor
-    return weights
+        names.setdefault(id(tensor), (name, tensor))
+    return dict(names.values())
 
 
 def make_manifest(model: torch.nn.Module, dtype: torch.dtype) -> Manifest:
@@ -136,8 +129,7 @@ def make_manifest(model: torch.nn.Module, dtype: torch.dtype) -> Manifest:
 def check_manifest(manifest: Iterable[list], expected: dict[str, tuple[int, ...]]) -> None:
     """Raise one ValueError that lists every missing, unexpected, duplicate, misshapen or non-float weight.
 
-    Args:
-        expected: name -> shape of every weight of the engine's model.
+    `expected` has the shape of every weight of the engine's model by name.
     """
     seen, problems = set(), []
     for name, dtype, shape in manifest:
@@ -147,7 +139,7 @@ def check_manifest(manifest: Iterable[list], expected: dict[str, tuple[int, ...]
             problems.append(f"unexpected: {name} {list(shape)}")
         elif tuple(shape) != expected[name]:
             problems.append(f"misshapen: {name} is {list(shape)}, the engine's model has {list(expected[name])}")
-        if not isinstance(getattr(torch, dtype, None), torch.dtype) or not getattr(torch, dtype).is_floating_point:
+        if dtype not in ("bfloat16", "float16", "float32"):
             problems.append(f"dtype: {name} is {dtype!r}, expected a float type such as 'bfloat16'")
         seen.add(name)
     problems += [f"missing: {name} {list(shape)}" for name, shape in expected.items() if name not in seen]
@@ -168,6 +160,7 @@ class Slot(NamedTuple):
     nbytes: int
 
     def view(self, bucket: torch.Tensor) -> torch.Tensor:
+        """The weight, as a view of its bucket (uint8)."""
         return bucket[self.offset : self.offset + self.nbytes].view(self.dtype).view(self.shape)
 
 
@@ -191,13 +184,13 @@ def digest(tensor: torch.Tensor) -> torch.Tensor:
     """64-bit checksum of a tensor's bytes, as an int64 scalar on its device: no copy to the host, no synchronization.
 
     The bytes are read as a matrix of 64-bit words; sums of rows and of columns, weighted by position, are added modulo
-    2^64. It tells two tensors apart that hold the same bytes in another order. It is meant for accidents, not attackers.
+    2^64. It tells apart tensors that hold the same bytes in another order. It is meant for accidents, not attackers.
     """
     data = as_bytes(tensor)
     if data.numel() % 8:
         data = torch.nn.functional.pad(data, (0, -data.numel() % 8))
     words = data.view(torch.int64)
-    columns = 256  # few, because CUDA's reduction along rows takes scratch memory for each
+    columns = 256  # few: CUDA's sum over rows takes scratch memory for each
     whole = words.numel() // columns * columns
     matrix, rest = words[:whole].view(-1, columns), words[whole:]
     return sum(
@@ -209,8 +202,7 @@ def digest(tensor: torch.Tensor) -> torch.Tensor:
 def send_weights(model: torch.nn.Module, manifest: Manifest, group, device: torch.device, bucket_bytes: int) -> int:
     """Rank 0: cast and pack each bucket, broadcast it, and at the end broadcast the digests of what was sent.
 
-    `device` is where buckets are packed (the model's). Everything runs on one stream, so one bucket is all the extra
-    memory. Returns the number of buckets.
+    `device` is the model's. All runs on one stream, so one bucket is all the extra memory. Returns how many there were.
     """
     weights, digests = named_weights(model), []
     for size, slots in plan_buckets(manifest, bucket_bytes):
@@ -224,15 +216,11 @@ def send_weights(model: torch.nn.Module, manifest: Manifest, group, device: torc
     return len(digests)
 
 
-def receive_buckets(
-    manifest: Manifest, group, device: torch.device, bucket_bytes: int
-) -> Iterator[list[tuple[str, torch.Tensor]]]:
-    """Ranks 1..TP: yield each bucket's (name, weight) list, then compare what came in with the sender's digests.
+def receive_buckets(manifest: Manifest, group, device: torch.device, bucket_bytes: int) -> Iterator[Weights]:
+    """Ranks 1..TP: yield the weights of each bucket, then compare what came in with the sender's digests.
 
     The order of collectives is the sender's: every bucket, then the digests. Run it to the end, even after an error.
-
-    Raises:
-        ValueError: a bucket differs from what was sent; it names the bucket's first and last weight.
+    Raises ValueError if a bucket differs from what was sent; it names the bucket's first and last weight.
     """
     plan, digests = plan_buckets(manifest, bucket_bytes), []
     for size, slots in plan:
@@ -244,23 +232,35 @@ def receive_buckets(
     received = torch.stack(digests)
     sent = torch.empty_like(received)
     group.broadcast(sent, src=0)
-    wrong = (sent != received).nonzero().flatten().tolist()
-    if wrong:
+    if wrong := (sent != received).nonzero().flatten().tolist():
         spans = [f"bucket {i} ({plan[i][1][0].name} .. {plan[i][1][-1].name})" for i in wrong]
-        raise ValueError(f"{len(wrong)} of {len(plan)} buckets arrived with other bytes than were sent: {', '.join(spans)}")
+        raise ValueError(f"{len(wrong)} of {len(plan)} buckets came in with other bytes than were sent: {spans}")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The engine's side: load, quantize, repair, prove
-# ---------------------------------------------------------------------------------------------------------------------
+def use_all(buckets: Iterator[Weights], use: Callable[[Weights], None]) -> int:
+    """Call `use` with each bucket; after an error go on receiving, and raise it at the end. Returns how many came."""
+    failure, count = None, 0
+    for weights in buckets:
+        count += 1
+        try:
+            if failure is None:
+                use(weights)
+        except Exception as error:
+            failure = error
+        del weights  # or this bucket would live on while the next one comes in
+    if failure is not None:
+        raise failure
+    return count
+
+
+# ----- The engine's side: load, quantize, repair, prove ---------------------------------------------------------------
 
 
 class ReloadSession:
-    """One update of a whole vLLM model in place: open it, `load` every weight once in any number of calls, `close` it.
+    """One update of a whole vLLM model in place: open it, `load` every weight once in any number of calls, close.
 
-    The tensors keep their addresses, so captured CUDA graphs see the new weights. A session that failed still has to be
-    closed (`close(complete=False)`): the model is then usable again as memory, but holds no valid weights until the next
-    complete session.
+    The tensors keep their addresses, so captured CUDA graphs see the new weights. A session that failed has to be closed
+    too (`complete=False`): the model can then be reloaded, but holds no valid weights until a session was complete.
     """
 
     def __init__(self, worker):
@@ -268,7 +268,7 @@ class ReloadSession:
 
         self.worker, self.model = worker, worker.get_model()
         self.parameters = {name for name, _ in self.model.named_parameters()}
-        self.received: list[list] = []
+        self.received: Manifest = []
         self.loaded: set[str] = set()
         with self._vllm_config():
             initialize_layerwise_reload(self.model)
@@ -278,7 +278,7 @@ class ReloadSession:
 
         return set_current_vllm_config(self.worker.vllm_config)
 
-    def load(self, weights: list[tuple[str, torch.Tensor]]) -> None:
+    def load(self, weights: Weights) -> None:
         """Give checkpoint tensors (full shapes, any float dtype) to vLLM's loaders, which slice, fuse and quantize."""
         self.received += [[name, dtype_name(weight.dtype), list(weight.shape)] for name, weight in weights]
         with self._vllm_config():
@@ -297,7 +297,7 @@ class ReloadSession:
             if isinstance(module, VocabParallelEmbedding) and hasattr(module, "weight"):
                 # A tied head is no layer of its own to the session; on CPU it would go on using a packed old copy.
                 module.quant_method.process_weights_after_loading(module)
-        repair_zero_rows(self.model)
+        repair_zero_rows(self.model.parameters())
         if complete:
             check_manifest(self.received, expected_weights(self.worker.model_config))
             if stale := sorted(self.parameters - self.loaded):
@@ -305,30 +305,28 @@ class ReloadSession:
 
 
 def expected_weights(model_config) -> dict[str, tuple[int, ...]]:
-    """Name -> shape of every weight that a Hugging Face model of the engine's own config has."""
+    """Shape of every weight, by name, of a Hugging Face model of the engine's own config."""
     from transformers import AutoModelForCausalLM
 
+    trust = model_config.trust_remote_code
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(
-            model_config.hf_config, trust_remote_code=model_config.trust_remote_code
-        )
+        model = AutoModelForCausalLM.from_config(model_config.hf_config, trust_remote_code=trust)
     return {name: tuple(weight.shape) for name, weight in named_weights(model).items()}
 
 
-def repair_zero_rows(model: torch.nn.Module) -> int:
+def repair_zero_rows(parameters: Iterable[torch.Tensor]) -> int:
     """Give FP8 rows whose scale is 0 zero bytes and scale 1, in place; returns how many.
 
     torchao 0.18 divides an all-zero row (or one so small that amax / 448 underflows) by its scale of 0: NaN.
     """
     repaired = 0
-    for parameter in model.parameters():
-        if is_float8(parameter):
-            dead = parameter.scale == 0  # (rows, groups): one group for PerRow, (1, 1) for PerTensor
-            groups = parameter.qdata.view(torch.uint8).view(parameter.shape[0], dead.shape[-1], -1)
-            groups.masked_fill_(dead.unsqueeze(-1), 0)
-            parameter.scale.masked_fill_(dead, 1.0)
-            repaired += int(dead.sum())
-    return repaired
+    for weight in filter(is_float8, parameters):
+        dead = weight.scale == 0  # (rows, groups): one group for PerRow, (1, 1) for PerTensor
+        groups = weight.qdata.view(torch.uint8).view(weight.shape[0], dead.shape[-1], -1)
+        groups.masked_fill_(dead.unsqueeze(-1), 0)
+        weight.scale.masked_fill_(dead, 1.0)
+        repaired += dead.sum()
+    return int(repaired)
 
 
 def inspect_linear_layers(model: torch.nn.Module) -> dict:
@@ -366,27 +364,27 @@ class ShardVerifier:
     `check` takes checkpoint tensors in any order and cuts out this rank's part by the rules of tensor parallelism
     (Megatron-LM, arXiv:1909.08053): column-parallel layers are cut along the outputs, q, k, v and gate, up one by one;
     row-parallel layers along the inputs, their bias not at all; embeddings along the vocabulary, padded with zeros.
-    torchao then quantizes the part afresh. `finish` returns {"compared": tensors, "different": [names]}.
+    torchao then quantizes the part afresh. Read `compared` (a count), `different`, `hidden` (packed away by vLLM's CPU
+    backend, so that only outputs can tell) and `unseen` (never sent).
     """
 
     def __init__(self, model: torch.nn.Module):
-        self.model, self.compared, self.different = model, 0, []
-        self.unseen = {name: parameter for name, parameter in model.named_parameters()}
+        self.model, self.compared, self.different, self.hidden = model, 0, [], []
+        self.unseen = dict(model.named_parameters())
         fused = getattr(model, "packed_modules_mapping", {})
         self.place = {part: (whole, i, len(parts)) for whole, parts in fused.items() for i, part in enumerate(parts)}
         self.parts: dict[str, dict[int, torch.Tensor]] = {}
 
-    def check(self, weights: list[tuple[str, torch.Tensor]]) -> None:
+    def check(self, weights: Weights) -> None:
+        """Compare each weight, or keep its part until the layer that it is fused into is complete."""
         for name, full in weights:
-            path, _, kind = name.rpartition(".")
-            parent, _, leaf = path.rpartition(".")
+            *parent, leaf, kind = name.split(".")
             whole, index, count = self.place.get(leaf, (leaf, 0, 1))
-            module = self.model.get_submodule(f"{parent}.{whole}".lstrip("."))
-            parts = self.parts.setdefault(f"{parent}.{whole}.{kind}".lstrip("."), {})
+            path = ".".join([*parent, whole])
+            module, parts = self.model.get_submodule(path), self.parts.setdefault(f"{path}.{kind}", {})
             parts[index] = self._cut(module, index, kind, full).clone()  # the bucket under `full` is short-lived
             if len(parts) == count:
-                self._compare(f"{parent}.{whole}.{kind}".lstrip("."), module, [parts[i] for i in range(count)])
-                parts.clear()
+                self._compare(f"{path}.{kind}", module, torch.cat([parts.pop(i) for i in range(count)]))
 
     @staticmethod
     def _cut(module: torch.nn.Module, index: int, kind: str, full: torch.Tensor) -> torch.Tensor:
@@ -403,21 +401,21 @@ class ShardVerifier:
             return full.chunk(module.tp_size, dim=1)[module.tp_rank]
         return full
 
-    def _compare(self, name: str, module: torch.nn.Module, parts: list[torch.Tensor]) -> None:
+    def _compare(self, name: str, module: torch.nn.Module, shard: torch.Tensor) -> None:
         from vllm.model_executor.layers.quantization.torchao import torchao_quantize_param_data
 
         actual = self.unseen.pop(name)
-        expected = torch.nn.Parameter(torch.cat(parts).to(actual.dtype), requires_grad=False)
+        if not actual.numel():
+            self.hidden.append(name)
+            return
+        expected = torch.nn.Parameter(shard.to(actual.dtype), requires_grad=False)
         if is_float8(actual):
             expected = torchao_quantize_param_data(expected, module.quant_method.quant_config.torchao_config)
-            repair_zero_rows(torch.nn.ParameterList([expected]))
+            repair_zero_rows([expected])
         for part, tensor in plain_tensors(actual).items():
             self.compared += 1
             if not torch.equal(as_bytes(tensor), as_bytes(plain_tensors(expected)[part])):
                 self.different.append(f"{name} {part}".strip())
-
-    def finish(self) -> dict:
-        return {"compared": self.compared, "different": self.different + [f"{name} (never sent)" for name in self.unseen]}
 
 
 def agreed(method):
@@ -434,7 +432,7 @@ def agreed(method):
         error = result = None
         try:
             result = method(self, *args, **kwargs)
-        except Exception as caught:  # noqa: BLE001 - raised below, for all ranks at once
+        except Exception as caught:  # raised below, for all ranks at once
             logger.exception("%s failed", method.__name__)
             error = f"{type(caught).__name__}: {caught}"
         group = get_world_group()
@@ -453,7 +451,7 @@ class WorkerExtension:
 
     Two ways to bring new weights, both quantized on arrival:
       - `receive_weights(manifest)`: everything in one call, against `send_weights` on rank 0;
-      - `update_weight(name, dtype_name, shape)` for each weight beside a broadcast of it, then `check_weights_changed()`.
+      - `update_weight(name, dtype_name, shape)` for each weight beside its broadcast, then `check_weights_changed()`.
     """
 
     weight_group = None
@@ -463,29 +461,18 @@ class WorkerExtension:
 
     @agreed
     def init_weight_update_group(
-        self,
-        master_address: str,
-        master_port: int,
-        rank_offset: int,
-        world_size: int,
-        backend: str | None = None,
-        timeout_s: float = 60.0,
+        self, master_address: str, master_port: int, rank_offset: int, world_size: int, backend=None, timeout_s=60.0
     ) -> None:
-        """Join the trainer's group as rank `rank_offset` + this worker's rank, of `world_size` ranks."""
+        """Join the trainer's group as rank `rank_offset` + this worker's rank; see `stateless_init_process_group`."""
+        rank = rank_offset + self.rank
         self.weight_group = stateless_init_process_group(
-            master_address,
-            master_port,
-            rank_offset + self.rank,
-            world_size,
-            self.device,
-            backend=backend,
-            timeout_s=timeout_s,
+            master_address, master_port, rank, world_size, self.device, backend, timeout_s
         )
 
     @agreed
     def inspect_quantization(self) -> dict:
         """Prove at start-up what is FP8 (see `inspect_linear_layers`); repairs zero rows of the first load."""
-        repaired = repair_zero_rows(self.get_model())
+        repaired = repair_zero_rows(self.get_model().parameters())
         self.last_digests = self._digests()
         return inspect_linear_layers(self.get_model()) | {"rank": self.rank, "zero_rows_repaired": repaired}
 
@@ -499,37 +486,24 @@ class WorkerExtension:
         """Receive a complete set of weights into one reload session. Blocks until rank 0 has sent everything."""
         if self.reload_session is not None:  # a per-parameter update that was never ended
             self.reload_session.close(complete=False)
-        self.reload_session, failure, buckets = ReloadSession(self), None, 0
-        before = reset_peak_memory(self.device)
+        self.reload_session, before = ReloadSession(self), reset_peak_memory(self.device)
+        buckets = receive_buckets(manifest, self.weight_group, self.device, bucket_bytes)
         try:
-            for weights in receive_buckets(manifest, self.weight_group, self.device, bucket_bytes):
-                buckets += 1
-                try:
-                    if failure is None:
-                        self.reload_session.load(weights)
-                except Exception as error:  # noqa: BLE001 - raised below, when the sender is through
-                    failure = error
-                del weights  # or the bucket would live on while the next one comes in
-            if failure is not None:
-                raise failure
+            matched = use_all(buckets, self.reload_session.load)
         except Exception:
             self._end_update(complete=False)
             raise
         self._end_update()
-        return {
-            "rank": self.rank,
-            "buckets_matched": buckets,
-            "changed": self.weights_changed,
-            "extra_gib": peak_memory_gib(self.device, before),
-        }
+        extra_gib = peak_memory_gib(self.device, before)
+        return {"buckets_matched": matched, "changed": self.weights_changed, "extra_gib": extra_gib}
 
     @agreed
     def verify_weights(self, manifest: Manifest, bucket_bytes: int = BUCKET_BYTES) -> dict:
-        """Receive the weights once more, only to compare: {"compared": tensors, "different": [names]}."""
+        """Receive the weights once more, only to compare; see `ShardVerifier`."""
         verifier = ShardVerifier(self.get_model())
-        for weights in receive_buckets(manifest, self.weight_group, self.device, bucket_bytes):
-            verifier.check(weights)
-        return verifier.finish()
+        use_all(receive_buckets(manifest, self.weight_group, self.device, bucket_bytes), verifier.check)
+        different = verifier.different + [f"{name} (never sent)" for name in verifier.unseen]
+        return {"compared": verifier.compared, "different": different, "hidden": verifier.hidden}
 
     @agreed
     def update_weight(self, name: str, dtype_name: str, shape: list[int]) -> None:
@@ -566,19 +540,18 @@ class WorkerExtension:
         return torch.stack([digest(tensor) for tensor in tensors])
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Small things
-# ---------------------------------------------------------------------------------------------------------------------
+# ----- Small things ---------------------------------------------------------------------------------------------------
 
 
 def is_float8(tensor: torch.Tensor) -> bool:
+    """Is it torchao's FP8 tensor (bytes in `qdata`, one float32 per row in `scale`)?"""
     from torchao.quantization import Float8Tensor
 
     return isinstance(tensor, Float8Tensor)
 
 
 def plain_tensors(tensor: torch.Tensor) -> dict[str, torch.Tensor]:
-    """The tensors that hold the bytes: {"qdata": ..., "scale": ...} for a Float8Tensor, {"": tensor} for a plain one."""
+    """The tensors that hold the bytes: {"qdata": ..., "scale": ...} of a Float8Tensor, {"": tensor} otherwise."""
     return {"qdata": tensor.qdata, "scale": tensor.scale} if is_float8(tensor) else {"": tensor}
 
 
@@ -588,6 +561,7 @@ def as_bytes(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def dtype_name(dtype: torch.dtype) -> str:
+    """torch.bfloat16 -> "bfloat16"."""
     return str(dtype).removeprefix("torch.")
 
 

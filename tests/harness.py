@@ -1,7 +1,6 @@
 """What tests, GPU checks and benchmarks share: the seed's loop, and the question whether a sync equals a cold start."""
 
 import contextlib
-import dataclasses
 import json
 import os
 import statistics
@@ -19,7 +18,7 @@ import transformers  # noqa: E402
 from vllm import LLM, SamplingParams  # noqa: E402
 
 import rlhf_online_quant as driver  # noqa: E402
-from rlhf_utils import named_weights, stateless_init_process_group  # noqa: E402
+from rlhf_utils import stateless_init_process_group  # noqa: E402
 
 PROMPTS = ["Hello, my name is", "The capital of France is", "a", "0123456789" * 30]
 
@@ -38,7 +37,7 @@ class Remote:
 
 
 def generate(llm, prompts=PROMPTS, max_tokens: int = 16) -> list:
-    """Greedy [token ids, log-probabilities of the five likeliest tokens at each step] per prompt, from LLM or Remote."""
+    """Greedy [token ids, log-probabilities of the five likeliest tokens a step] per prompt; LLM or Remote."""
     params = SamplingParams(temperature=0, max_tokens=max_tokens, logprobs=5, ignore_eos=True)
     completions = [output.outputs[0] for output in llm.generate(prompts, params, use_tqdm=False)]
     return [
@@ -105,7 +104,7 @@ def sync(config: driver.Config, trainer, llm, **overrides) -> dict:
 def sync_versus_cold_start(
     config: driver.Config, old: str, new: str, device: str, more_syncs: int = 0, visible_gpus: str = "", then=None
 ) -> dict:
-    """Start an engine from checkpoint `old`, sync it to a trainer that holds `new`, compare with an engine fresh from `new`.
+    """Start an engine from checkpoint `old`, sync it to a trainer with `new`, compare with an engine fresh from `new`.
 
     Needs a running Ray. `then(llm, new)` is called at the end. Returns what was measured, with the median of `more_syncs`.
     """
@@ -142,7 +141,7 @@ def seed_group(llm, tensor_parallel_size: int, device: torch.device, backend: st
     port, world_size = get_open_port(), 1 + tensor_parallel_size
     arguments = ("127.0.0.1", port, 1, world_size, backend)
     handle = llm.actor.collective_rpc.remote("init_weight_update_group", args=arguments)
-    group = stateless_init_process_group("127.0.0.1", port, 0, world_size, device, backend=backend)
+    group = stateless_init_process_group("127.0.0.1", port, 0, world_size, device, backend)
     ray.get(handle)
     return group
 

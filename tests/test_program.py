@@ -67,7 +67,8 @@ def test_default_run(tmp_path):
     sync = summary["sync"]
     assert sync["verified"] is True and sync["changed"] is True and sync["compared_tensors"] == 72
     assert sync["gb_per_s"] == pytest.approx(sync["bytes"] / sync["seconds"] / 1e9)
-    assert sync["bytes"] == 2 * (259 + 514) * 128 + 2 * 2 * (4 * 128 * 129 + 257 * 128 + 129 * 256 + 4 * 128) + 2 * 2 * 128
+    layer = 4 * (128 * 128 + 128) + (128 * 256 + 256) + (256 * 128 + 128) + 2 * 2 * 128  # q, k, v, out; fc1; fc2; norms
+    assert sync["bytes"] == 2 * ((259 + 514) * 128 + 2 * layer + 2 * 128)
     assert any(sample["before"] != sample["after"] for sample in summary["samples"])
     assert summary["train"]["tokens"] > 0 and summary["train"]["loss"] > 0
     assert set(summary["versions"]) == {"python", "torch", "vllm", "torchao", "ray", "transformers"}
