@@ -27,6 +27,7 @@ import time
 from pathlib import Path
 from typing import Literal
 
+import psutil
 import ray
 import torch
 import torchao
@@ -348,9 +349,7 @@ def resolve(config: Config, gpus: int) -> tuple[Config, str]:
             f"What fits here: python {Path(sys.argv[0]).name} {fits.strip()}"
         )
     if not gpus:
-        print(
-            "No GPU found: running the same processes on the CPU (by default gloo, weight-only FP8 and a tiny model)."
-        )
+        print("No GPU found: running the same processes on the CPU (gloo; by default weight-only FP8, a tiny model).")
     model, quantization = ("facebook/opt-125m", "fp8-dynamic") if gpus else ("tiny", "fp8-weight-only")
     return dataclasses.replace(
         config,
@@ -409,6 +408,15 @@ def connect(config: Config) -> int:
     private = {} if config.ray_address else {"num_cpus": 2 + config.tensor_parallel_size, "include_dashboard": False}
     ray.init(config.ray_address or "local", runtime_env={"env_vars": actor_environment()}, **private)
     return int(ray.cluster_resources().get("GPU", 0))
+
+
+def disconnect() -> None:
+    """Leave Ray; of a private cluster nothing stays (Ray kills its raylet after a second and may orphan its agents)."""
+    started = psutil.Process().children(recursive=True)
+    ray.shutdown()
+    for process in psutil.wait_procs(started, timeout=5)[1]:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
 
 
 def start_trainer(config: Config, path: str, cleanup: contextlib.ExitStack):
@@ -505,8 +513,9 @@ def main(config: Config) -> dict:
     began = time.perf_counter()
     prompts = read_prompts(config.prompts_file)
     with contextlib.ExitStack() as cleanup:
-        cleanup.callback(ray.shutdown)
+        cleanup.callback(disconnect)
         config, device = resolve(config, connect(config))
+        torchao_config(config.quantization)  # what is wrong with it should show before anything starts
         path = find_model(config.model, cleanup.enter_context(tempfile.TemporaryDirectory()), config.seed)
         print(f"Starting trainer ({config.trainer_device}) and engine ({device}, TP={config.tensor_parallel_size}) ...")
         trainer = start_trainer(config, path, cleanup)  # first, so that it gets GPU 0

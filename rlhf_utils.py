@@ -8,8 +8,8 @@ are called by name with `collective_rpc`. Three rules decide the code:
 
 1. One reload session for a whole update. `model.load_weights` outside a session rebuilds every layer that it
    touches from uninitialized memory, so a call per parameter destroys a quantized model.
-2. A rank never leaves a broadcast early (`use_all`). Whatever fails while loading is kept until the last bucket has come
-   in; otherwise the sender waits for ever.
+2. A rank never leaves a broadcast early (`use_all`). Whatever fails while loading is kept until the last bucket
+   has come in; otherwise the sender waits for ever.
 3. All ranks agree on errors (`agreed`). One reply too many in vLLM's executor is taken for the answer to the next call.
 
 vLLM is imported where it is used: the trainer process starts without it.
@@ -259,7 +259,7 @@ def use_all(buckets: Iterator[Weights], use: Callable[[Weights], None]) -> int:
 class ReloadSession:
     """One update of a whole vLLM model in place: open it, `load` every weight once in any number of calls, close.
 
-    The tensors keep their addresses, so captured CUDA graphs see the new weights. A session that failed has to be closed
+    The tensors keep their addresses, so captured CUDA graphs see the new weights. A session that failed is to be closed
     too (`complete=False`): the model can then be reloaded, but holds no valid weights until a session was complete.
     """
 

@@ -14,7 +14,6 @@ from pathlib import Path
 from harness import driver, seed_demonstration, seed_group, sync_versus_cold_start
 from random_models import build_random_model
 
-import ray
 import torch
 import tyro
 
@@ -38,7 +37,7 @@ def main(check: Check) -> None:
         folder = Path(cleanup.enter_context(tempfile.TemporaryDirectory()))
         old, new = (build_random_model(folder / str(seed), check.shape, seed) for seed in (1, 2))
         torch.cuda.empty_cache()
-        cleanup.callback(ray.shutdown)
+        cleanup.callback(driver.disconnect)
         config, device = driver.resolve(check, driver.connect(check))
         own_device = torch.device("cuda:0" if config.trainer_device == "cuda" else "cpu")
 

@@ -4,7 +4,6 @@ import contextlib
 from types import SimpleNamespace
 
 import pytest
-import ray
 import torch
 from harness import Remote, driver
 from random_models import build_random_model
@@ -31,7 +30,7 @@ def config():
     config, device = driver.resolve(driver.Config(verify=True), driver.connect(driver.Config()))
     assert device == "cpu", "the tests are written for a machine without a GPU"
     yield config
-    ray.shutdown()
+    driver.disconnect()
 
 
 @pytest.fixture(scope="session")

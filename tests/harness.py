@@ -106,7 +106,7 @@ def sync_versus_cold_start(
 ) -> dict:
     """Start an engine from checkpoint `old`, sync it to a trainer with `new`, compare with an engine fresh from `new`.
 
-    Needs a running Ray. `then(llm, new)` is called at the end. Returns what was measured, with the median of `more_syncs`.
+    Needs a running Ray. `then(llm, new)` is called at the end. Returns measurements, some medians of `more_syncs`.
     """
     result, start = {}, time.perf_counter()
     with contextlib.ExitStack() as cleanup:
