@@ -121,6 +121,7 @@ class MyLLM(LLM):
         return "MyLLM"
 
     def collective_rpc(self, method, timeout=None, args=(), kwargs=None):
+        """Call a method of every worker; keeps account of updates."""
         if method in ("update_weight", "receive_weights"):
             self.torn = f"the weight update after version {self.weights_version} has not been completed"
         results = super().collective_rpc(method, timeout, args, kwargs)
@@ -132,6 +133,7 @@ class MyLLM(LLM):
         return results
 
     def generate(self, *args, **kwargs):
+        """LLM.generate, unless the weights are torn."""
         if self.torn:
             raise RuntimeError(f"refusing to generate: {self.torn}; sync a complete set of weights first")
         return super().generate(*args, **kwargs)

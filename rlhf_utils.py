@@ -50,7 +50,10 @@ class GlooGroup:
         """Send `tensor` (contiguous, any dtype) from rank `src` to the same tensor of every other rank; blocks."""
         options = dist.BroadcastOptions()
         options.rootRank = src
-        self.gloo.broadcast([as_bytes(tensor)], options).wait()
+        data = as_bytes(tensor)
+        host = data.cpu()  # `data` itself if that is on the CPU
+        self.gloo.broadcast([host], options).wait()
+        data.copy_(host)
 
 
 def stateless_init_process_group(
