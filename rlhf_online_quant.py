@@ -93,7 +93,7 @@ class Config:
     seed: int = 0
     """Of the tiny model's weights and of sampling."""
     bucket_mib: int = 256
-    """Weights travel in buckets of this size (MiB); each side needs up to two."""
+    """Weights travel in buckets of this size (MiB); a larger weight gets its own."""
     verify: bool = False
     """After the sync, quantize the trainer's weights independently and compare every shard bit for bit."""
     timeout_s: float = 120.0

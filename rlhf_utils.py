@@ -205,7 +205,7 @@ def digest(tensor: torch.Tensor) -> torch.Tensor:
 def send_weights(model: torch.nn.Module, manifest: Manifest, group, device: torch.device, bucket_bytes: int) -> int:
     """Rank 0: cast and pack each bucket, broadcast it, and at the end broadcast the digests of what was sent.
 
-    `device` is the model's. All runs on one stream, so one bucket is all the extra memory. Returns how many there were.
+    `device` is the model's. All runs on one stream, so a bucket can take the last one's memory. Returns how many.
     """
     weights, digests = named_weights(model), []
     for size, slots in plan_buckets(manifest, bucket_bytes):
@@ -262,7 +262,7 @@ def use_all(buckets: Iterator[Weights], use: Callable[[Weights], None]) -> int:
 class ReloadSession:
     """One update of a whole vLLM model in place: open it, `load` every weight once in any number of calls, close.
 
-    The tensors keep their addresses, so captured CUDA graphs see the new weights. A session that failed is to be closed
+    The tensors keep their addresses, as captured CUDA graphs need. A session that failed is to be closed
     too (`complete=False`): the model can then be reloaded, but holds no valid weights until a session was complete.
     """
 
@@ -302,19 +302,9 @@ class ReloadSession:
                 module.quant_method.process_weights_after_loading(module)
         repair_zero_rows(self.model.parameters())
         if complete:
-            check_manifest(self.received, expected_weights(self.worker.model_config))
+            check_manifest(self.received, self.worker.expected_weights)
             if stale := sorted(self.parameters - self.loaded):
                 raise ValueError(f"{len(stale)} engine parameters got no weight and are stale: {', '.join(stale)}")
-
-
-def expected_weights(model_config) -> dict[str, tuple[int, ...]]:
-    """Shape of every weight, by name, of a Hugging Face model of the engine's own config."""
-    from transformers import AutoModelForCausalLM
-
-    trust = model_config.trust_remote_code
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(model_config.hf_config, trust_remote_code=trust)
-    return {name: tuple(weight.shape) for name, weight in named_weights(model).items()}
 
 
 def repair_zero_rows(parameters: Iterable[torch.Tensor]) -> int:
@@ -462,6 +452,16 @@ class WorkerExtension:
     last_digests: torch.Tensor | None = None
     weights_changed = False
 
+    @functools.cached_property
+    def expected_weights(self) -> dict[str, tuple[int, ...]]:
+        """Shape of every weight, by name, of a Hugging Face model of the engine's own config; built once."""
+        from transformers import AutoModelForCausalLM
+
+        config, trust = self.model_config.hf_config, self.model_config.trust_remote_code
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust)
+        return {name: tuple(weight.shape) for name, weight in named_weights(model).items()}
+
     @agreed
     def init_weight_update_group(
         self, master_address: str, master_port: int, rank_offset: int, world_size: int, backend=None, timeout_s=60.0
@@ -482,7 +482,7 @@ class WorkerExtension:
     @agreed
     def check_weight_manifest(self, manifest: Manifest) -> None:
         """Raise one ValueError with all that is wrong, before a byte moves."""
-        check_manifest(manifest, expected_weights(self.model_config))
+        check_manifest(manifest, self.expected_weights)
 
     @agreed
     def receive_weights(self, manifest: Manifest, bucket_bytes: int = BUCKET_BYTES) -> dict:

@@ -4,21 +4,20 @@ import contextlib
 from types import SimpleNamespace
 
 import pytest
-import torch
 from harness import Remote, driver
 from random_models import build_random_model
 
 
 @pytest.fixture(scope="session")
 def models(tmp_path_factory):
-    """`models(shape)` returns the folders of two checkpoints: BF16, and FP32 that BF16 cannot hold exactly."""
+    """`models(shape)` returns the folders of two BF16 checkpoints."""
     built = {}
 
     def build(shape: str) -> tuple[str, str]:
         if shape not in built:
             folder = tmp_path_factory.mktemp(shape)
             old = build_random_model(folder / "old", shape, seed=1)
-            built[shape] = old, build_random_model(folder / "new", shape, seed=2, dtype=torch.float32)
+            built[shape] = old, build_random_model(folder / "new", shape, seed=2)
         return built[shape]
 
     return build

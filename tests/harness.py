@@ -104,15 +104,18 @@ def sync(config: driver.Config, trainer, llm, **overrides) -> dict:
 def sync_versus_cold_start(
     config: driver.Config, old: str, new: str, device: str, more_syncs: int = 0, visible_gpus: str = "", then=None
 ) -> dict:
-    """Start an engine from checkpoint `old`, sync it to a trainer with `new`, compare with an engine fresh from `new`.
+    """Trainer and engine start from checkpoint `old`; train a step, save to `new`, sync, compare with an engine from `new`.
 
     Needs a running Ray. `then(llm, new)` is called at the end. Returns measurements, some medians of `more_syncs`.
     """
     result, start = {}, time.perf_counter()
     with contextlib.ExitStack() as cleanup:
-        fresh = cleanup.enter_context(fresh_engine(config, new, device, visible_gpus))
-        trainer = driver.start_trainer(config, new, cleanup)
+        trainer = driver.start_trainer(config, old, cleanup)
         actor = driver.start_engine(config, old, device, cleanup)
+        rollouts = [(list(range(3, 13)), list(range(13 + row, 29 + row))) for row in range(4)]
+        training = [trainer.train_step.remote(rollouts), trainer.save_pretrained.remote(new)]
+        result["train"], _ = driver.wait(training, 10 * config.timeout_s, "training and saving")
+        fresh = cleanup.enter_context(fresh_engine(config, new, device, visible_gpus))
         driver.join_group(config, device, trainer, actor)
         result["ranks"] = driver.prove_fp8(actor, config)
         result["startup_s"] = time.perf_counter() - start

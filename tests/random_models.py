@@ -51,16 +51,14 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>")
 
 
-def build_random_model(
-    folder: str | Path, shape: str = "tiny-opt", seed: int = 0, dtype: torch.dtype = torch.bfloat16
-) -> str:
-    """Write a random model of one of SHAPES in Hugging Face format to `folder`; returns the folder.
+def build_random_model(folder: str | Path, shape: str = "tiny-opt", seed: int = 0) -> str:
+    """Write a random BF16 model of one of SHAPES in Hugging Face format to `folder`; returns the folder.
 
     No weight stays at 0 or 1 (biases, norms), so that a swapped or forgotten tensor shows.
     """
     set_seed(seed)
     with torch.device("cuda" if torch.cuda.is_available() else "cpu"), torch.no_grad():
-        model = AutoModelForCausalLM.from_config(SHAPES[shape], dtype=dtype)
+        model = AutoModelForCausalLM.from_config(SHAPES[shape], dtype=torch.bfloat16)
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter), alpha=0.1 if shape.startswith("tiny") else 0.01)
     model.save_pretrained(folder)

@@ -31,18 +31,18 @@ def rejoin(config, pair) -> None:
 
 @pytest.mark.parametrize("shape", ["tiny-opt", "tiny-qwen3", "tiny-llama"])
 @pytest.mark.parametrize("tensor_parallel_size", [1, 2])
-def test_sync_equals_cold_start(config, models, shape, tensor_parallel_size):
+def test_sync_equals_cold_start(config, models, tmp_path, shape, tensor_parallel_size):
     """Guards against stale, swapped, half-loaded or twice-rounded weights, and a tied head's packed old copy."""
-    config = dataclasses.replace(config, tensor_parallel_size=tensor_parallel_size, bucket_mib=1)
-    result = sync_versus_cold_start(config, *models(shape), "cpu", more_syncs=1)
+    config = dataclasses.replace(config, tensor_parallel_size=tensor_parallel_size, bucket_mib=1, learning_rate=1e-2)
+    result = sync_versus_cold_start(config, models(shape)[0], str(tmp_path), "cpu", more_syncs=1)
     assert result["sync"]["compared_tensors"] == result["tensors"]  # --verify looked at every tensor of every rank
     assert result["sync"]["weights_version"] == 1
 
 
-def test_unquantized_sync_equals_cold_start(config, models):
+def test_unquantized_sync_equals_cold_start(config, models, tmp_path):
     """The BF16 control. On the CPU vLLM hides its linear weights in packed copies, so only outputs can tell."""
-    config = dataclasses.replace(config, tensor_parallel_size=1, quantization="none")
-    result = sync_versus_cold_start(config, *models("tiny-qwen3"), "cpu")
+    config = dataclasses.replace(config, tensor_parallel_size=1, quantization="none", learning_rate=1e-2)
+    result = sync_versus_cold_start(config, models("tiny-qwen3")[0], str(tmp_path), "cpu")
     assert result["ranks"][0]["fp8_linear_layers"] == 0 and len(result["sync"]["hidden_tensors"]) == 8
 
 
