@@ -104,7 +104,7 @@ def sync(config: driver.Config, trainer, llm, **overrides) -> dict:
 def sync_versus_cold_start(
     config: driver.Config, old: str, new: str, device: str, more_syncs: int = 0, visible_gpus: str = "", then=None
 ) -> dict:
-    """Trainer and engine start from checkpoint `old`; train a step, save to `new`, sync, compare with an engine from `new`.
+    """Both start from checkpoint `old`; train a step, save to `new`, sync, compare with an engine from `new`.
 
     Needs a running Ray. `then(llm, new)` is called at the end. Returns measurements, some medians of `more_syncs`.
     """
