@@ -511,12 +511,12 @@ def prove_fp8(llm, config: Config) -> list[dict]:
 
 def main(config: Config) -> dict:
     """Run once and return what summary.json holds."""
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     began = time.perf_counter()
     prompts = read_prompts(config.prompts_file)
     with contextlib.ExitStack() as cleanup:
         cleanup.callback(disconnect)
         config, device = resolve(config, connect(config))
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # Ray's own handler would kill the cluster at once
         torchao_config(config.quantization)  # what is wrong with it should show before anything starts
         path = find_model(config.model, cleanup.enter_context(tempfile.TemporaryDirectory()), config.seed)
         print(f"Starting trainer ({config.trainer_device}) and engine ({device}, TP={config.tensor_parallel_size}) ...")
