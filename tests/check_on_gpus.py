@@ -28,8 +28,6 @@ class Check(driver.Config):
     """Repetitions for the median."""
     seed_loop: bool = False
     """Also run the seed's per-parameter loop, with the trainer's weights and with zeros."""
-    fresh_gpus: str | None = None
-    """GPUs of the fresh engine; default: the first ones."""
     gpu_memory_utilization: float = 0.4
     """Two engines may share a GPU here."""
 
@@ -55,7 +53,7 @@ def main(check: Check) -> None:
             new,
             device,
             check.more_syncs,
-            visible_gpus=check.fresh_gpus or ",".join(map(str, range(config.tensor_parallel_size))),
+            visible_gpus=",".join(map(str, range(config.tensor_parallel_size))),
             then=demonstrate if check.seed_loop else None,
         )
     config.output_dir.mkdir(parents=True, exist_ok=True)

@@ -3,7 +3,6 @@
 import contextlib
 import json
 import os
-import shutil
 import statistics
 import subprocess
 import sys
@@ -63,7 +62,7 @@ def fresh_engine(config: driver.Config, path: str, device: str, visible_gpus: st
     environment = os.environ | driver.actor_environment() | {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
     environment["OMP_NUM_THREADS"] = "1"  # as Ray sets it for the engine: the count changes the last bits on the CPU
     if device == "cuda":
-        environment["CUDA_VISIBLE_DEVICES"] = visible_gpus
+        environment |= {"CUDA_VISIBLE_DEVICES": visible_gpus, "VLLM_CACHE_ROOT": f"{path}/vllm_cache"}
     process = subprocess.Popen(
         [sys.executable, __file__, json.dumps(arguments)],
         env=environment,
@@ -107,7 +106,7 @@ def sync_versus_cold_start(
 ) -> dict:
     """Both start from checkpoint `old`; train a step, save to `new`, sync, compare with an engine from `new`.
 
-    Needs a running Ray. `then(llm, checkpoint)` is called at the end. Returns measurements, some medians of `more_syncs`.
+    Needs a running Ray. `then(llm, new)` is called at the end. Returns measurements, some medians of `more_syncs`.
     """
     result, start = {}, time.perf_counter()
     with contextlib.ExitStack() as cleanup:
@@ -116,17 +115,10 @@ def sync_versus_cold_start(
         rollouts = [(list(range(3, 13)), list(range(13 + row, 29 + row))) for row in range(4)]
         training = [trainer.train_step.remote(rollouts), trainer.save_pretrained.remote(new)]
         result["train"], _ = driver.wait(training, 10 * config.timeout_s, "training and saving")
-        checkpoint, compiled = new, device == "cuda" and not config.enforce_eager
-        if not compiled:
-            fresh = cleanup.enter_context(fresh_engine(config, new, device, visible_gpus))
+        fresh = cleanup.enter_context(fresh_engine(config, new, device, visible_gpus))
         driver.join_group(config, device, trainer, actor)
         result["ranks"] = driver.prove_fp8(actor, config)
         result["startup_s"] = time.perf_counter() - start
-        if compiled:  # after the first, and under its path: tuning times kernels, so both must share vLLM's cache
-            os.rename(old, f"{old}_at_start")
-            checkpoint = shutil.move(new, old)
-            shutil.copy(f"{old}_at_start/config.json", old)
-            fresh = cleanup.enter_context(fresh_engine(config, old, device, visible_gpus))
         llm = Remote(actor)
         before = generate(llm)
         result["sync"] = sync(config, trainer, actor)
@@ -139,7 +131,7 @@ def sync_versus_cold_start(
             result["again_s"] = statistics.median(s["seconds"] for s in again)
             result["sender_s"] = statistics.median(s["sender"]["seconds"] for s in again)
         if then is not None:
-            result["then"] = then(llm, checkpoint)
+            result["then"] = then(llm, new)
         assert_same(synced, fresh())
         result["tensors"] = len(synced["checksums"])
     return result
