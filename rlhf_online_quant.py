@@ -5,25 +5,38 @@
       `-- engine    Ray actor MyLLM(vllm.LLM)   FP8 through torchao, tensor parallel on GPUs 1-2
             weights: trainer == NCCL broadcast, full precision ==> each worker, quantized on arrival
 
-It starts both sides, proves that the engine is FP8, generates, takes an optimizer step, syncs, verifies what arrived,
-and generates again. Two things differ from the example that is usually copied:
+A step (`rlhf_training_iteration`): the engine samples G answers to each prompt; a function rewards them; the trainer
+measures how far the FP8 engine's probabilities are from its own, corrects for it, takes an optimizer step and sends its
+weights to the engine. Textbook PPO without a value network (advantages come from the group) and without generation
+that runs beside training (every answer comes from the newest weights).
+
+Two things differ from the example that is usually copied:
 
 - `quantization="torchao"` is passed beside the torchao config. The config alone is ignored and the engine stays BF16.
 - A sync is one reload session. `load_weights` once per parameter leaves a quantized engine with uninitialized memory.
 
 Without a GPU the same processes run on the CPU (gloo, weight-only FP8, a tiny random model).
+
+Names of dimensions: P prompts, G samples per prompt, B sequences of a micro-batch, T tokens, V vocabulary, N all sampled
+tokens of a step. `rewards_PG` has the shape (P, G).
 """
 
 import contextlib
+import copy
 import dataclasses
+import importlib
 import json
 import math
 import os
+import random
+import re
+import shutil
 import signal
 import socket
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
 
@@ -58,50 +71,92 @@ PROMPTS = [
     "The capital of France is",
     "The future of AI is",
 ]
+# Mismatch KL (nats per token) that is nothing to worry about. "none" is BF16's rounding of the trainer's FP32 weights.
+USUAL_KL = {"none": 5e-3, "fp8": 5e-2}
 
 
 @dataclasses.dataclass
 class Config:
-    """RL with an FP8 vLLM rollout engine, quantized online: one verified weight sync, before and after."""
+    """RL with an FP8 vLLM rollout engine, quantized online."""
 
     model: str = "auto"
     """Hugging Face name, local folder, or `tiny` (random, built here). `auto`: facebook/opt-125m on GPUs, else tiny."""
-    tensor_parallel_size: int = 2
-    """GPUs of the engine (CPU: processes). The trainer's GPU comes on top."""
     trainer_device: Literal["auto", "cuda", "cpu"] = "auto"
     """Where the trainer runs; `auto` takes a GPU if the cluster has any."""
-    quantization: str = "auto"
-    """`fp8-dynamic` (`auto` on GPUs), `fp8-weight-only` (`auto` on CPU), `none`, or a torchao config's JSON file."""
     trainer_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Precision of the trainer's weights. The engine computes in bfloat16, so that is what goes over the wire."""
-    learning_rate: float = 1e-4
-    """AdamW's step size."""
+
+    tensor_parallel_size: int = 2
+    """GPUs of an engine (CPU: processes). The trainer's GPU comes on top."""
+    num_engines: int = 1
+    """Engines that share the prompts of a step; each has its own tensor-parallel group."""
+    quantization: str = "auto"
+    """`fp8-dynamic` (`auto` on GPUs), `fp8-weight-only` (`auto` on CPU), `none`, or a torchao config's JSON file."""
     enforce_eager: bool = False
     """Start faster and generate much more slowly: no compilation, no CUDA graphs. Always so on the CPU."""
     max_model_len: int = 512
     """Longest prompt plus completion, in tokens."""
     gpu_memory_utilization: float = 0.8
     """Share of each engine GPU that vLLM may fill with weights and KV cache."""
+
+    steps: int = 20
+    """Training steps: rollouts, rewards, optimizer, sync. 0 only starts, syncs and samples."""
     prompts_file: Path | None = None
-    """UTF-8 text, one prompt a line. Default: the four prompts of vLLM's examples."""
+    """UTF-8 text, one prompt a line. Default: sums for `--reward arithmetic`, else four prompts of vLLM's examples."""
+    reward: str = "letters"
+    """`letters` (share of a-z, learnable from scratch), `arithmetic` (is the sum right?), or `module:function`, which
+    takes a list of prompts and a list of completions (str) and returns a list of floats."""
+    prompts_per_step: int = 8
+    """P, prompts per step."""
+    samples_per_prompt: int = 16
+    """G, completions per prompt; advantages are relative to their mean."""
     max_tokens: int = 32
-    """Longest completion, in tokens."""
-    temperature: float = 0.7
-    """Of the rollouts that the trainer learns from; 0 is greedy. The samples before and after are always greedy."""
-    top_p: float = 1.0
-    """Rollouts sample from the smallest set of tokens that holds this probability."""
+    """Longest completion, in tokens. A completion cut off there is rewarded and learned from like any other."""
+    temperature: float = 1.0
+    """Of the rollouts. The samples before and after training are always greedy."""
+
+    learning_rate: float | None = None
+    """AdamW's step size. Default: 1e-6, and 5e-4 for the tiny model."""
+    epochs: int = 1
+    """Optimizer steps per rollout batch, each on all of it. PPO's clipping matters from the second on."""
+    clip: float = 0.2
+    """PPO: the probability ratio to the policy before the step counts within 1 - clip and 1 + clip."""
+    kl_coef: float = 0.0
+    """Weight of the KL divergence to the initial policy in the loss; above 0 the trainer keeps a frozen copy."""
+    correction: Literal["token-truncate", "sequence-mask", "none"] = "token-truncate"
+    """How the loss corrects for sampling with FP8: see `importance_weights`."""
+    correction_cap: float = 2.0
+    """C, the largest importance weight."""
+    max_grad_norm: float = 1.0
+    """Gradients are scaled down to this norm."""
+    tokens_per_microbatch: int = 8192
+    """Longest forward and backward pass (padded tokens); gradients accumulate over as many as the batch needs."""
+    gradient_checkpointing: bool = False
+    """Less memory, about a third more computation."""
+
+    output_dir: Path = Path("outputs")
+    """Gets metrics.jsonl, curves.png, summary.json, and checkpoint/ at the end."""
+    save_every: int = 0
+    """Steps between checkpoints; 0 saves at the end only."""
+    resume: Path | None = None
+    """A checkpoint folder of an earlier run: go on from its model, optimizer and step."""
+    track: Literal["none", "trackio", "wandb"] = "none"
+    """Send the metrics there too (install it yourself)."""
     seed: int = 0
-    """Of the tiny model's weights and of sampling."""
+    """Of the tiny model's weights, of prompts and of sampling. The same seed gives the same curve on the CPU."""
     bucket_mib: int = 256
     """Weights travel in buckets of this size (MiB); a larger weight gets its own."""
     verify: bool = False
-    """After the sync, quantize the trainer's weights independently and compare every shard bit for bit."""
+    """After the first sync, quantize the trainer's weights independently and compare every shard bit for bit."""
     timeout_s: float = 120.0
     """Longest wait (seconds) for one sync, generation or training step; start-up may take ten times as long."""
     ray_address: str | None = None
     """An existing Ray cluster, such as `auto` or `10.0.0.1:6379`. Default: start a private one."""
-    output_dir: Path = Path("outputs")
-    """Gets summary.json."""
+
+    @property
+    def world_size(self) -> int:
+        """Ranks of the weight-update group: the trainer and every engine's workers."""
+        return 1 + self.num_engines * self.tensor_parallel_size
 
 
 # ----- The engine ----------------------------------------------------------------------------------------------------
@@ -154,9 +209,13 @@ def torchao_config(quantization: str) -> AOBaseConfig | None:
         SystemExit: neither a known name nor a readable torchao config.
     """
     named = {
-        # The lower bound keeps an all-zero activation row from being divided by its scale of 0; nothing else changes.
-        "fp8-dynamic": Float8DynamicActivationFloat8WeightConfig(granularity=PerRow(), activation_value_lb=1e-12),
-        "fp8-weight-only": Float8WeightOnlyConfig(),
+        # The lower bound keeps an all-zero activation row from being divided by its scale of 0; no other row changes.
+        # Inductor's settings stay vLLM's: torchao's tune every kernel by timing, which takes minutes and is not
+        # repeatable.
+        "fp8-dynamic": Float8DynamicActivationFloat8WeightConfig(
+            granularity=PerRow(), activation_value_lb=1e-12, set_inductor_config=False
+        ),
+        "fp8-weight-only": Float8WeightOnlyConfig(set_inductor_config=False),
         "none": None,
     }
     if quantization in named:
@@ -184,6 +243,7 @@ def engine_arguments(config: Config, path: str, device: str) -> dict:
         max_model_len=config.max_model_len,
         gpu_memory_utilization=config.gpu_memory_utilization,
         seed=config.seed,
+        logprobs_mode="processed_logprobs",  # of the distribution that is sampled from, temperature included
         disable_log_stats=True,
     )
     if quantization := torchao_config(config.quantization):
@@ -198,36 +258,90 @@ def engine_arguments(config: Config, path: str, device: str) -> dict:
 class Trainer:
     """The full-precision side: model, optimizer, and rank 0 of the weight-update group."""
 
-    def __init__(self, model: str, device: str, dtype: str, learning_rate: float):
-        self.device = torch.device(device)
-        self.model = transformers.AutoModelForCausalLM.from_pretrained(model, dtype=dtype).to(self.device)
-        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=learning_rate)
+    def __init__(self, config: Config, path: str):
+        self.config, self.path, self.device = config, path, torch.device(config.trainer_device)
+        model_config = transformers.AutoConfig.from_pretrained(path)
+        for name in vars(model_config):  # the engine has no dropout: with it, trainer and engine would be two policies
+            if "dropout" in name or "layerdrop" in name:
+                setattr(model_config, name, 0.0)
+        load = transformers.AutoModelForCausalLM.from_pretrained
+        self.model = load(path, config=model_config, dtype=config.trainer_dtype).to(self.device).train()
+        if config.gradient_checkpointing:
+            self.model.gradient_checkpointing_enable()
+        self.reference = copy.deepcopy(self.model) if config.kl_coef else None
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=config.learning_rate)
+        self.step = 0
+        if config.resume:
+            state = torch.load(config.resume / "trainer.pt", map_location=self.device, weights_only=True)
+            self.optimizer.load_state_dict(state["optimizer"])
+            self.step = state["step"]
 
-    def train_step(self, rollouts: list[tuple[list[int], list[int]]]) -> dict:
-        """One AdamW step on the mean negative log-likelihood (nats per token) of the completions' tokens.
+    def get_step(self) -> int:
+        """How many training steps the model has behind it."""
+        return self.step
+
+    def train_step(self, rollouts: list[dict]) -> dict:
+        """`epochs` AdamW steps on a batch of rollouts; returns metrics (see README's glossary).
 
         Args:
-            rollouts: (prompt token ids, completion token ids) pairs.
+            rollouts: dicts with `prompt` and `completion` (token ids), `logprobs` (the engine's, one per completion
+                token, in nats) and `advantage`.
         """
-        start = time.perf_counter()
-        longest = max(len(prompt) + len(completion) for prompt, completion in rollouts)
-        tokens_BT = torch.zeros(len(rollouts), longest, dtype=torch.long)
-        attend_BT, learn_BT = torch.zeros_like(tokens_BT), torch.zeros_like(tokens_BT, dtype=torch.bool)
-        for row, (prompt, completion) in enumerate(rollouts):
-            end = len(prompt) + len(completion)
-            tokens_BT[row, :end] = torch.tensor(prompt + completion)
-            attend_BT[row, :end] = 1
-            learn_BT[row, len(prompt) : end] = True
-        tokens_BT, attend_BT, learn_BT = (t.to(self.device) for t in (tokens_BT, attend_BT, learn_BT))
-        logits_BTV = self.model(input_ids=tokens_BT, attention_mask=attend_BT).logits[:, :-1].float()
-        nll_N = torch.nn.functional.cross_entropy(
-            logits_BTV[learn_BT[:, 1:]], tokens_BT[:, 1:][learn_BT[:, 1:]], reduction="none"
+        config, start = self.config, time.perf_counter()
+        reset_peak_memory(self.device)
+        batches = [self._pad(part) for part in split_by_tokens(rollouts, config.tokens_per_microbatch)]
+        tokens = sum(int(batch["mask_BT"].sum()) for batch in batches)
+        sums = dict.fromkeys(("loss", "ppo_clipped", "corrected", "reference_kl"), 0.0)
+        for epoch in range(config.epochs):
+            for batch in batches:
+                logprobs_BT = self._logprobs(self.model, batch)
+                if epoch == 0:
+                    batch["old_BT"] = logprobs_BT.detach()
+                    if self.reference:
+                        with torch.no_grad():
+                            batch["reference_BT"] = self._logprobs(self.reference, batch)
+                loss, metrics = compute_ppo_loss(logprobs_BT, batch, config)
+                (loss / tokens).backward()
+                sums = {name: value + float(metrics[name]) for name, value in sums.items()}
+            grad_norm = float(torch.nn.utils.clip_grad_norm_(self.model.parameters(), config.max_grad_norm))
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+        self.step += 1
+        old_N = torch.cat([batch["old_BT"][batch["mask_BT"]] for batch in batches])
+        engine_N = torch.cat([batch["engine_BT"][batch["mask_BT"]] for batch in batches])
+        return (
+            {name: value / tokens / config.epochs for name, value in sums.items()}
+            | measure_mismatch(old_N, engine_N)
+            | {"grad_norm": grad_norm, "train_s": time.perf_counter() - start}
+            | {"trainer_gib": peak_memory_gib(self.device, 0) or psutil.Process().memory_info().rss / 2**30}
         )
-        loss = nll_N.mean()
-        loss.backward()
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        return {"loss": loss.item(), "tokens": nll_N.numel(), "seconds": time.perf_counter() - start}
+
+    def _pad(self, rollouts: list[dict]) -> dict[str, torch.Tensor]:
+        """One micro-batch, padded on the right. Position t predicts token t + 1; the mask holds the completions'."""
+        longest = max(len(rollout["prompt"] + rollout["completion"]) for rollout in rollouts)
+        tokens_BL = torch.zeros(len(rollouts), longest, dtype=torch.long)
+        attend_BL, mask_BL, engine_BL = torch.zeros_like(tokens_BL), tokens_BL.bool(), tokens_BL.float()
+        for row, rollout in enumerate(rollouts):
+            start, end = len(rollout["prompt"]), len(rollout["prompt"] + rollout["completion"])
+            tokens_BL[row, :end] = torch.tensor(rollout["prompt"] + rollout["completion"])
+            attend_BL[row, :end] = 1
+            mask_BL[row, start:end] = True
+            engine_BL[row, start:end] = torch.tensor(rollout["logprobs"])
+        batch = {
+            "tokens_BL": tokens_BL,
+            "attend_BL": attend_BL,
+            "mask_BT": mask_BL[:, 1:],
+            "engine_BT": engine_BL[:, 1:],
+            "advantages_B1": torch.tensor([[rollout["advantage"]] for rollout in rollouts]),
+        }
+        return {name: tensor.to(self.device) for name, tensor in batch.items()}
+
+    def _logprobs(self, model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        """Log-probability (nats, at the rollouts' temperature) of each next token, shape (B, T)."""
+        tokens_BL = batch["tokens_BL"]
+        logits_BTV = model(input_ids=tokens_BL, attention_mask=batch["attend_BL"]).logits[:, :-1].float()
+        logits_BVT = logits_BTV.transpose(1, 2) / self.config.temperature
+        return -torch.nn.functional.cross_entropy(logits_BVT, tokens_BL[:, 1:], reduction="none")
 
     def open_rendezvous(self, address: str | None) -> tuple[str, int]:
         """Hold a listening socket on `address` (None: this node's own) and a free port; returns both."""
@@ -257,10 +371,177 @@ class Trainer:
             "extra_gib": peak_memory_gib(self.device, before),
         }
 
-    def save_pretrained(self, folder: str) -> None:
+    def save_pretrained(self, folder: str | Path) -> None:
         """Write model and tokenizer in Hugging Face format."""
         self.model.save_pretrained(folder)
-        transformers.AutoTokenizer.from_pretrained(self.model.name_or_path).save_pretrained(folder)
+        transformers.AutoTokenizer.from_pretrained(self.path).save_pretrained(folder)
+
+    def save_checkpoint(self, folder: Path) -> None:
+        """Write all that `--resume` needs; the folder appears when it is complete."""
+        aside = folder.with_name(folder.name + ".incomplete")
+        self.save_pretrained(aside)
+        torch.save({"optimizer": self.optimizer.state_dict(), "step": self.step}, aside / "trainer.pt")
+        shutil.rmtree(folder, ignore_errors=True)
+        aside.rename(folder)
+
+
+# ----- The objective: pure functions of numbers -----------------------------------------------------------------------
+
+
+def compute_advantages(rewards_PG: torch.Tensor) -> torch.Tensor:
+    """Rewards, centred and scaled within each group, as in GRPO (Shao et al. 2024, arXiv:2402.03300, section 4.1.2).
+
+    >>> compute_advantages(torch.tensor([[0.0, 0.0, 1.0, 1.0], [3.0, 3.0, 3.0, 3.0]]))
+    tensor([[-0.8660, -0.8660,  0.8660,  0.8660],
+            [ 0.0000,  0.0000,  0.0000,  0.0000]])
+    """
+    centred_PG = rewards_PG - rewards_PG.mean(dim=1, keepdim=True)
+    return centred_PG / (rewards_PG.std(dim=1, keepdim=True) + 1e-6)
+
+
+def importance_weights(
+    old_BT: torch.Tensor, engine_BT: torch.Tensor, mask_BT: torch.Tensor, correction: str, cap: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Weights that correct for tokens having been sampled by the engine and not by the trainer; and where `cap` acted.
+
+    With r = trainer's probability / engine's, of the same token under the same weights:
+      - `token-truncate`: min(r, cap) for each token. Truncated importance sampling: Ionides 2008, "Truncated Importance
+        Sampling"; for rollout engines Yao et al. 2025, "Your Efficient RL Framework Secretly Brings You Off-Policy RL".
+      - `sequence-mask`: the product of r over the completion, or 0 if that exceeds cap. Liu et al. 2025, "When Speed
+        Kills Stability: Demystifying RL Collapse from the Training-Inference Mismatch".
+      - `none`: 1.
+    """
+    log_ratio_BT = (old_BT - engine_BT) * mask_BT
+    if correction == "none":
+        return torch.ones_like(old_BT), torch.zeros_like(mask_BT)
+    if correction == "token-truncate":
+        return log_ratio_BT.exp().clamp(max=cap), log_ratio_BT > math.log(cap)
+    log_ratio_BT = log_ratio_BT.sum(dim=1, keepdim=True).expand_as(mask_BT)
+    over_BT = log_ratio_BT > math.log(cap)
+    return log_ratio_BT.exp().masked_fill(over_BT, 0.0), over_BT
+
+
+def compute_ppo_loss(logprobs_BT: torch.Tensor, batch: dict[str, torch.Tensor], config: Config) -> tuple:
+    """PPO's clipped loss (Schulman et al. 2017, arXiv:1707.06347, equation 7), with importance weights.
+
+    Args:
+        logprobs_BT: the policy's log-probabilities, with gradient.
+        batch: `old_BT` (the same before the step), `engine_BT` (those that the tokens were sampled with),
+            `advantages_B1`, `mask_BT` (True for completion tokens) and, with `kl_coef`, `reference_BT`.
+
+    Returns:
+        The loss, and metrics, both summed over the completions' tokens: dividing by the tokens of the whole batch makes
+        every token count the same, however the batch is split (DAPO: Yu et al. 2025, arXiv:2503.14476, section 3.3).
+    """
+    mask_BT, old_BT, advantages_B1 = batch["mask_BT"], batch["old_BT"], batch["advantages_B1"]
+    ratio_BT = (logprobs_BT - old_BT).exp()
+    clipped_BT = ratio_BT.clamp(1 - config.clip, 1 + config.clip)
+    gain_BT = torch.minimum(ratio_BT * advantages_B1, clipped_BT * advantages_B1)
+    weights_BT, corrected_BT = importance_weights(
+        old_BT, batch["engine_BT"], mask_BT, config.correction, config.correction_cap
+    )
+    reference_kl_BT = k3(batch["reference_BT"] - logprobs_BT) if config.kl_coef else torch.zeros_like(logprobs_BT)
+    loss = (config.kl_coef * reference_kl_BT - weights_BT * gain_BT)[mask_BT].sum()
+    return loss, {
+        "loss": loss.detach(),
+        "ppo_clipped": (clipped_BT * advantages_B1 < ratio_BT * advantages_B1)[mask_BT].sum(),
+        "corrected": corrected_BT[mask_BT].sum(),
+        "reference_kl": reference_kl_BT.detach()[mask_BT].sum(),
+    }
+
+
+def k3(log_ratio: torch.Tensor) -> torch.Tensor:
+    """Per-sample estimate of KL(q || p) in nats from log p - log q on samples of q: unbiased and never negative.
+
+    Schulman 2020, "Approximating KL Divergence", joschu.net/blog/kl-approx.html.
+    """
+    return torch.expm1(log_ratio) - log_ratio
+
+
+def measure_mismatch(old_N: torch.Tensor, engine_N: torch.Tensor) -> dict[str, float]:
+    """How far the engine's log-probabilities (nats) of its own tokens are from the trainer's, under the same weights.
+
+    The effective sample size, (sum r)^2 / sum r^2 with r as in `importance_weights`, is given as a share of the tokens
+    (Kong 1992, "A Note on Importance Sampling using Standardized Weights").
+
+    >>> measure_mismatch(torch.tensor([-1.0, -1.0]), torch.tensor([-1.0, -1.5]))  # doctest: +ELLIPSIS
+    {'mismatch_kl': 0.074..., 'mismatch_abs_mean': 0.25, 'mismatch_abs_max': 0.5, 'effective_sample_size': 0.943...}
+    """
+    log_ratio_N = old_N.double() - engine_N.double()
+    ratio_N = log_ratio_N.exp()
+    return {
+        "mismatch_kl": k3(log_ratio_N).mean().item(),
+        "mismatch_abs_mean": log_ratio_N.abs().mean().item(),
+        "mismatch_abs_max": log_ratio_N.abs().max().item(),
+        "effective_sample_size": (ratio_N.sum() ** 2 / (ratio_N**2).sum() / ratio_N.numel()).item(),
+    }
+
+
+def split_by_tokens(rollouts: list[dict], limit: int) -> list[list[dict]]:
+    """Micro-batches of at most `limit` tokens after padding, in the given order; a longer rollout gets its own."""
+    parts: list[list[dict]] = []
+    longest = 0
+    for rollout in rollouts:
+        length = len(rollout["prompt"]) + len(rollout["completion"])
+        longest = max(longest, length)
+        if not parts or (len(parts[-1]) + 1) * longest > limit:
+            parts.append([])
+            longest = length
+        parts[-1].append(rollout)
+    return parts
+
+
+# ----- Rewards --------------------------------------------------------------------------------------------------------
+
+
+def letters(prompts: list[str], completions: list[str]) -> list[float]:
+    """The share of characters that are lower-case letters a-z: what a random model can learn from scratch."""
+    return [len(re.findall("[a-z]", completion)) / max(1, len(completion)) for completion in completions]
+
+
+def arithmetic(prompts: list[str], completions: list[str]) -> list[float]:
+    """1 where the completion's first number is the sum of the prompt's last two, else 0: for a pretrained model."""
+    sums = [str(sum(map(int, re.findall(r"\d+", prompt)[-2:]))) for prompt in prompts]
+    first = [(re.findall(r"\d+", completion) or [None])[0] for completion in completions]
+    return [float(number == right) for number, right in zip(first, sums, strict=True)]
+
+
+def load_reward(name: str) -> Callable[[list[str], list[str]], list[float]]:
+    """The function behind `--reward`."""
+    shipped = {"letters": letters, "arithmetic": arithmetic}
+    if name in shipped:
+        return shipped[name]
+    module, _, function = name.partition(":")
+    sys.path.append(os.getcwd())
+    try:
+        return getattr(importlib.import_module(module), function)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise SystemExit(
+            f"--reward {name}: expected {', '.join(shipped)}, or module:function with the module here or installed. "
+            f"Found: {type(error).__name__}: {error}"
+        ) from error
+
+
+def compute_rewards(outputs: list, reward: Callable = letters) -> list[list[float]]:
+    """Rewards of every completion, in the shape (P, G).
+
+    Raises:
+        RuntimeError: the function raised, or returned anything but one finite number per completion.
+    """
+    prompts = [output.prompt for output in outputs for _ in output.outputs]
+    completions = [completion.text for output in outputs for completion in output.outputs]
+    try:
+        rewards = [float(value) for value in reward(prompts, completions)]
+    except Exception as error:
+        raise RuntimeError(f"reward function {reward.__name__} failed: {type(error).__name__}: {error}") from error
+    wrong = [f"{value} for {text!r}" for value, text in zip(rewards, completions) if not math.isfinite(value)]
+    if wrong or len(rewards) != len(completions):
+        raise RuntimeError(
+            f"reward function {reward.__name__}: expected {len(completions)} finite numbers, one per completion; found "
+            f"{len(rewards)} numbers, not finite: {wrong[:3] or 'none'}"
+        )
+    rows = iter(rewards)
+    return [[next(rows) for _ in output.outputs] for output in outputs]
 
 
 # ----- The sync ------------------------------------------------------------------------------------------------------
@@ -268,22 +549,26 @@ class Trainer:
 
 def wait(refs: list, timeout_s: float, doing: str) -> list:
     """`ray.get(refs)` that raises the first failure when it happens, and TimeoutError after `timeout_s` seconds."""
-    deadline, pending = time.monotonic() + timeout_s, list(refs)
+    start, pending = time.monotonic(), list(refs)
     while pending:
-        done, pending = ray.wait(pending, timeout=max(0.0, deadline - time.monotonic()))
-        if not done:
-            raise TimeoutError(f"{doing} took longer than {timeout_s:g} s")
+        left = start + timeout_s - time.monotonic()
+        done, pending = ray.wait(pending, timeout=min(10.0, max(0.0, left)))
         ray.get(done)
+        if not done and left <= 0:
+            raise TimeoutError(f"{doing} took longer than {timeout_s:g} s")
+        if not done:
+            print(f"... {doing}: {time.monotonic() - start:.0f} s", file=sys.stderr)
     return ray.get(refs)
 
 
 def sync_weights_to_quantized_engine(
     train_model, quantized_llm, *, bucket_bytes: int = BUCKET_BYTES, verify: bool = False, timeout_s: float = 120.0
 ) -> dict:
-    """Bring the engine to the trainer's weights: manifest, broadcast into one reload session, digests, cache reset.
+    """Bring engines to the trainer's weights: manifest, broadcast into one reload session, digests, cache reset.
 
     Args:
-        train_model, quantized_llm: handles of the `Trainer` and `MyLLM` actors, which have joined one group.
+        train_model, quantized_llm: handles of the `Trainer` actor and of the `MyLLM` actor (or a list of them), which
+            have joined one group.
         verify: broadcast a second time and compare every shard with an independent quantization, bit for bit.
 
     Returns:
@@ -296,14 +581,16 @@ def sync_weights_to_quantized_engine(
         RuntimeError: with `verify`, the tensors that differ.
         TimeoutError: the group did not finish in `timeout_s` seconds.
     """
+    engines = quantized_llm if isinstance(quantized_llm, list) else [quantized_llm]
     [manifest] = wait([train_model.weight_manifest.remote()], timeout_s, "listing the trainer's weights")
-    check = quantized_llm.collective_rpc.remote("check_weight_manifest", args=(manifest,))
-    wait([check], timeout_s, "checking the manifest")
+    checks = [llm.collective_rpc.remote("check_weight_manifest", args=(manifest,)) for llm in engines]
+    wait(checks, timeout_s, "checking the manifest")
 
     def broadcast_to(method: str) -> tuple[dict, list[dict]]:
-        receiving = quantized_llm.collective_rpc.remote(method, args=(manifest, bucket_bytes))
+        receiving = [llm.collective_rpc.remote(method, args=(manifest, bucket_bytes)) for llm in engines]
         sending = train_model.send_weights.remote(manifest, bucket_bytes)
-        return wait([sending, receiving], timeout_s, f"broadcasting weights to {method}")
+        sent, *ranks = wait([sending, *receiving], timeout_s, f"broadcasting weights to {method}")
+        return sent, sum(ranks, [])
 
     start = time.perf_counter()
     sent, ranks = broadcast_to("receive_weights")
@@ -315,7 +602,6 @@ def sync_weights_to_quantized_engine(
         "gb_per_s": size / seconds / 1e9,
         "verified": all(rank["buckets_matched"] == sent["buckets"] for rank in ranks),
         "changed": any(rank["changed"] for rank in ranks),
-        "compared_tensors": 0,
         "sender": sent,
         "ranks": ranks,
     }
@@ -327,37 +613,139 @@ def sync_weights_to_quantized_engine(
         ]
         if different := [f"rank {rank}: {name}" for rank, c in enumerate(comparisons) for name in c["different"]]:
             raise RuntimeError(f"{len(different)} tensors of the engine are not the trainer's: {', '.join(different)}")
-    [result["weights_version"]] = wait([quantized_llm.get_weights_version.remote()], timeout_s, "reading the version")
-    return result
+    versions = wait([llm.get_weights_version.remote() for llm in engines], timeout_s, "reading the version")
+    return result | {"weights_version": versions[0]}
+
+
+# ----- The loop -------------------------------------------------------------------------------------------------------
+
+
+def generate(engines: list, prompts: list[str], config: Config, seeds: list[int], **sampling) -> list:
+    """One vLLM RequestOutput per prompt, in order; each engine generates for an equal share of them."""
+    same = dict(max_tokens=config.max_tokens, logprobs=0, flat_logprobs=True, **sampling)
+    params = [SamplingParams(seed=seed, **same) for seed in seeds]
+    share = -(-len(prompts) // len(engines))
+    calls = [
+        llm.generate.remote(prompts[i : i + share], params[i : i + share], use_tqdm=False)
+        for llm, i in zip(engines, range(0, len(prompts), share))
+    ]
+    return sum(wait(calls, config.timeout_s, "generating"), [])
+
+
+def rlhf_training_iteration(
+    train_model, quantized_llm: list, prompts: list[str], config: Config, step: int = 0
+) -> tuple[list, list[list[float]], dict]:
+    """Rollouts, rewards, one training step, sync. Returns vLLM's outputs, rewards (P, G), and the step's metrics."""
+    start, samples = time.perf_counter(), config.samples_per_prompt
+    seeds = [(config.seed * 10**6 + step * len(prompts) + i) * samples for i in range(len(prompts))]  # + sample's index
+    outputs = generate(quantized_llm, prompts, config, seeds, n=samples, temperature=config.temperature)
+    rollout_s = time.perf_counter() - start
+    rewards_PG = compute_rewards(outputs, load_reward(config.reward))
+    advantages_PG = compute_advantages(torch.tensor(rewards_PG))
+    rollouts = [
+        {
+            "prompt": list(output.prompt_token_ids),
+            "completion": list(completion.token_ids),
+            "logprobs": list(completion.logprobs.logprobs),
+            "advantage": advantage,
+        }
+        for output, advantages_G in zip(outputs, advantages_PG.tolist(), strict=True)
+        for completion, advantage in zip(output.outputs, advantages_G, strict=True)
+    ]
+    [trained] = wait([train_model.train_step.remote(rollouts)], config.timeout_s, "the training step")
+    sync = sync_weights_to_quantized_engine(
+        train_model, quantized_llm, bucket_bytes=config.bucket_mib * 2**20, timeout_s=config.timeout_s
+    )
+    tokens = sum(len(rollout["completion"]) for rollout in rollouts)
+    finished = [completion.finish_reason == "stop" for output in outputs for completion in output.outputs]
+    metrics = {
+        "step": step,
+        "reward": sum(map(sum, rewards_PG)) / len(rollouts),
+        "tokens": tokens,
+        "tokens_per_s": tokens / rollout_s,
+        "truncated": 1 - sum(finished) / len(finished),
+        **trained,
+        "rollout_s": rollout_s,
+        "sync_s": sync["seconds"],
+        "sync_gb_per_s": sync["gb_per_s"],
+        "step_s": time.perf_counter() - start,
+        "weights_version": sync["weights_version"],
+    }
+    return outputs, rewards_PG, metrics
+
+
+def train(config: Config, trainer, engines: list, prompts: list[str]) -> list[dict]:
+    """Run the steps that are left; print, log and return their metrics, and save checkpoints."""
+    [first] = wait([trainer.get_step.remote()], config.timeout_s, "reading the step")
+    file = config.output_dir / "metrics.jsonl"
+    rows = read_metrics(config.output_dir)[:first] if config.resume else []
+    with contextlib.ExitStack() as cleanup:
+        log = cleanup.enter_context(file.open("w"))
+        log.writelines(json.dumps(row) + "\n" for row in rows)
+        if config.track != "none":
+            tracker = importlib.import_module(config.track)
+            tracker.init(project="rlhf-online-quant", config=json.loads(json.dumps(vars(config), default=str)))
+            cleanup.callback(tracker.finish)
+        for step in range(first, config.steps):
+            batch = prompts_of_step(config, prompts, step)
+            outputs, rewards_PG, metrics = rlhf_training_iteration(trainer, engines, batch, config, step)
+            rows.append(metrics)
+            log.write(json.dumps(metrics) + "\n")
+            log.flush()
+            if config.track != "none":
+                tracker.log(metrics, step=step)
+            print(line_of_step(metrics))
+            usual = USUAL_KL["none" if config.quantization == "none" else "fp8"]
+            if metrics["mismatch_kl"] > usual:
+                print(
+                    f"WARNING: mismatch KL {metrics['mismatch_kl']:.3g} is above {usual:g}. If it is high from the first step "
+                    "on and with --quantization none too, the engine does not hold the trainer's weights: run --verify. If "
+                    "it grows only with FP8, this model is sensitive to it: lower the learning rate."
+                )
+            if step % 10 == 0:
+                text, reward = outputs[0].outputs[0].text, rewards_PG[0][0]
+                print(f"  sample: {outputs[0].prompt!r} -> {text!r} | reward {reward:.3f}, in {sorted(rewards_PG[0])}")
+            if step + 1 == config.steps or config.save_every and (step + 1) % config.save_every == 0:
+                folder = config.output_dir.absolute() / f"checkpoint-{step + 1}"
+                wait([trainer.save_checkpoint.remote(folder)], 10 * config.timeout_s, f"saving {folder}")
+    return rows
 
 
 # ----- Start, run, report, stop --------------------------------------------------------------------------------------
 
 
 def resolve(config: Config, gpus: int) -> tuple[Config, str]:
-    """Fill in every `auto` for a cluster with that many GPUs; returns the config and the engine's device.
+    """Fill in every `auto` for a cluster with that many GPUs; returns the config and the engines' device.
 
     Raises:
         SystemExit: too few GPUs; the message has the count found, the count needed and the command that fits.
     """
+    if config.samples_per_prompt < 2:
+        raise SystemExit(
+            "--samples-per-prompt: expected 2 or more, because a sample's advantage is relative to its group"
+        )
     device = "cuda" if gpus else "cpu"
     trainer_device = device if config.trainer_device == "auto" else config.trainer_device
-    needed = (config.tensor_parallel_size if device == "cuda" else 0) + (trainer_device == "cuda")
+    needed = (config.world_size - 1) * (device == "cuda") + (trainer_device == "cuda")
     if gpus < needed:
-        fits = "--tensor-parallel-size 1" * bool(gpus) + " --trainer-device cpu" * (gpus < 2)
+        fits = "--num-engines 1 " * (config.num_engines > 1) + "--tensor-parallel-size 1 " * bool(gpus)
+        fits += "--trainer-device cpu" * (gpus < 2)
         raise SystemExit(
             f"Found {gpus} GPU(s), need {needed}: {needed - (trainer_device == 'cuda')} for the engine "
-            f"(--tensor-parallel-size) and {int(trainer_device == 'cuda')} for the trainer.\n"
+            f"(--num-engines x --tensor-parallel-size) and {int(trainer_device == 'cuda')} for the trainer.\n"
             f"What fits here: python {Path(sys.argv[0]).name} {fits.strip()}"
         )
     if not gpus:
         print("No GPU found: running the same processes on the CPU (gloo; by default weight-only FP8, a tiny model).")
     model, quantization = ("facebook/opt-125m", "fp8-dynamic") if gpus else ("tiny", "fp8-weight-only")
+    model = model if config.model == "auto" else config.model
+    learning_rate = 5e-4 if model == "tiny" else 1e-6
     return dataclasses.replace(
         config,
-        model=model if config.model == "auto" else config.model,
+        model=model,
         quantization=quantization if config.quantization == "auto" else config.quantization,
         trainer_device=trainer_device,
+        learning_rate=learning_rate if config.learning_rate is None else config.learning_rate,
     ), device
 
 
@@ -378,7 +766,7 @@ def find_model(model: str, folder: str, seed: int) -> str:
 
 
 def read_prompts(path: Path | None) -> list[str]:
-    """The non-empty lines of a UTF-8 file."""
+    """The non-empty lines of a UTF-8 file; without one, the prompts of vLLM's examples."""
     if path is None:
         return PROMPTS
     try:
@@ -390,6 +778,15 @@ def read_prompts(path: Path | None) -> list[str]:
     return prompts
 
 
+def prompts_of_step(config: Config, prompts: list[str], step: int) -> list[str]:
+    """P prompts: the next ones in turn, or sums of their own for `--reward arithmetic` without a file."""
+    count = config.prompts_per_step
+    if config.reward == "arithmetic" and config.prompts_file is None:
+        draw = random.Random(f"{config.seed} {step}").randrange
+        return [f"Question: What is {draw(100)} + {draw(100)}? Answer:" for _ in range(count)]
+    return [prompts[(step * count + i) % len(prompts)] for i in range(count)]
+
+
 def actor_environment() -> dict[str, str]:
     """Environment of every process of the run; what the user has set wins."""
     environment = {
@@ -398,17 +795,19 @@ def actor_environment() -> dict[str, str]:
         # Without a GPU: two ranks share one NUMA node and a few cores, which vLLM refuses by default; KV cache in GiB.
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",
         "VLLM_CPU_KVCACHE_SPACE": "1",
+        # vLLM's scheduler runs inside the actor: one process less to start, and batches that do not depend on timing.
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
     }
-    environment = {name: os.environ.get(name, value) for name, value in environment.items()}
-    path = [str(HERE), os.environ.get("PYTHONPATH")]  # vLLM's workers import rlhf_utils from wherever they are
-    return environment | {"PYTHONPATH": os.pathsep.join(filter(None, path))}
+    return {name: os.environ.get(name, value) for name, value in environment.items()}
 
 
 def connect(config: Config) -> int:
     """Connect to Ray or start a private cluster; returns the number of GPUs."""
     os.environ.setdefault("RAY_process_group_cleanup_enabled", "true")  # a killed actor takes its children along
-    private = {} if config.ray_address else {"num_cpus": 2 + config.tensor_parallel_size, "include_dashboard": False}
-    ray.init(config.ray_address or "local", runtime_env={"env_vars": actor_environment()}, **private)
+    private = {} if config.ray_address else {"num_cpus": 1 + config.world_size, "include_dashboard": False}
+    modules = [str(HERE / "rlhf_online_quant.py"), str(HERE / "rlhf_utils.py")]  # imported by actors on any node
+    environment = {"env_vars": actor_environment(), "py_modules": modules}
+    ray.init(config.ray_address or "local", runtime_env=environment, **private)
     return int(ray.cluster_resources().get("GPU", 0))
 
 
@@ -428,7 +827,7 @@ def start_trainer(config: Config, path: str, cleanup: contextlib.ExitStack):
     trainer = (
         ray.remote(Trainer)
         .options(num_cpus=1, num_gpus=gpus, scheduling_strategy=PlacementGroupSchedulingStrategy(group))
-        .remote(path, config.trainer_device, config.trainer_dtype, config.learning_rate)
+        .remote(config, path)
     )
     cleanup.callback(ray.kill, trainer)
     return trainer
@@ -451,21 +850,19 @@ def start_engine(config: Config, path: str, device: str, cleanup: contextlib.Exi
     return llm
 
 
-def join_group(config: Config, device: str, trainer, llm) -> None:
-    """Wait for both sides to have loaded, and make trainer (rank 0) and workers (ranks 1..TP) one group."""
+def join_group(config: Config, device: str, trainer, engines: list) -> None:
+    """Wait until all have loaded, and make trainer (rank 0) and workers (engine by engine) one group."""
     one_node = sum(node["Alive"] for node in ray.nodes()) == 1
     rendezvous = trainer.open_rendezvous.remote("127.0.0.1" if one_node else None)
-    loaded = [rendezvous, llm.get_weights_version.remote()]
-    (address, port), _ = wait(loaded, 10 * config.timeout_s, "starting trainer and engine")
-    world_size = 1 + config.tensor_parallel_size
+    loaded = [rendezvous, *[llm.get_weights_version.remote() for llm in engines]]
+    (address, port), *_ = wait(loaded, 10 * config.timeout_s, "starting trainer and engine")
     backend = "nccl" if device == config.trainer_device == "cuda" else "gloo"
-    rest = (world_size, backend, config.timeout_s)
-    workers = llm.collective_rpc.remote("init_weight_update_group", args=(address, port, 1, *rest))
-    wait(
-        [workers, trainer.init_weight_update_group.remote(address, port, *rest)],
-        config.timeout_s,
-        f"joining the {backend} group of {world_size}",
-    )
+    rest = (config.world_size, backend, config.timeout_s)
+    joining = [trainer.init_weight_update_group.remote(address, port, *rest)]
+    for i, llm in enumerate(engines):
+        arguments = (address, port, 1 + i * config.tensor_parallel_size, *rest)
+        joining.append(llm.collective_rpc.remote("init_weight_update_group", args=arguments))
+    wait(joining, config.timeout_s, f"joining the {backend} group of {config.world_size}")
 
 
 def reserve(bundles: list[dict], timeout_s: float, cleanup: contextlib.ExitStack) -> PlacementGroup:
@@ -485,16 +882,17 @@ def stop_engine(llm) -> None:
     ray.kill(llm)
 
 
-def prove_fp8(llm, config: Config) -> list[dict]:
-    """Print and return what each rank of the engine holds.
+def prove_fp8(engines: list, config: Config) -> list[dict]:
+    """Print and return what each rank of each engine holds.
 
     Raises:
         SystemExit: quantization was asked for and some rank has no FP8 layer.
     """
-    [ranks] = wait([llm.collective_rpc.remote("inspect_quantization")], config.timeout_s, "inspecting the engine")
-    for rank in ranks:
+    asked = [llm.collective_rpc.remote("inspect_quantization") for llm in engines]
+    ranks = sum(wait(asked, config.timeout_s, "inspecting the engine"), [])
+    for number, rank in enumerate(ranks):
         print(
-            f"engine rank {rank['rank']}: {rank['fp8_linear_layers']} linear layers in FP8, "
+            f"engine rank {number}: {rank['fp8_linear_layers']} linear layers in FP8, "
             f"{rank['unquantized_linear_layers']} not; weights {rank['weights_gib']:.4f} GiB, "
             f"in BF16 they would take {rank['bf16_weights_gib']:.4f} GiB"
         )
@@ -513,45 +911,50 @@ def main(config: Config) -> dict:
     """Run once and return what summary.json holds."""
     began = time.perf_counter()
     prompts = read_prompts(config.prompts_file)
+    load_reward(config.reward)
+    if config.resume and not (config.resume / "trainer.pt").is_file():
+        raise SystemExit(
+            f"--resume {config.resume}: expected a folder checkpoint-N of an earlier run, found no trainer.pt"
+        )
+    config.output_dir.mkdir(parents=True, exist_ok=True)
     with contextlib.ExitStack() as cleanup:
         cleanup.callback(disconnect)
         config, device = resolve(config, connect(config))
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # Ray's own handler would kill the cluster at once
         torchao_config(config.quantization)  # what is wrong with it should show before anything starts
-        path = find_model(config.model, cleanup.enter_context(tempfile.TemporaryDirectory()), config.seed)
-        print(f"Starting trainer ({config.trainer_device}) and engine ({device}, TP={config.tensor_parallel_size}) ...")
-        trainer = start_trainer(config, path, cleanup)  # first, so that it gets GPU 0
-        llm = start_engine(config, path, device, cleanup)
-        join_group(config, device, trainer, llm)
-        ranks = prove_fp8(llm, config)
-        startup_s = time.perf_counter() - began
-
-        def generate(**sampling) -> list:
-            params = SamplingParams(max_tokens=config.max_tokens, seed=config.seed, logprobs=0, **sampling)
-            call = llm.generate.remote(prompts, params, use_tqdm=False)
-            return wait([call], config.timeout_s, "generating")[0]
-
-        before = generate(temperature=0)
-        rollouts = generate(temperature=config.temperature, top_p=config.top_p)
-        pairs = [(list(output.prompt_token_ids), list(output.outputs[0].token_ids)) for output in rollouts]
-        [step] = wait([trainer.train_step.remote(pairs)], config.timeout_s, "the training step")
-        sync = sync_weights_to_quantized_engine(
-            trainer, llm, bucket_bytes=config.bucket_mib * 2**20, verify=config.verify, timeout_s=config.timeout_s
+        scratch = cleanup.enter_context(tempfile.TemporaryDirectory())
+        path = str(config.resume.absolute()) if config.resume else find_model(config.model, scratch, config.seed)
+        print(
+            f"Starting trainer ({config.trainer_device}) and {config.num_engines} engine(s) ({device}, "
+            f"TP={config.tensor_parallel_size}) ..."
         )
-        after = generate(temperature=0)
+        trainer = start_trainer(config, path, cleanup)  # first, so that it gets GPU 0
+        engines = [start_engine(config, path, device, cleanup) for _ in range(config.num_engines)]
+        join_group(config, device, trainer, engines)
+        ranks = prove_fp8(engines, config)
+        bucket_bytes = config.bucket_mib * 2**20
+        sync = sync_weights_to_quantized_engine(
+            trainer, engines, bucket_bytes=bucket_bytes, verify=config.verify, timeout_s=config.timeout_s
+        )
+        startup_s = time.perf_counter() - began
+        samples = prompts_of_step(config, prompts, 0)[:4]
+        before = generate(engines, samples, config, [0] * len(samples), temperature=0)
+        rows = train(config, trainer, engines, prompts)
+        after = generate(engines, samples, config, [0] * len(samples), temperature=0)
 
+    plot_curves(config.output_dir)
     summary = {
         "device": device,
         "model": config.model,
-        "world_size": 1 + config.tensor_parallel_size,
+        "world_size": config.world_size,
         "quantization": config.quantization,
         **{key: ranks[0][key] for key in ("fp8_linear_layers", "unquantized_linear_layers")},
         **{key: sum(rank[key] for rank in ranks) for key in ("weights_gib", "bf16_weights_gib")},
         "ranks": ranks,
-        "train": step,
         "sync": sync,
-        "weights_version": sync["weights_version"],
+        "weights_version": rows[-1]["weights_version"] if rows else sync["weights_version"],
         "startup_seconds": startup_s,
+        "last_step": rows[-1] if rows else None,
         "samples": [
             {"prompt": old.prompt, "before": old.outputs[0].text, "after": new.outputs[0].text}
             for old, new in zip(before, after, strict=True)
@@ -559,33 +962,70 @@ def main(config: Config) -> dict:
         "versions": {"python": sys.version.split()[0]}
         | {library.__name__: library.__version__ for library in (torch, vllm, torchao, ray, transformers)},
     }
-    config.output_dir.mkdir(parents=True, exist_ok=True)
     (config.output_dir / "summary.json").write_text(json.dumps(summary, indent=2))
     report(summary, config.output_dir)
     return summary
 
 
+def read_metrics(folder: Path) -> list[dict]:
+    """The rows of metrics.jsonl, one per step."""
+    file = folder / "metrics.jsonl"
+    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+
+
+def line_of_step(metrics: dict) -> str:
+    """One greppable line."""
+    return (
+        "step {step:4d} | reward {reward:.3f} | KL {mismatch_kl:.2e}, |d| max {mismatch_abs_max:.3f}, ESS "
+        "{effective_sample_size:.3f} | {tokens_per_s:.0f} tokens/s | rollout {rollout_s:.2f} s, train {train_s:.2f} s, "
+        "sync {sync_s:.3f} s ({sync_gb_per_s:.2f} GB/s) | trainer {trainer_gib:.2f} GiB"
+    ).format(**metrics)
+
+
+def plot_curves(folder: Path) -> None:
+    """Draw curves.png from metrics.jsonl: reward, mismatch, and where the time went, by step."""
+    import matplotlib.pyplot as plt
+
+    panels = {
+        "reward": ["reward"],
+        "engine against trainer": ["mismatch_kl", "mismatch_abs_mean"],
+        "seconds a step": ["rollout_s", "train_s", "sync_s"],
+    }
+    rows = read_metrics(folder)
+    figure, axes = plt.subplots(1, len(panels), figsize=(5 * len(panels), 4), layout="constrained")
+    for axis, (title, names) in zip(axes, panels.items(), strict=True):
+        for name in names:
+            axis.plot([row["step"] for row in rows], [row[name] for row in rows], label=name)
+        axis.set(title=title, xlabel="step")
+        axis.legend()
+    axes[1].set_yscale("log")
+    figure.savefig(folder / "curves.png")
+
+
 def report(summary: dict, folder: Path) -> None:
     """Print the samples and the figures."""
-    samples = Table("prompt", "before the sync", "after the sync", title="Greedy samples")
+    samples = Table("prompt", "before training", "after training", title="Greedy samples")
     for sample in summary["samples"]:
         samples.add_row(*map(repr, sample.values()))
-    sync = summary["sync"]
+    sync, last = summary["sync"], summary["last_step"]
     rows = {
         "FP8 linear layers per rank": f"{summary['fp8_linear_layers']} ({summary['unquantized_linear_layers']} not)",
         "engine weights, all ranks": f"{summary['weights_gib']:.4f} GiB (BF16: {summary['bf16_weights_gib']:.4f} GiB)",
-        "sync": f"{sync['bytes'] / 1e9:.4f} GB in {sync['seconds']:.3f} s = {sync['gb_per_s']:.2f} GB/s",
-        "verified / changed": f"{sync['verified']} / {sync['changed']}",
-        "compared bit for bit": f"{sync['compared_tensors']} tensors, all equal" if "hidden_tensors" in sync else "no",
+        "first sync": f"{sync['bytes'] / 1e9:.4f} GB in {sync['seconds']:.3f} s = {sync['gb_per_s']:.2f} GB/s",
+        "verified": str(sync["verified"]),
+        "compared bit for bit": f"{sync['compared_tensors']} tensors, all equal"
+        if "compared_tensors" in sync
+        else "no",
+        "reward of the last step": f"{last['reward']:.3f}" if last else "no step",
         "weights version": str(summary["weights_version"]),
         "start-up": f"{summary['startup_seconds']:.1f} s",
     }
-    figures = Table("what", "value", title="One verified FP8 weight sync")
+    figures = Table("what", "value", title="RL with verified FP8 weight syncs")
     for row in rows.items():
         figures.add_row(*row)
     for table in (samples, figures):
         Console().print(table)
-    print(f"Wrote {folder / 'summary.json'}")
+    print(f"Wrote summary.json, metrics.jsonl and curves.png to {folder}")
 
 
 if __name__ == "__main__":

@@ -39,6 +39,6 @@ def pair(config, models):
     with contextlib.ExitStack() as cleanup:
         trainer = driver.start_trainer(config, new, cleanup)
         actor = driver.start_engine(config, old, "cpu", cleanup)
-        driver.join_group(config, "cpu", trainer, actor)
-        driver.prove_fp8(actor, config)
+        driver.join_group(config, "cpu", trainer, [actor])
+        driver.prove_fp8([actor], config)
         yield SimpleNamespace(trainer=trainer, actor=actor, llm=Remote(actor), old=old, new=new)

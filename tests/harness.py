@@ -59,7 +59,7 @@ def fresh_engine(config: driver.Config, path: str, device: str, visible_gpus: st
     """
     arguments = driver.engine_arguments(config, path, device)
     arguments["distributed_executor_backend"] = "mp" if config.tensor_parallel_size > 1 else "uni"
-    environment = os.environ | driver.actor_environment() | {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
+    environment = os.environ | driver.actor_environment()
     environment["OMP_NUM_THREADS"] = "1"  # as Ray sets it for the engine: the count changes the last bits on the CPU
     if device == "cuda":
         environment |= {"CUDA_VISIBLE_DEVICES": visible_gpus, "VLLM_CACHE_ROOT": f"{path}/vllm_cache"}
@@ -112,12 +112,15 @@ def sync_versus_cold_start(
     with contextlib.ExitStack() as cleanup:
         trainer = driver.start_trainer(config, old, cleanup)
         actor = driver.start_engine(config, old, device, cleanup)
-        rollouts = [(list(range(3, 13)), list(range(13 + row, 29 + row))) for row in range(4)]
+        rollouts = [
+            {"prompt": [3, 4, 5], "completion": [6 + i, 7, 8], "logprobs": [-5.0] * 3, "advantage": i - 1.5}
+            for i in range(4)
+        ]
         training = [trainer.train_step.remote(rollouts), trainer.save_pretrained.remote(new)]
         result["train"], _ = driver.wait(training, 10 * config.timeout_s, "training and saving")
         fresh = cleanup.enter_context(fresh_engine(config, new, device, visible_gpus))
-        driver.join_group(config, device, trainer, actor)
-        result["ranks"] = driver.prove_fp8(actor, config)
+        driver.join_group(config, device, trainer, [actor])
+        result["ranks"] = driver.prove_fp8([actor], config)
         result["startup_s"] = time.perf_counter() - start
         llm = Remote(actor)
         before = generate(llm)

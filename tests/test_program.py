@@ -11,6 +11,10 @@ import uuid
 from pathlib import Path
 
 import pytest
+import transformers
+from harness import PROMPTS, driver, fresh_engine
+from matplotlib.image import imread
+from ray.cluster_utils import Cluster
 
 PROGRAM = Path(__file__).resolve().parent.parent / "rlhf_online_quant.py"
 
@@ -53,28 +57,113 @@ class Program:
             time.sleep(0.5)
 
 
-def test_default_run(tmp_path):
-    """A newcomer's command, from another directory: a verified sync, and a summary with everything in it."""
-    program = Program("--verify", cwd=tmp_path)
+def run(*flags: str, cwd: Path) -> tuple[dict, list[dict], str]:
+    """Summary, metrics and output of a run that ends well and leaves nothing behind."""
+    program = Program(*flags, cwd=cwd)
     assert program.process.wait(600) == 0, program.printed()[-5000:]
     program.assert_nothing_left()
-    summary = json.loads((tmp_path / "outputs" / "summary.json").read_text())
+    summary = json.loads((cwd / "outputs" / "summary.json").read_text())
+    return summary, driver.read_metrics(cwd / "outputs"), program.printed()
+
+
+@pytest.fixture(scope="session")
+def default_run(tmp_path_factory):
+    """A newcomer's command, from another directory (and a checkpoint half way)."""
+    folder = tmp_path_factory.mktemp("default")
+    return folder, *run("--verify", "--save-every", "10", cwd=folder)
+
+
+def test_default_run(default_run):
+    """A verified first sync, and a summary with everything in it."""
+    folder, summary, _, printed = default_run
     assert summary["device"] == "cpu" and summary["model"] == "tiny" and summary["world_size"] == 3
     assert summary["quantization"] == "fp8-weight-only"
     assert summary["fp8_linear_layers"] == 8 and summary["unquantized_linear_layers"] == 1
     assert 0 < summary["weights_gib"] < summary["bf16_weights_gib"]
-    assert summary["weights_version"] == 1
+    assert summary["weights_version"] == 21  # one at the start, one for each step
     sync = summary["sync"]
-    assert sync["verified"] is True and sync["changed"] is True and sync["compared_tensors"] == 72
+    assert sync["verified"] is True and sync["changed"] is False and sync["compared_tensors"] == 72
     assert sync["gb_per_s"] == pytest.approx(sync["bytes"] / sync["seconds"] / 1e9)
     layer = 4 * (128 * 128 + 128) + (128 * 256 + 256) + (256 * 128 + 128) + 2 * 2 * 128  # q, k, v, out; fc1; fc2; norms
     assert sync["bytes"] == 2 * ((259 + 514) * 128 + 2 * layer + 2 * 128)
     assert any(sample["before"] != sample["after"] for sample in summary["samples"])
-    assert summary["train"]["tokens"] > 0 and summary["train"]["loss"] > 0
     assert set(summary["versions"]) == {"python", "torch", "vllm", "torchao", "ray", "transformers"}
-    printed = program.printed()
     assert "No GPU found: running the same processes on the CPU" in printed
-    assert "engine rank 1: 8 linear layers in FP8, 1 not" in printed and "One verified FP8 weight sync" in printed
+    assert "engine rank 1: 8 linear layers in FP8, 1 not" in printed and "RL with verified FP8 weight syncs" in printed
+    curves = imread(folder / "outputs" / "curves.png")
+    assert curves.shape[1] > curves.shape[0] > 100 and curves.std() > 0
+
+
+def test_it_learns(default_run):
+    """From chance (26 letters of 259 tokens) to nearly all; the engine's noise stays in its usual range."""
+    _, _, rows, printed = default_run
+    assert [row["step"] for row in rows] == list(range(20))
+    assert rows[0]["reward"] < 0.2 and rows[-1]["reward"] > 0.8
+    assert rows[0]["mismatch_kl"] > 1e-3, "FP8's noise, which the control below does not have"
+    assert all(row["mismatch_kl"] < driver.USUAL_KL["fp8"] for row in rows)
+    assert all(0.9 < row["effective_sample_size"] <= 1 for row in rows) and rows[0]["effective_sample_size"] < 1
+    assert all(row["ppo_clipped"] == 0 for row in rows), "the policy of a first epoch is the old one"
+    assert len(re.findall(r"^step +\d+ \| reward .* tokens/s .* GB/s\) .* GiB$", printed, re.MULTILINE)) == 20
+    assert "WARNING: mismatch" not in printed
+
+
+def test_resumed_run_gives_the_same_curve(default_run, tmp_path):
+    """Model, optimizer, step, prompts and sampling all go on where they were; that also shows that a run repeats."""
+    folder, _, rows, _ = default_run
+    _, resumed, _ = run("--resume", str(folder / "outputs" / "checkpoint-10"), cwd=tmp_path)
+    changing = {
+        "rollout_s",
+        "train_s",
+        "sync_s",
+        "step_s",
+        "tokens_per_s",
+        "sync_gb_per_s",
+        "trainer_gib",
+        "weights_version",
+    }
+    stable = [[{k: v for k, v in row.items() if k not in changing} for row in run[-10:]] for run in (rows, resumed)]
+    assert len(resumed) == 10 and len(stable[0][0]) > 10 and stable[0] == stable[1]
+
+
+def test_checkpoint_is_a_model_for_others(default_run):
+    """Plain vLLM, without anything of ours, generates what was learned; transformers agrees on the greedy tokens."""
+    checkpoint = str(default_run[0] / "outputs" / "checkpoint-20")
+    config = driver.Config(quantization="none", tensor_parallel_size=1)
+    with fresh_engine(config, checkpoint, "cpu") as observed:
+        model = transformers.AutoModelForCausalLM.from_pretrained(checkpoint)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(checkpoint)
+        tokens = [observation[0] for observation in observed()["outputs"]]
+    assert min(driver.letters([], tokenizer.batch_decode(tokens))) > 0.8
+    for prompt, generated in zip(PROMPTS[:3], tokens):
+        inputs = tokenizer(prompt, return_tensors="pt")
+        expected = model.generate(**inputs, max_new_tokens=1, do_sample=False)[0, -1]
+        assert expected == generated[0]
+
+
+def test_without_quantization_there_is_no_mismatch(tmp_path):
+    """The control, with weights that stay as they are: what FP8 shows is quantization and not a broken sync."""
+    summary, rows, printed = run("--quantization", "none", "--learning-rate", "0", "--steps", "3", cwd=tmp_path)
+    assert summary["fp8_linear_layers"] == 0 and len(rows) == 3
+    assert all(row["mismatch_kl"] < 1e-4 for row in rows)
+
+
+def test_two_engines_on_two_nodes(tmp_path):
+    """Each engine on its own bundle, both in one group; actors on another node find the modules; nothing stays reserved."""
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
+    try:
+        cluster.add_node(num_cpus=2)
+        flags = ("--num-engines", "2", "--tensor-parallel-size", "1", "--steps", "2", "--verify")
+        summary, rows, printed = run("--ray-address", cluster.address, *flags, cwd=tmp_path)
+        assert summary["world_size"] == 3 and len(summary["ranks"]) == 2 and "engine rank 1:" in printed
+        assert summary["sync"]["compared_tensors"] == 72 and rows[-1]["weights_version"] == 3
+        assert rows[0]["mismatch_kl"] < driver.USUAL_KL["fp8"]
+        look = "import ray, sys; ray.init(sys.argv[1]); print([g['state'] for g in ray.util.placement_group_table().values()])"
+        states = subprocess.run(
+            [sys.executable, "-c", look, cluster.address], capture_output=True, text=True, check=True
+        )
+        assert eval(states.stdout) == ["REMOVED"] * 3
+    finally:
+        cluster.shutdown()
 
 
 def end(program: Program, how: str) -> None:

@@ -26,7 +26,7 @@ CPU = torch.device("cpu")
 
 def rejoin(config, pair) -> None:
     """Put the trainer actor back in the group after a test was rank 0 itself."""
-    driver.join_group(config, "cpu", pair.trainer, pair.actor)
+    driver.join_group(config, "cpu", pair.trainer, [pair.actor])
 
 
 @pytest.mark.parametrize("shape", ["tiny-opt", "tiny-qwen3", "tiny-llama"])
@@ -155,4 +155,4 @@ def test_no_fp8_layer_is_an_error(config, models, tmp_path):
         actor = driver.start_engine(config, models("tiny-opt")[0], "cpu", cleanup)
         Remote(actor).get_weights_version()
         with pytest.raises(SystemExit, match="had no effect: an engine rank has no Float8Tensor layer"):
-            driver.prove_fp8(actor, config)
+            driver.prove_fp8([actor], config)

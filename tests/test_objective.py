@@ -1,0 +1,175 @@
+"""Loss, advantages, corrections and rewards, on numbers that a person can check by hand."""
+
+import dataclasses
+import doctest
+import math
+
+import pytest
+import torch
+from harness import driver
+from random_models import build_random_model
+
+CONFIG = driver.Config(trainer_device="cpu", learning_rate=1e-3)
+
+
+def batch(old: list, engine: list, advantages: list, mask: list) -> dict[str, torch.Tensor]:
+    """Probabilities instead of log-probabilities, to be readable."""
+    return {
+        "old_BT": torch.tensor(old).log(),
+        "engine_BT": torch.tensor(engine).log(),
+        "advantages_B1": torch.tensor(advantages).unsqueeze(1),
+        "mask_BT": torch.tensor(mask, dtype=torch.bool),
+    }
+
+
+def loss_and_gradient(probabilities: list, terms: dict, **settings) -> tuple[float, list, dict]:
+    """Loss, its gradient by the log-probabilities, and the metrics."""
+    logprobs_BT = torch.tensor(probabilities).log().requires_grad_()
+    loss, metrics = driver.compute_ppo_loss(logprobs_BT, terms, dataclasses.replace(CONFIG, **settings))
+    loss.backward()
+    return loss.item(), logprobs_BT.grad.tolist(), {name: float(value) for name, value in metrics.items()}
+
+
+def test_documentation_examples():
+    assert doctest.testmod(driver).failed == 0
+
+
+def test_ppo_clips_only_what_would_go_too_far():
+    """Ratios 1.5 and 0.5 with clip 0.2: a gain stops at 1.2 (up) or 0.8 (down); a loss counts in full. 0.5: no mask."""
+    terms = batch([[0.4, 0.4, 0.4], [0.4, 0.4, 0.4]], [[0.4] * 3] * 2, [1.0, -1.0], [[1, 1, 0], [1, 1, 0]])
+    loss, gradient, metrics = loss_and_gradient([[0.6, 0.2, 0.9], [0.6, 0.2, 0.9]], terms)
+    assert loss == pytest.approx(-1.2 - 0.5 + 1.5 + 0.8)
+    assert gradient == [pytest.approx([0, -0.5, 0]), pytest.approx([1.5, 0, 0])]
+    assert metrics["ppo_clipped"] == 2 and metrics["corrected"] == 0
+
+
+def test_token_truncation():
+    """Trainer / engine is 4 (cut to C = 2) and 0.5; the gradient of each token is scaled by it."""
+    terms = batch([[0.4, 0.4]], [[0.1, 0.8]], [1.0], [[1, 1]])
+    loss, gradient, metrics = loss_and_gradient([[0.4, 0.4]], terms, correction="token-truncate")
+    assert loss == pytest.approx(-2.5) and gradient == [pytest.approx([-2, -0.5])] and metrics["corrected"] == 1
+
+
+def test_sequence_mask():
+    """Products of the ratios: 1.5 x 1 = 1.5 weighs the first answer; 4 x 1 > C drops the second; padding has no say."""
+    terms = batch([[0.6, 0.4, 0.9], [0.4, 0.4, 0.9]], [[0.4, 0.4, 0.1], [0.1, 0.4, 0.1]], [1.0, 1.0], [[1, 1, 0]] * 2)
+    loss, gradient, metrics = loss_and_gradient([[0.6, 0.4, 0.9], [0.4, 0.4, 0.9]], terms, correction="sequence-mask")
+    assert loss == pytest.approx(-3.0) and metrics["corrected"] == 2
+    assert gradient == [pytest.approx([-1.5, -1.5, 0]), [0, 0, 0]]
+    assert loss_and_gradient([[0.6, 0.4, 0.9], [0.4, 0.4, 0.9]], terms, correction="none")[0] == pytest.approx(-4.0)
+
+
+def test_reference_kl_pulls_back():
+    """k3 of p_ref / p = 2: 2 - 1 - log 2, with gradient 1 - 2 by the log-probability."""
+    terms = batch([[0.4]], [[0.4]], [0.0], [[1]]) | {"reference_BT": torch.tensor([[0.8]]).log()}
+    loss, gradient, metrics = loss_and_gradient([[0.4]], terms, kl_coef=0.1)
+    assert loss == pytest.approx(0.1 * (1 - math.log(2))) and metrics["reference_kl"] == pytest.approx(1 - math.log(2))
+    assert gradient == [pytest.approx([-0.1])]
+
+
+def test_microbatches_hold_everything_in_order():
+    rollouts = [{"prompt": [0] * 2, "completion": [0] * n} for n in (3, 3, 9, 1, 1, 1)]
+    parts = driver.split_by_tokens(rollouts, 10)
+    assert sum(parts, []) == rollouts and [len(part) for part in parts] == [2, 1, 3]
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory):
+    return build_random_model(tmp_path_factory.mktemp("objective"))
+
+
+def trained(path: str, rollouts: list[dict], **settings) -> tuple[torch.Tensor, dict]:
+    """All weights after one plain gradient step (Adam would blow rounding up), and its metrics."""
+    trainer = driver.Trainer(dataclasses.replace(CONFIG, max_grad_norm=1e9, **settings), path)
+    trainer.optimizer = torch.optim.SGD(trainer.model.parameters(), lr=0.1)
+    metrics = trainer.train_step(rollouts)
+    return torch.cat([parameter.detach().flatten() for parameter in trainer.model.parameters()]), metrics
+
+
+@pytest.fixture(scope="module")
+def rollouts():
+    """Different lengths, so that padding takes part."""
+    return [
+        {
+            "prompt": [9] * (i + 1),
+            "completion": list(range(20, 23 + 2 * i)),
+            "logprobs": [-5.5] * (3 + 2 * i),
+            "advantage": i - 1.0,
+        }
+        for i in range(4)
+    ]
+
+
+def test_batch_size_is_not_bound_by_memory(path, rollouts):
+    """The same step in one pass or in four, and with activations computed again."""
+    expected, metrics = trained(path, rollouts)
+    start, _ = trained(path, [rollout | {"advantage": 0.0} for rollout in rollouts])
+    assert (expected - start).abs().max() > 1e-3, "the step moved something"
+    for settings in (dict(tokens_per_microbatch=1), dict(gradient_checkpointing=True)):
+        weights, other = trained(path, rollouts, **settings)
+        torch.testing.assert_close(weights, expected, rtol=0, atol=1e-6)
+        assert {name: other[name] for name in ("loss", "mismatch_kl")} == pytest.approx(
+            {name: metrics[name] for name in ("loss", "mismatch_kl")}, rel=1e-4
+        )
+
+
+def test_only_completions_are_learned(path, rollouts):
+    """Position t predicts token t + 1: the mask starts at the prompt's last token and ends before the padding."""
+    padded = driver.Trainer(CONFIG, path)._pad(rollouts)
+    for row, rollout in enumerate(rollouts):
+        targets = padded["tokens_BL"][row, 1:][padded["mask_BT"][row]].tolist()
+        assert targets == rollout["completion"]
+        assert padded["engine_BT"][row][padded["mask_BT"][row]].tolist() == rollout["logprobs"]
+        assert padded["attend_BL"][row].sum() == len(rollout["prompt"]) + len(rollout["completion"])
+
+
+def test_second_epoch_clips_and_sees_the_reference(path, rollouts):
+    """In the first epoch policy, old policy and reference are one."""
+    once = trained(path, rollouts, kl_coef=0.1)[1]
+    twice = trained(path, rollouts, kl_coef=0.1, epochs=2, clip=1e-4)[1]
+    assert once["reference_kl"] == 0 and once["ppo_clipped"] == 0
+    assert twice["reference_kl"] > 0 and twice["ppo_clipped"] > 0
+
+
+def output(prompt: str, *texts: str):
+    """What the loop needs of vLLM's RequestOutput."""
+    from types import SimpleNamespace
+
+    return SimpleNamespace(prompt=prompt, outputs=[SimpleNamespace(text=text) for text in texts])
+
+
+def test_shipped_rewards():
+    assert driver.compute_rewards([output("", "ab1X", "")]) == [[0.5, 0.0]]
+    asked = "Question: What is 20 + 22? Answer:"
+    assert driver.compute_rewards([output(asked, " 42.", "It is 42, not 41", "41 42", "?")], driver.arithmetic) == [
+        [1, 1, 0, 0]
+    ]
+    [prompt] = driver.prompts_of_step(driver.Config(reward="arithmetic", prompts_per_step=1), [], 3)
+    total = sum(int(word) for word in prompt.replace("?", "").split() if word.isdigit())
+    assert driver.arithmetic([prompt], [str(total)]) == [1.0]
+
+
+@pytest.mark.parametrize(
+    ("reward", "message"),
+    [
+        (lambda p, c: [1.0], "expected 2 finite numbers, one per completion; found 1 numbers"),
+        (lambda p, c: [1.0, math.nan], "not finite: [\"nan for 'b'\"]"),
+        (lambda p, c: 1 / 0, "failed: ZeroDivisionError: division by zero"),
+        (lambda p, c: [None, 1.0], "failed: TypeError"),
+    ],
+)
+def test_a_broken_reward_is_never_a_zero(reward, message):
+    with pytest.raises(RuntimeError) as error:
+        driver.compute_rewards([output("p", "a", "b")], reward)
+    assert message in str(error.value)
+
+
+def test_load_reward(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "my_rewards.py").write_text(
+        "def brief(prompts, completions):\n    return [-len(c) for c in completions]\n"
+    )
+    assert driver.compute_rewards([output("p", "abc", "")], driver.load_reward("my_rewards:brief")) == [[-3, 0]]
+    for name in ("nothing", "my_rewards:no", "no_such_module:f"):
+        with pytest.raises(SystemExit, match=f"--reward {name}: expected letters, arithmetic, or module:function"):
+            driver.load_reward(name)
