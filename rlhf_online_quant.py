@@ -22,9 +22,9 @@ tokens of a step. `rewards_PG` has the shape (P, G).
 """
 
 import contextlib
-import copy
 import dataclasses
 import importlib
+import importlib.util
 import json
 import math
 import os
@@ -139,7 +139,7 @@ class Config:
     save_every: int = 0
     """Steps between checkpoints; 0 saves at the end only."""
     resume: Path | None = None
-    """A checkpoint folder of an earlier run: go on from its model, optimizer and step."""
+    """A checkpoint folder of an earlier run with the same flags: go on from its model, optimizer and step."""
     track: Literal["none", "trackio", "wandb"] = "none"
     """Send the metrics there too (install it yourself)."""
     seed: int = 0
@@ -264,11 +264,15 @@ class Trainer:
         for name in vars(model_config):  # the engine has no dropout: with it, trainer and engine would be two policies
             if "dropout" in name or "layerdrop" in name:
                 setattr(model_config, name, 0.0)
-        load = transformers.AutoModelForCausalLM.from_pretrained
-        self.model = load(path, config=model_config, dtype=config.trainer_dtype).to(self.device).train()
+
+        def load(folder: str | Path) -> torch.nn.Module:
+            options = dict(config=model_config, dtype=config.trainer_dtype)
+            return transformers.AutoModelForCausalLM.from_pretrained(folder, **options).to(self.device).train()
+
+        self.model = load(config.resume or path)
         if config.gradient_checkpointing:
             self.model.gradient_checkpointing_enable()
-        self.reference = copy.deepcopy(self.model) if config.kl_coef else None
+        self.reference = load(path) if config.kl_coef else None
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=config.learning_rate)
         self.step = 0
         if config.resume:
@@ -339,9 +343,10 @@ class Trainer:
     def _logprobs(self, model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
         """Log-probability (nats, at the rollouts' temperature) of each next token, shape (B, T)."""
         tokens_BL = batch["tokens_BL"]
-        logits_BTV = model(input_ids=tokens_BL, attention_mask=batch["attend_BL"]).logits[:, :-1].float()
-        logits_BVT = logits_BTV.transpose(1, 2) / self.config.temperature
-        return -torch.nn.functional.cross_entropy(logits_BVT, tokens_BL[:, 1:], reduction="none")
+        output = model(input_ids=tokens_BL, attention_mask=batch["attend_BL"], use_cache=False)
+        logits_BTV, targets_BT = output.logits[:, :-1].float() / self.config.temperature, tokens_BL[:, 1:]
+        losses = torch.nn.functional.cross_entropy(logits_BTV.flatten(0, 1), targets_BT.flatten(), reduction="none")
+        return -losses.view_as(targets_BT)
 
     def open_rendezvous(self, address: str | None) -> tuple[str, int]:
         """Hold a listening socket on `address` (None: this node's own) and a free port; returns both."""
@@ -720,9 +725,10 @@ def resolve(config: Config, gpus: int) -> tuple[Config, str]:
     Raises:
         SystemExit: too few GPUs; the message has the count found, the count needed and the command that fits.
     """
-    if config.samples_per_prompt < 2:
+    if config.samples_per_prompt < 2 or config.temperature <= 0:
         raise SystemExit(
-            "--samples-per-prompt: expected 2 or more, because a sample's advantage is relative to its group"
+            f"Found --samples-per-prompt {config.samples_per_prompt} --temperature {config.temperature:g}; expected 2 or "
+            "more samples above temperature 0, because advantages compare different answers to one prompt"
         )
     device = "cuda" if gpus else "cpu"
     trainer_device = device if config.trainer_device == "auto" else config.trainer_device
@@ -746,6 +752,7 @@ def resolve(config: Config, gpus: int) -> tuple[Config, str]:
         quantization=quantization if config.quantization == "auto" else config.quantization,
         trainer_device=trainer_device,
         learning_rate=learning_rate if config.learning_rate is None else config.learning_rate,
+        resume=config.resume and config.resume.absolute(),
     ), device
 
 
@@ -914,8 +921,10 @@ def main(config: Config) -> dict:
     load_reward(config.reward)
     if config.resume and not (config.resume / "trainer.pt").is_file():
         raise SystemExit(
-            f"--resume {config.resume}: expected a folder checkpoint-N of an earlier run, found no trainer.pt"
+            f"--resume {config.resume}: expected checkpoint-N of an earlier run, found no trainer.pt there"
         )
+    if config.track != "none" and importlib.util.find_spec(config.track) is None:
+        raise SystemExit(f"--track {config.track}: not installed here; pip install {config.track}")
     config.output_dir.mkdir(parents=True, exist_ok=True)
     with contextlib.ExitStack() as cleanup:
         cleanup.callback(disconnect)
@@ -923,7 +932,7 @@ def main(config: Config) -> dict:
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # Ray's own handler would kill the cluster at once
         torchao_config(config.quantization)  # what is wrong with it should show before anything starts
         scratch = cleanup.enter_context(tempfile.TemporaryDirectory())
-        path = str(config.resume.absolute()) if config.resume else find_model(config.model, scratch, config.seed)
+        path = find_model(config.model, scratch, config.seed)
         print(
             f"Starting trainer ({config.trainer_device}) and {config.num_engines} engine(s) ({device}, "
             f"TP={config.tensor_parallel_size}) ..."

@@ -1,6 +1,6 @@
 """Does FP8 change what is learned? Three seeds with FP8 and a BF16 control; prints a table, writes JSON and a chart.
 
-    python tests/bench_learning.py [any flag of the driver]
+python tests/bench_learning.py [any flag of the driver]
 """
 
 import dataclasses

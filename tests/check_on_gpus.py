@@ -24,15 +24,23 @@ class Check(driver.Config):
 
     shape: str = "opt-125m"
     """A key of SHAPES in random_models.py."""
+    learning_rate: float | None = 1e-3
+    """Enough to change BF16 weights in one step."""
     more_syncs: int = 10
     """Repetitions for the median."""
     seed_loop: bool = False
     """Also run the seed's per-parameter loop, with the trainer's weights and with zeros."""
-    gpu_memory_utilization: float = 0.4
-    """Two engines may share a GPU here."""
+    fresh_gpus: str | None = None
+    """GPUs of the fresh engine; default: the first ones."""
+    gpu_memory_utilization: float = 0.1
+    """Only what must be free at the start."""
+    kv_cache_gib: float = 0.5
+    """Fixed, because engines that share a GPU cannot measure what is free."""
 
 
 def main(check: Check) -> None:
+    arguments, kv_cache = driver.engine_arguments, {"kv_cache_memory_bytes": int(check.kv_cache_gib * 2**30)}
+    driver.engine_arguments = lambda *which: arguments(*which) | kv_cache
     with contextlib.ExitStack() as cleanup:
         folder = Path(cleanup.enter_context(tempfile.TemporaryDirectory()))
         old, new = build_random_model(folder / "old", check.shape), str(folder / "new")
@@ -53,7 +61,7 @@ def main(check: Check) -> None:
             new,
             device,
             check.more_syncs,
-            visible_gpus=",".join(map(str, range(config.tensor_parallel_size))),
+            visible_gpus=check.fresh_gpus or ",".join(map(str, range(config.tensor_parallel_size))),
             then=demonstrate if check.seed_loop else None,
         )
     config.output_dir.mkdir(parents=True, exist_ok=True)

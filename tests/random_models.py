@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import numpy as np
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, LlamaConfig, OPTConfig, PreTrainedTokenizerFast, Qwen3Config, set_seed
@@ -42,9 +43,10 @@ SHAPES = {
 }
 
 
-def byte_tokenizer() -> PreTrainedTokenizerFast:
-    """One token per byte and three special tokens."""
+def byte_tokenizer(vocab_size: int = 259) -> PreTrainedTokenizerFast:
+    """One token per byte, three special tokens, and numbers in base 36 for the ids that are left (output only)."""
     vocabulary = {token: i for i, token in enumerate(SPECIAL + sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    vocabulary |= {np.base_repr(i + 36**3, 36).lower(): i for i in range(len(vocabulary), vocab_size)}
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -62,5 +64,5 @@ def build_random_model(folder: str | Path, shape: str = "tiny-opt", seed: int = 
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter), alpha=0.1 if shape.startswith("tiny") else 0.01)
     model.save_pretrained(folder)
-    byte_tokenizer().save_pretrained(folder)
+    byte_tokenizer(model.config.vocab_size).save_pretrained(folder)
     return str(folder)
