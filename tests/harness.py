@@ -74,7 +74,7 @@ def fresh_engine(config: driver.Config, path: str, device: str, visible_gpus: st
     def observed(timeout_s: float = 600) -> dict:
         out, err = process.communicate(timeout=timeout_s)
         assert process.returncode == 0, err[-5000:]
-        return json.loads(out.splitlines()[-1])
+        return json.loads(next(line for line in reversed(out.splitlines()) if line.startswith("{")))
 
     try:
         yield observed
