@@ -73,6 +73,11 @@ PROMPTS = [
 ]
 # Mismatch KL (nats per token) that is nothing to worry about. "none" is BF16's rounding of the trainer's FP32 weights.
 USUAL_KL = {"none": 5e-3, "fp8": 5e-2}
+LINE_OF_STEP = (
+    "step {step:4d} | reward {reward:.3f} | KL {mismatch_kl:.2e}, |d| max {mismatch_abs_max:.3f}, ESS "
+    "{effective_sample_size:.3f} | {tokens_per_s:.0f} tokens/s | rollout {rollout_s:.2f} s, train {train_s:.2f} s, "
+    "sync {sync_s:.3f} s ({sync_gb_per_s:.2f} GB/s) | trainer {trainer_gib:.2f} GiB"
+)
 
 
 @dataclasses.dataclass
@@ -331,13 +336,9 @@ class Trainer:
             attend_BL[row, :end] = 1
             mask_BL[row, start:end] = True
             engine_BL[row, start:end] = torch.tensor(rollout["logprobs"])
-        batch = {
-            "tokens_BL": tokens_BL,
-            "attend_BL": attend_BL,
-            "mask_BT": mask_BL[:, 1:],
-            "engine_BT": engine_BL[:, 1:],
-            "advantages_B1": torch.tensor([[rollout["advantage"]] for rollout in rollouts]),
-        }
+        advantages_B1 = torch.tensor([[rollout["advantage"]] for rollout in rollouts])
+        batch = {"tokens_BL": tokens_BL, "attend_BL": attend_BL, "advantages_B1": advantages_B1}
+        batch |= {"mask_BT": mask_BL[:, 1:], "engine_BT": engine_BL[:, 1:]}
         return {name: tensor.to(self.device) for name, tensor in batch.items()}
 
     def _logprobs(self, model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -648,12 +649,8 @@ def rlhf_training_iteration(
     rewards_PG = compute_rewards(outputs, load_reward(config.reward))
     advantages_PG = compute_advantages(torch.tensor(rewards_PG))
     rollouts = [
-        {
-            "prompt": list(output.prompt_token_ids),
-            "completion": list(completion.token_ids),
-            "logprobs": list(completion.logprobs.logprobs),
-            "advantage": advantage,
-        }
+        {"prompt": list(output.prompt_token_ids), "completion": list(completion.token_ids)}
+        | {"logprobs": list(completion.logprobs.logprobs), "advantage": advantage}
         for output, advantages_G in zip(outputs, advantages_PG.tolist(), strict=True)
         for completion, advantage in zip(output.outputs, advantages_G, strict=True)
     ]
@@ -699,13 +696,11 @@ def train(config: Config, trainer, engines: list, prompts: list[str]) -> list[di
             log.flush()
             if config.track != "none":
                 tracker.log(metrics, step=step)
-            print(line_of_step(metrics))
-            usual = USUAL_KL["none" if config.quantization == "none" else "fp8"]
-            if metrics["mismatch_kl"] > usual:
+            print(LINE_OF_STEP.format(**metrics))
+            if metrics["mismatch_kl"] > (usual := USUAL_KL["none" if config.quantization == "none" else "fp8"]):
                 print(
-                    f"WARNING: mismatch KL {metrics['mismatch_kl']:.3g} is above {usual:g}. If it is high from the first step "
-                    "on and with --quantization none too, the engine does not hold the trainer's weights: run --verify. If "
-                    "it grows only with FP8, this model is sensitive to it: lower the learning rate."
+                    f"WARNING: mismatch KL above {usual:g}. If --quantization none shows it too, from the first step on, the "
+                    "engine does not hold the trainer's weights: run --verify. If only FP8 does, lower the learning rate."
                 )
             if step % 10 == 0:
                 text, reward = outputs[0].outputs[0].text, rewards_PG[0][0]
@@ -980,15 +975,6 @@ def read_metrics(folder: Path) -> list[dict]:
     """The rows of metrics.jsonl, one per step."""
     file = folder / "metrics.jsonl"
     return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
-
-
-def line_of_step(metrics: dict) -> str:
-    """One greppable line."""
-    return (
-        "step {step:4d} | reward {reward:.3f} | KL {mismatch_kl:.2e}, |d| max {mismatch_abs_max:.3f}, ESS "
-        "{effective_sample_size:.3f} | {tokens_per_s:.0f} tokens/s | rollout {rollout_s:.2f} s, train {train_s:.2f} s, "
-        "sync {sync_s:.3f} s ({sync_gb_per_s:.2f} GB/s) | trainer {trainer_gib:.2f} GiB"
-    ).format(**metrics)
 
 
 def plot_curves(folder: Path) -> None:
