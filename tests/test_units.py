@@ -2,6 +2,7 @@
 
 import doctest
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -120,3 +121,28 @@ def test_bad_prompts_file(tmp_path, content, found):
         file.write_bytes(content)
     with pytest.raises(SystemExit, match=found):
         driver.read_prompts(file)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (
+            dict(resume=Path("nowhere")),
+            "--resume nowhere: expected checkpoint-N of an earlier run, found no trainer.pt",
+        ),
+        (dict(track="wandb"), "--track wandb: not installed here; pip install wandb"),
+        (
+            dict(reward="no_such_module:f"),
+            "--reward no_such_module:f: expected letters, arithmetic, or module:function",
+        ),
+    ],
+)
+def test_bad_flags_are_seen_before_anything_starts(flags, message):
+    with pytest.raises(SystemExit, match=message):
+        driver.main(driver.Config(**flags))
+
+
+@pytest.mark.parametrize("flags", [dict(samples_per_prompt=1), dict(temperature=0.0)])
+def test_groups_need_different_answers(flags):
+    with pytest.raises(SystemExit, match="expected 2 or more samples above temperature 0"):
+        driver.resolve(driver.Config(**flags), 0)
