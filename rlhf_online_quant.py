@@ -703,8 +703,9 @@ def train(config: Config, trainer, engines: list, prompts: list[str]) -> list[di
                     "engine does not hold the trainer's weights: run --verify. If only FP8 does, lower the learning rate."
                 )
             if step % 10 == 0:
-                text, reward = outputs[0].outputs[0].text, rewards_PG[0][0]
-                print(f"  sample: {outputs[0].prompt!r} -> {text!r} | reward {reward:.3f}, in {sorted(rewards_PG[0])}")
+                text, advantage = outputs[0].outputs[0].text, compute_advantages(torch.tensor(rewards_PG))[0, 0]
+                reward = f"reward {rewards_PG[0][0]:.3f}, advantage {advantage:+.2f}"
+                print(f"  sample: {outputs[0].prompt!r} -> {text!r} | {reward}")
             if step + 1 == config.steps or config.save_every and (step + 1) % config.save_every == 0:
                 folder = config.output_dir.absolute() / f"checkpoint-{step + 1}"
                 wait([trainer.save_checkpoint.remote(folder)], 10 * config.timeout_s, f"saving {folder}")
