@@ -27,7 +27,14 @@ class Program:
         environment = os.environ | dict([self.mark.split("=")])
         self.log = (cwd / "log").open("w+")
         command = [sys.executable, str(PROGRAM), *flags]
-        self.process = subprocess.Popen(command, cwd=cwd, env=environment, stdout=self.log, stderr=subprocess.STDOUT)
+        self.process = subprocess.Popen(
+            command,
+            cwd=cwd,
+            env=environment,
+            stdout=self.log,
+            stderr=subprocess.STDOUT,
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background jobs ignore it
+        )
 
     def printed(self) -> str:
         self.log.seek(0)
