@@ -140,7 +140,7 @@ class Config:
     """Less memory, about a third more computation."""
 
     output_dir: Path = Path("outputs")
-    """Gets metrics.jsonl, curves.png, summary.json, and checkpoint/ at the end."""
+    """Gets metrics.jsonl, curves.png, summary.json, and checkpoint-N."""
     save_every: int = 0
     """Steps between checkpoints; 0 saves at the end only."""
     resume: Path | None = None
@@ -518,7 +518,8 @@ def load_reward(name: str) -> Callable[[list[str], list[str]], list[float]]:
     if name in shipped:
         return shipped[name]
     module, _, function = name.partition(":")
-    sys.path.append(os.getcwd())
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())
     try:
         return getattr(importlib.import_module(module), function)
     except (ImportError, AttributeError, ValueError) as error:
@@ -946,6 +947,7 @@ def main(config: Config) -> dict:
         before = generate(engines, samples, config, [0] * len(samples), temperature=0)
         rows = train(config, trainer, engines, prompts)
         after = generate(engines, samples, config, [0] * len(samples), temperature=0)
+        version = wait([engines[0].get_weights_version.remote()], config.timeout_s, "reading the version")[0]
 
     plot_curves(config.output_dir)
     summary = {
@@ -957,7 +959,7 @@ def main(config: Config) -> dict:
         **{key: sum(rank[key] for rank in ranks) for key in ("weights_gib", "bf16_weights_gib")},
         "ranks": ranks,
         "sync": sync,
-        "weights_version": rows[-1]["weights_version"] if rows else sync["weights_version"],
+        "weights_version": version,
         "startup_seconds": startup_s,
         "last_step": rows[-1] if rows else None,
         "samples": [
