@@ -949,7 +949,6 @@ def main(config: Config) -> dict:
         after = generate(engines, samples, config, [0] * len(samples), temperature=0)
         version = wait([engines[0].get_weights_version.remote()], config.timeout_s, "reading the version")[0]
 
-    plot_curves(config.output_dir)
     summary = {
         "device": device,
         "model": config.model,
@@ -970,6 +969,7 @@ def main(config: Config) -> dict:
         | {library.__name__: library.__version__ for library in (torch, vllm, torchao, ray, transformers)},
     }
     (config.output_dir / "summary.json").write_text(json.dumps(summary, indent=2))
+    plot_curves(config.output_dir)
     report(summary, config.output_dir)
     return summary
 
