@@ -65,6 +65,7 @@ from rlhf_utils import (
 )
 
 HERE = Path(__file__).resolve().parent
+RUN = "RLHF_ONLINE_QUANT_RUN"  # environment variable that marks the processes of a run
 PROMPTS = [
     "Hello, my name is",
     "The president of the United States is",
@@ -808,6 +809,7 @@ def actor_environment() -> dict[str, str]:
 def connect(config: Config) -> int:
     """Connect to Ray or start a private cluster; returns the number of GPUs."""
     os.environ.setdefault("RAY_process_group_cleanup_enabled", "true")  # a killed actor takes its children along
+    os.environ[RUN] = f"{os.getpid()} {time.time()}"  # every process of a private cluster inherits it
     private = {} if config.ray_address else {"num_cpus": 1 + config.world_size, "include_dashboard": False}
     modules = [str(HERE / "rlhf_online_quant.py"), str(HERE / "rlhf_utils.py")]  # imported by actors on any node
     environment = {"env_vars": actor_environment(), "py_modules": modules}
@@ -816,10 +818,16 @@ def connect(config: Config) -> int:
 
 
 def disconnect() -> None:
-    """Leave Ray; of a private cluster nothing stays (Ray kills its raylet after a second and may orphan its agents)."""
-    started = psutil.Process().children(recursive=True)
+    """Leave Ray; of a private cluster nothing stays (Ray kills its raylet after a second and may orphan the others)."""
+
+    def ours(process: psutil.Process) -> bool:
+        try:
+            return process.pid != os.getpid() and process.environ().get(RUN) == os.environ.get(RUN, "")
+        except psutil.Error:  # it has ended, or is somebody else's
+            return False
+
     ray.shutdown()
-    for process in psutil.wait_procs(started, timeout=5)[1]:
+    for process in psutil.wait_procs(filter(ours, psutil.process_iter()), timeout=5)[1]:
         with contextlib.suppress(psutil.NoSuchProcess):
             process.kill()
 
