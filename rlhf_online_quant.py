@@ -138,7 +138,7 @@ class Config:
     tokens_per_microbatch: int = 8192
     """Longest forward and backward pass (padded tokens); gradients accumulate over as many as the batch needs."""
     gradient_checkpointing: bool = False
-    """Less memory, about a third more computation."""
+    """Compute activations again in the backward pass: less memory, more time."""
 
     output_dir: Path = Path("outputs")
     """Gets metrics.jsonl, curves.png, summary.json, and checkpoint-N."""
@@ -557,16 +557,16 @@ def compute_rewards(outputs: list, reward: Callable = letters) -> list[list[floa
 
 def wait(refs: list, timeout_s: float, doing: str) -> list:
     """`ray.get(refs)` that raises the first failure when it happens, and TimeoutError after `timeout_s` seconds."""
-    start, pending = time.monotonic(), list(refs)
+    start, pending, results = time.monotonic(), list(refs), {}
     while pending:
         left = start + timeout_s - time.monotonic()
         done, pending = ray.wait(pending, timeout=min(10.0, max(0.0, left)))
-        ray.get(done)
+        results |= zip(done, ray.get(done))
         if not done and left <= 0:
             raise TimeoutError(f"{doing} took longer than {timeout_s:g} s")
         if not done:
             print(f"... {doing}: {time.monotonic() - start:.0f} s", file=sys.stderr)
-    return ray.get(refs)
+    return [results[ref] for ref in refs]
 
 
 def sync_weights_to_quantized_engine(

@@ -1,5 +1,6 @@
 """Loss, advantages, corrections and rewards, on numbers that a person can check by hand."""
 
+import copy
 import dataclasses
 import doctest
 import math
@@ -129,6 +130,17 @@ def test_second_epoch_clips_and_sees_the_reference(path, rollouts):
     twice = trained(path, rollouts, kl_coef=0.1, epochs=2, clip=1e-4)[1]
     assert once["reference_kl"] == 0 and once["ppo_clipped"] == 0
     assert twice["reference_kl"] > 0 and twice["ppo_clipped"] > 0
+
+
+def test_rounding_on_the_wire_is_a_mismatch_of_its_own(path, rollouts):
+    """Without any engine: as soon as FP32 weights are trained, their BF16 copy is a slightly other policy."""
+    trainer = driver.Trainer(CONFIG, path)
+    for expected in (False, True):
+        batch, rounded = trainer._pad(rollouts), copy.deepcopy(trainer.model).bfloat16().float()
+        with torch.no_grad():
+            exact, wire = (trainer._logprobs(model, batch)[batch["mask_BT"]] for model in (trainer.model, rounded))
+        assert (driver.measure_mismatch(exact, wire)["mismatch_kl"] > 1e-5) == expected
+        trainer.train_step(rollouts)
 
 
 def output(prompt: str, *texts: str):
