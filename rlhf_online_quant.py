@@ -57,10 +57,12 @@ from vllm import LLM, SamplingParams
 
 from rlhf_utils import (
     BUCKET_BYTES,
+    WeightSender,
+    addresses,
+    announce,
     make_manifest,
     peak_memory_gib,
     reset_peak_memory,
-    send_weights,
     stateless_init_process_group,
 )
 
@@ -183,14 +185,19 @@ class MyLLM(LLM):
 
     def collective_rpc(self, method, timeout=None, args=(), kwargs=None):
         """Call a method of every worker; keeps account of updates."""
+        was_torn = self.torn
         if method in ("update_weight", "receive_weights"):
             self.torn = f"the weight update after version {self.weights_version} has not been completed"
         results = super().collective_rpc(method, timeout, args, kwargs)
-        if self.torn and method in ("check_weights_changed", "receive_weights"):
+        if method == "receive_weights" and results[0] is None:
+            self.torn = was_torn  # nothing was sent
+        elif self.torn and method in ("check_weights_changed", "receive_weights"):
             if not self.reset_prefix_cache():
                 raise RuntimeError("vLLM refused to reset the prefix cache: requests are still running")
             self.weights_version += 1
             self.torn = None
+        if method == "receive_weights":
+            results = [result and result | {"weights_version": self.weights_version} for result in results]
         return results
 
     def generate(self, *args, **kwargs):
@@ -358,6 +365,7 @@ class Trainer:
 
     def init_weight_update_group(self, address: str, port: int, world_size: int, backend: str, timeout_s: float):
         """Join as rank 0, beside the workers' method of the same name."""
+        self.sender = None
         self.group = stateless_init_process_group(
             address, port, 0, world_size, self.device, backend, timeout_s, self.listen_socket
         )
@@ -366,13 +374,21 @@ class Trainer:
         """Names, wire dtype and shapes of the weights, in sending order."""
         return make_manifest(self.model, torch.bfloat16)
 
-    def send_weights(self, manifest: list[list], bucket_bytes: int) -> dict:
-        """Broadcast every weight, beside the workers' `receive_weights` or `verify_weights`."""
+    def agree_on_weights(self, bucket_bytes: int) -> None:
+        """Prepare to send the weights as they are now, beside the workers' method of the same name."""
+        self.sender = WeightSender(self.model, self.weight_manifest(), self.group, self.device, bucket_bytes)
+
+    def send_weights(self) -> dict | None:
+        """Broadcast every weight, beside the workers' `receive_weights` or `verify_weights`; None if not agreed on."""
         before, start = reset_peak_memory(self.device), time.perf_counter()
-        buckets = send_weights(self.model, manifest, self.group, self.device, bucket_bytes)
+        if self.sender is None or self.sender.addresses != addresses(self.model):
+            announce(self.group, self.device, sending=False)
+            return None
+        buckets = self.sender.send()
         if self.device.type == "cuda":
             torch.cuda.synchronize()
         return {
+            "bytes": sum(piece.nbytes for _, pieces in self.sender.buffers.plan for piece in pieces),
             "buckets": buckets,
             "seconds": time.perf_counter() - start,
             "extra_gib": peak_memory_gib(self.device, before),
@@ -590,39 +606,42 @@ def sync_weights_to_quantized_engine(
         TimeoutError: the group did not finish in `timeout_s` seconds.
     """
     engines = quantized_llm if isinstance(quantized_llm, list) else [quantized_llm]
-    [manifest] = wait([train_model.weight_manifest.remote()], timeout_s, "listing the trainer's weights")
-    checks = [llm.collective_rpc.remote("check_weight_manifest", args=(manifest,)) for llm in engines]
-    wait(checks, timeout_s, "checking the manifest")
 
-    def broadcast_to(method: str) -> tuple[dict, list[dict]]:
-        receiving = [llm.collective_rpc.remote(method, args=(manifest, bucket_bytes)) for llm in engines]
-        sending = train_model.send_weights.remote(manifest, bucket_bytes)
-        sent, *ranks = wait([sending, *receiving], timeout_s, f"broadcasting weights to {method}")
-        return sent, sum(ranks, [])
+    def on_every_engine(method: str, *args) -> list:
+        return [llm.collective_rpc.remote(method, args=args) for llm in engines]
 
-    start = time.perf_counter()
-    sent, ranks = broadcast_to("receive_weights")
-    seconds = time.perf_counter() - start
-    size = sum(2 * math.prod(shape) for _, _, shape in manifest)
+    def broadcast_to(method: str) -> tuple[dict, list[dict], float]:
+        start = time.perf_counter()
+        calls = [train_model.send_weights.remote(), *on_every_engine(method)]
+        sent, *ranks = wait(calls, timeout_s, f"broadcasting weights to {method}")
+        return sent, sum(ranks, []), time.perf_counter() - start
+
+    sent, ranks, seconds = broadcast_to("receive_weights")
+    if sent is None:  # the first time, or the model has been replaced since: nothing was sent
+        [manifest] = wait([train_model.weight_manifest.remote()], timeout_s, "listing the trainer's weights")
+        wait(on_every_engine("agree_on_weights", manifest, bucket_bytes), timeout_s, "checking the manifest")
+        wait([train_model.agree_on_weights.remote(bucket_bytes)], timeout_s, "preparing to send")
+        sent, ranks, seconds = broadcast_to("receive_weights")
     result = {
-        "bytes": size,
+        "bytes": sent["bytes"],
         "seconds": seconds,
-        "gb_per_s": size / seconds / 1e9,
+        "gb_per_s": sent["bytes"] / seconds / 1e9,
         "verified": all(rank["buckets_matched"] == sent["buckets"] for rank in ranks),
         "changed": any(rank["changed"] for rank in ranks),
+        "path": ranks[0]["path"],
+        "weights_version": ranks[0]["weights_version"],
         "sender": sent,
         "ranks": ranks,
     }
     if verify:
-        _, comparisons = broadcast_to("verify_weights")
+        _, comparisons, _ = broadcast_to("verify_weights")
         result["compared_tensors"] = sum(comparison["compared"] for comparison in comparisons)
         result["hidden_tensors"] = [
             f"rank {rank}: {name}" for rank, c in enumerate(comparisons) for name in c["hidden"]
         ]
         if different := [f"rank {rank}: {name}" for rank, c in enumerate(comparisons) for name in c["different"]]:
             raise RuntimeError(f"{len(different)} tensors of the engine are not the trainer's: {', '.join(different)}")
-    versions = wait([llm.get_weights_version.remote() for llm in engines], timeout_s, "reading the version")
-    return result | {"weights_version": versions[0]}
+    return result
 
 
 # ----- The loop -------------------------------------------------------------------------------------------------------

@@ -1,7 +1,7 @@
 """Full-precision weights go over the wire; an FP8 vLLM engine quantizes them on arrival.
 
-    trainer   rank 0       send_weights()                     packs buckets, broadcasts, broadcasts their digests
-    engine    ranks 1..TP  WorkerExtension.receive_weights()  receives, compares digests, reloads, quantizes
+    trainer   rank 0       WeightSender.send()                packs buckets, broadcasts, broadcasts their digests
+    engine    ranks 1..TP  WorkerExtension.receive_weights()  receives, quantizes into the live tensors, compares digests
 
 vLLM adds `WorkerExtension` to each of its workers (`worker_extension_cls="rlhf_utils.WorkerExtension"`); its methods
 are called by name with `collective_rpc`. Three rules decide the code:
@@ -21,12 +21,15 @@ import functools
 import logging
 import math
 import socket
+import weakref
 from collections.abc import Callable, Iterable, Iterator
 from datetime import timedelta
 from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
 
 logger = logging.getLogger(__name__)
 BUCKET_BYTES = 256 * 2**20
@@ -153,34 +156,59 @@ def check_manifest(manifest: Iterable[list], expected: dict[str, tuple[int, ...]
         )
 
 
-class Slot(NamedTuple):
-    """Where one weight lies in its bucket (offset and size in bytes)."""
+class Piece(NamedTuple):
+    """Rows of one weight in a bucket: which (`row` on, of `rows`), and where (offset and size in bytes)."""
 
     name: str
     dtype: torch.dtype
     shape: tuple[int, ...]
+    row: int
+    rows: int
     offset: int
     nbytes: int
 
     def view(self, bucket: torch.Tensor) -> torch.Tensor:
-        """The weight, as a view of its bucket (uint8)."""
+        """The piece, as a view of its bucket (uint8)."""
         return bucket[self.offset : self.offset + self.nbytes].view(self.dtype).view(self.shape)
 
 
-def plan_buckets(manifest: Manifest, bucket_bytes: int = BUCKET_BYTES) -> list[tuple[int, list[Slot]]]:
-    """Split a manifest into (size in bytes, slots) of at most `bucket_bytes`; a larger weight gets its own bucket.
+def plan_buckets(manifest: Manifest, bucket_bytes: int = BUCKET_BYTES) -> list[tuple[int, list[Piece]]]:
+    """Split a manifest into (size in bytes, pieces), filling each bucket; a weight may be cut between two rows.
 
-    >>> plan_buckets([["a", "bfloat16", [3]], ["b", "bfloat16", [8]]], 1024)[0][1][1].offset  # 6 bytes, aligned to 16
-    16
+    >>> plan = plan_buckets([["a", "bfloat16", [3]], ["b", "bfloat16", [5, 16]]], 128)
+    >>> [(piece.name, piece.row, piece.shape, piece.offset) for piece in plan[0][1]]  # offsets are aligned to 16 bytes
+    [('a', 0, (3,), 0), ('b', 0, (3, 16), 16)]
+    >>> [(piece.name, piece.row, piece.shape, piece.offset) for piece in plan[1][1]]
+    [('b', 3, (2, 16), 0)]
     """
-    buckets: list[tuple[int, list[Slot]]] = []
-    for name, dtype, shape in manifest:
-        nbytes = math.prod(shape) * getattr(torch, dtype).itemsize
-        aligned = -(-nbytes // 16) * 16
-        size, slots = buckets.pop() if buckets and buckets[-1][0] + aligned <= bucket_bytes else (0, [])
-        slots.append(Slot(name, getattr(torch, dtype), tuple(shape), size, nbytes))
-        buckets.append((size + aligned, slots))
+    buckets: list[tuple[int, list[Piece]]] = []
+    for name, dtype_name, shape in manifest:
+        dtype, (rows, *rest) = getattr(torch, dtype_name), shape or [1]
+        row_bytes, row = math.prod(rest) * dtype.itemsize, 0
+        while row < rows:
+            if not buckets or buckets[-1][0] + row_bytes > bucket_bytes:
+                buckets.append((0, []))  # it holds one row at least, however large that is
+            size, pieces = buckets.pop()
+            count = min(rows - row, max(1, (bucket_bytes - size) // row_bytes))
+            pieces.append(Piece(name, dtype, (count, *rest) if shape else (), row, rows, size, count * row_bytes))
+            buckets.append((-(-(size + count * row_bytes) // 16) * 16, pieces))
+            row += count
     return buckets
+
+
+class Buffers:
+    """Two buckets of memory in turn: one travels while the other is packed or unpacked."""
+
+    def __init__(self, manifest: Manifest, bucket_bytes: int, device: torch.device):
+        self.plan = plan_buckets(manifest, bucket_bytes)
+        largest = max(size for size, _ in self.plan)
+        self.digests: torch.Tensor | None = None  # of the buckets that came in last
+        self.memory = [torch.empty(largest, dtype=torch.uint8, device=device) for _ in self.plan[:2]]
+        self.buckets = [self.memory[i % 2][:size] for i, (size, _) in enumerate(self.plan)]
+        self.pieces = [
+            [(piece, piece.view(bucket)) for piece in pieces]
+            for bucket, (_, pieces) in zip(self.buckets, self.plan, strict=True)
+        ]
 
 
 def digest(tensor: torch.Tensor) -> torch.Tensor:
@@ -202,55 +230,95 @@ def digest(tensor: torch.Tensor) -> torch.Tensor:
     )
 
 
-def send_weights(model: torch.nn.Module, manifest: Manifest, group, device: torch.device, bucket_bytes: int) -> int:
-    """Rank 0: cast and pack each bucket, broadcast it, and at the end broadcast the digests of what was sent.
+def announce(group, device: torch.device, sending: bool = True) -> bool:
+    """Rank 0 tells the others whether weights follow; they call it with anything. Returns what rank 0 said."""
+    header = torch.tensor([int(sending)], device=device)
+    group.broadcast(header, src=0)
+    return bool(header.item())
 
-    `device` is the model's. All runs on one stream, so a bucket can take the last one's memory. Returns how many.
+
+def addresses(model: torch.nn.Module) -> list[tuple]:
+    """Where each weight is, and its shape: the same as long as a `WeightSender` for the model is good."""
+    return [(name, weight.data_ptr(), weight.shape) for name, weight in named_weights(model).items()]
+
+
+class WeightSender:
+    """Rank 0's end: casts and packs weights bucket by bucket into fixed memory and broadcasts them.
+
+    Args:
+        model: a Hugging Face model on `device`; its weights may change between two sends, not their manifest.
     """
-    weights, digests = named_weights(model), []
-    for size, slots in plan_buckets(manifest, bucket_bytes):
-        bucket = torch.empty(size, dtype=torch.uint8, device=device)
-        for slot in slots:
-            slot.view(bucket).copy_(weights[slot.name].detach())
-        group.broadcast(bucket, src=0)
-        digests.append(digest(bucket))
-        del bucket  # before the next is made: both at once would be the peak
-    group.broadcast(torch.stack(digests), src=0)
-    return len(digests)
+
+    def __init__(self, model: torch.nn.Module, manifest: Manifest, group, device: torch.device, bucket_bytes: int):
+        self.group, self.device, self.addresses = group, device, addresses(model)
+        self.buffers, weights = Buffers(manifest, bucket_bytes, device), named_weights(model)
+        self.sources = [
+            [weights[p.name].detach().view(p.rows, -1)[p.row : p.row + (*p.shape, 1)[0]] for p, _ in pieces]
+            for pieces in self.buffers.pieces
+        ]
+
+    def send(self) -> int:
+        """Broadcast `announce`, every bucket, and at the end the digests of what was sent. Returns how many buckets."""
+        announce(self.group, self.device)
+        digests = []
+        for bucket, pieces, sources in zip(self.buffers.buckets, self.buffers.pieces, self.sources, strict=True):
+            torch._foreach_copy_([view.view_as(source) for (_, view), source in zip(pieces, sources)], sources)
+            self.group.broadcast(bucket, src=0)
+            digests.append(digest(bucket))
+        self.group.broadcast(torch.stack(digests), src=0)
+        return len(digests)
 
 
-def receive_buckets(manifest: Manifest, group, device: torch.device, bucket_bytes: int) -> Iterator[Weights]:
-    """Ranks 1..TP: yield the weights of each bucket, then compare what came in with the sender's digests.
+def receive_buckets(buffers: Buffers, group, device: torch.device) -> Iterator[int]:
+    """Ranks 1..TP: yield the number of each bucket when it has come in, then compare with the sender's digests.
 
     The order of collectives is the sender's: every bucket, then the digests. Run it to the end, even after an error.
     Raises ValueError if a bucket differs from what was sent; it names the bucket's first and last weight.
     """
-    plan, digests = plan_buckets(manifest, bucket_bytes), []
-    for size, slots in plan:
-        bucket = torch.empty(size, dtype=torch.uint8, device=device)
+    digests = []
+    for number, bucket in enumerate(buffers.buckets):
         group.broadcast(bucket, src=0)
         digests.append(digest(bucket))
-        yield [(slot.name, slot.view(bucket)) for slot in slots]
-        del bucket
-    received = torch.stack(digests)
+        yield number
+    received = buffers.digests = torch.stack(digests)
     sent = torch.empty_like(received)
     group.broadcast(sent, src=0)
     if wrong := (sent != received).nonzero().flatten().tolist():
-        spans = [f"bucket {i} ({plan[i][1][0].name} .. {plan[i][1][-1].name})" for i in wrong]
-        raise ValueError(f"{len(wrong)} of {len(plan)} buckets came in with other bytes than were sent: {spans}")
+        names = [(pieces[0].name, pieces[-1].name) for _, pieces in buffers.plan]
+        spans = [f"bucket {i} ({names[i][0]} .. {names[i][1]})" for i in wrong]
+        raise ValueError(f"{len(wrong)} of {len(names)} buckets came in with other bytes than were sent: {spans}")
 
 
-def use_all(buckets: Iterator[Weights], use: Callable[[Weights], None]) -> int:
-    """Call `use` with each bucket; after an error go on receiving, and raise it at the end. Returns how many came."""
+class WholeWeights:
+    """Copies pieces together and gives `use` each bucket's completed weights, in memory of their own."""
+
+    def __init__(self, buffers: Buffers, use: Callable[[Weights], None]):
+        self.buffers, self.use, self.unfinished = buffers, use, {}
+
+    def __call__(self, number: int) -> None:
+        """Bucket `number` is in its buffer."""
+        whole = []
+        for piece, view in self.buffers.pieces[number]:
+            if piece.row == 0:
+                shape = (piece.rows, *piece.shape[1:]) if piece.shape else ()
+                self.unfinished[piece.name] = torch.empty(shape, dtype=view.dtype, device=view.device)
+            rows = view.view(1, -1) if not piece.shape else view.view(piece.shape[0], -1)
+            self.unfinished[piece.name].view(piece.rows, -1)[piece.row : piece.row + len(rows)] = rows
+            if piece.row + len(rows) == piece.rows:
+                whole.append((piece.name, self.unfinished.pop(piece.name)))
+        self.use(whole)
+
+
+def use_all(numbers: Iterator[int], use: Callable[[int], None]) -> int:
+    """Call `use` with each bucket's number; after an error go on receiving, and raise it at the end. Returns how many."""
     failure, count = None, 0
-    for weights in buckets:
+    for number in numbers:
         count += 1
         try:
             if failure is None:
-                use(weights)
+                use(number)
         except Exception as error:
             failure = error
-        del weights  # or this bucket would live on while the next one comes in
     if failure is not None:
         raise failure
     return count
@@ -273,6 +341,7 @@ class ReloadSession:
         self.parameters = {name for name, _ in self.model.named_parameters()}
         self.received: Manifest = []
         self.loaded: set[str] = set()
+        self.recorder = CopyRecorder(self.model)
         with self._vllm_config():
             initialize_layerwise_reload(self.model)
 
@@ -284,27 +353,185 @@ class ReloadSession:
     def load(self, weights: Weights) -> None:
         """Give checkpoint tensors (full shapes, any float dtype) to vLLM's loaders, which slice, fuse and quantize."""
         self.received += [[name, dtype_name(weight.dtype), list(weight.shape)] for name, weight in weights]
-        with self._vllm_config():
+        self.recorder.watch(weights)
+        with self._vllm_config(), self.recorder:
             self.loaded |= self.model.load_weights(weights)
 
     def close(self, complete: bool = True) -> None:
         """End the session. With `complete`, raise ValueError unless every weight came once and reached a parameter."""
-        from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
         from vllm.model_executor.model_loader.reload import finalize_layerwise_reload
 
         # It warns of layers without weights in any checkpoint, such as tied heads; `stale` below finds real gaps.
         logging.getLogger("vllm.model_executor.model_loader.reload.layerwise").setLevel(logging.ERROR)
-        with self._vllm_config():
+        with self._vllm_config(), self.recorder:
             finalize_layerwise_reload(self.model, self.worker.model_config)
-        for module in self.model.modules():
-            if isinstance(module, VocabParallelEmbedding) and hasattr(module, "weight"):
-                # A tied head is no layer of its own to the session; on CPU it would go on using a packed old copy.
-                module.quant_method.process_weights_after_loading(module)
+        repack_heads(self.model)
         repair_zero_rows(self.model.parameters())
         if complete:
             check_manifest(self.received, self.worker.expected_weights)
             if stale := sorted(self.parameters - self.loaded):
                 raise ValueError(f"{len(stale)} engine parameters got no weight and are stale: {', '.join(stale)}")
+
+
+def repack_heads(model: torch.nn.Module) -> None:
+    """On the CPU a tied head, which is no layer of its own to a session, would go on using a packed old copy."""
+    from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
+
+    for module in model.modules():
+        if isinstance(module, VocabParallelEmbedding) and hasattr(module, "weight"):
+            module.quant_method.process_weights_after_loading(module)
+
+
+class Copy(NamedTuple):
+    """A copy from a view of a received weight to rows of a parameter; (offset, shape, stride) in elements."""
+
+    weight: str
+    source: tuple[int, tuple[int, ...], tuple[int, ...]]
+    parameter: str
+    target: tuple[int, tuple[int, ...], tuple[int, ...]]
+
+
+class CopyRecorder(TorchDispatchMode):
+    """While active, writes down every copy that vLLM's loaders make from a watched weight into a parameter.
+
+    At that time a layer's parameters are in full precision, in memory of the session's; they are quantized afterwards.
+    """
+
+    def __init__(self, model: torch.nn.Module):
+        super().__init__()
+        self.model, self.copies, self.watched, self.parameters = model, [], {}, {}
+
+    def watch(self, weights: Weights) -> None:
+        """Recognize these tensors, each in memory of its own, as sources."""
+        for name, weight in weights:
+            storage = weight.untyped_storage()
+            self.watched[storage.data_ptr()] = (name, StorageWeakRef(storage))
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function is torch.ops.aten.copy_.default and not args[0].is_meta and not args[1].is_meta:
+            self._record(*args[:2])
+        return function(*args, **kwargs or {})
+
+    def _record(self, target: torch.Tensor, source: torch.Tensor) -> None:
+        if is_float8(target) or is_float8(source):
+            return
+        name, memory = self.watched.get(source.untyped_storage().data_ptr(), (None, None))
+        if name is None or memory.expired():  # addresses are used again
+            return
+        if parameter := self._parameter_at(target.untyped_storage().data_ptr()):
+            views = [(view.storage_offset(), tuple(view.shape), view.stride()) for view in (source, target)]
+            self.copies.append(Copy(name, views[0], parameter, views[1]))
+
+    def _parameter_at(self, address: int) -> str | None:
+        name, alive = self.parameters.get(address, (None, lambda: None))
+        if alive() is None:  # look again: layers come and go, and with them addresses
+            plain = [(name, p) for name, p in self.model.named_parameters() if not (p.is_meta or is_float8(p))]
+            self.parameters = {p.untyped_storage().data_ptr(): (name, weakref.ref(p)) for name, p in plain}
+            name, _ = self.parameters.get(address, (None, None))
+        return name
+
+
+class Replay:
+    """A session's copies, done again without vLLM's loaders: rows are quantized straight into the live tensors.
+
+    Raises:
+        ValueError: why this model or torchao config cannot be replayed exactly.
+    """
+
+    def __init__(self, model: torch.nn.Module, copies: list[Copy], buffers: Buffers):
+        from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
+
+        parameters, covered, self.model = dict(model.named_parameters()), {}, model
+        by_weight: dict[str, list[Copy]] = {}
+        for copy in dict.fromkeys(copies):  # vLLM makes some copies twice
+            covered[copy.parameter] = covered.get(copy.parameter, 0) + math.prod(copy.source[1])
+            by_weight.setdefault(copy.weight, []).append(copy)
+        for name, parameter in parameters.items():
+            module, needed = model.get_submodule(name.rpartition(".")[0]), parameter.numel()
+            if isinstance(module, VocabParallelEmbedding):  # the other rows are padding and stay zero
+                needed = needed // parameter.shape[0] * module.shard_indices.num_org_elements
+            if not parameter.numel():
+                raise ValueError(f"vLLM's CPU backend has packed {name} out of sight")
+            if covered.get(name, 0) != needed:
+                raise ValueError(f"copies cover {covered.get(name, 0)} of {needed} elements of {name}")
+            if is_float8(parameter):
+                check_quantizer(module.quant_method.quant_config.torchao_config, parameter.device)
+        self.steps = [
+            [
+                step
+                for piece, view in pieces
+                for copy in by_weight.get(piece.name, [])
+                if (step := bind(copy, piece, view, parameters[copy.parameter]))
+            ]
+            for pieces in buffers.pieces
+        ]
+
+    def __call__(self, number: int) -> None:
+        """Bucket `number` is in its buffer."""
+        for source, targets in self.steps[number]:
+            quantize_rows(source, *targets) if len(targets) == 2 else targets[0].copy_(source)
+
+
+def bind(copy: Copy, piece: Piece, view: torch.Tensor, parameter: torch.Tensor) -> tuple | None:
+    """The part of a recorded copy that lies in a piece: (source view of the bucket, views of the live tensors) or None.
+
+    Raises ValueError unless the copy is one of rectangles, and of whole rows for an FP8 parameter.
+    """
+
+    def rectangle(view: tuple, width: int) -> tuple[int, int, int, int]:  # first row, rows, first column, columns
+        offset, shape, stride = view
+        rows, columns = (shape[0], math.prod(shape[1:])) if shape else (1, 1)
+        dense = [math.prod(shape[i + 1 :]) for i in range(1, len(shape))]
+        if list(stride[1:]) != dense or (rows > 1 and stride[0] != width):
+            raise ValueError(f"{copy} is no copy of a rectangle")
+        return offset // width, rows, offset % width, columns
+
+    count = piece.shape[0] if piece.shape else 1
+    source, width = view.view(count, -1), parameter.numel() // parameter.shape[0]
+    row, rows, column, columns = rectangle(copy.source, source.shape[1])
+    target_row, target_rows, target_column, target_columns = rectangle(copy.target, width)
+    first, last = max(row, piece.row), min(row + rows, piece.row + count)
+    if first >= last:
+        return None
+    source = source[first - piece.row : last - piece.row, column : column + columns]
+    span = slice(target_row + first - row, target_row + last - row)
+    if (rows, columns) != (target_rows, target_columns):
+        raise ValueError(f"{copy} changes the shape")
+    if not is_float8(parameter):
+        return source, (parameter.data.view(-1, width)[span, target_column : target_column + columns],)
+    if parameter.scale.shape != (parameter.shape[0], 1) or columns != width:
+        raise ValueError(f"{copy.parameter} is not quantized row by row")
+    return source, (parameter.qdata[span], parameter.scale[span])
+
+
+def quantize_rows(source: torch.Tensor, qdata: torch.Tensor, scale: torch.Tensor) -> None:
+    """Write `source` (rows, columns; BF16) as FP8 e4m3 bytes and one FP32 scale per row, shape (rows, 1).
+
+    Bit-identical to torchao 0.18's PerRow: amax / 448 is rounded to the source's dtype before it becomes FP32. Only
+    all-zero rows differ: zero bytes and scale 1 (see `repair_zero_rows`).
+    """
+    limit = torch.finfo(qdata.dtype).max
+    scale_R1 = (source.abs().amax(dim=1, keepdim=True) / limit).float()
+    dead_R1 = scale_R1 == 0
+    quotient_RC = (source.float() / scale_R1).clamp(-limit, limit)
+    qdata.copy_(quotient_RC.masked_fill(dead_R1, 0).to(qdata.dtype))
+    scale.copy_(scale_R1.masked_fill(dead_R1, 1))
+
+
+def check_quantizer(torchao_config, device: torch.device) -> None:
+    """Raise ValueError unless `quantize_rows` gives the bytes that torchao gives with this config."""
+    from vllm.model_executor.layers.quantization.torchao import torchao_quantize_param_data
+
+    probe = torch.randn(16, 64, device=device, dtype=torch.bfloat16) * torch.logspace(-3, 3, 16, device=device).view(
+        -1, 1
+    )
+    expected = torchao_quantize_param_data(torch.nn.Parameter(probe.bfloat16(), requires_grad=False), torchao_config)
+    if not is_float8(expected) or expected.scale.shape != (16, 1):
+        raise ValueError("the torchao config does not quantize to FP8 row by row")
+    qdata, scale = torch.empty_like(expected.qdata), torch.empty_like(expected.scale)
+    quantize_rows(probe.bfloat16(), qdata, scale)
+    if not (torch.equal(as_bytes(qdata), as_bytes(expected.qdata)) and torch.equal(scale, expected.scale)):
+        raise ValueError("torchao's quantization with this config differs from quantize_rows")
 
 
 def repair_zero_rows(parameters: Iterable[torch.Tensor]) -> int:
@@ -443,13 +670,15 @@ class WorkerExtension:
     """What a vLLM worker can do besides generating. Call by name: `llm.collective_rpc("method", args=(...))`.
 
     Two ways to bring new weights, both quantized on arrival:
-      - `receive_weights(manifest)`: everything in one call, against `send_weights` on rank 0;
+      - `agree_on_weights(manifest)` once, then `receive_weights()`: everything in one call, against a `WeightSender`;
       - `update_weight(name, dtype_name, shape)` for each weight beside its broadcast, then `check_weights_changed()`.
     """
 
     weight_group = None
     reload_session: ReloadSession | None = None
-    last_digests: torch.Tensor | None = None
+    stored_digests: torch.Tensor | None = None  # of the tensors in use; None if not known
+    buffers: Buffers | None = None
+    replay: Replay | None = None
     weights_changed = False
 
     @functools.cached_property
@@ -467,7 +696,7 @@ class WorkerExtension:
         self, master_address: str, master_port: int, rank_offset: int, world_size: int, backend=None, timeout_s=60.0
     ) -> None:
         """Join the trainer's group as rank `rank_offset` + this worker's rank; see `stateless_init_process_group`."""
-        rank = rank_offset + self.rank
+        rank, self.buffers, self.replay = rank_offset + self.rank, None, None
         self.weight_group = stateless_init_process_group(
             master_address, master_port, rank, world_size, self.device, backend, timeout_s
         )
@@ -476,35 +705,62 @@ class WorkerExtension:
     def inspect_quantization(self) -> dict:
         """Prove at start-up what is FP8 (see `inspect_linear_layers`); repairs zero rows of the first load."""
         repaired = repair_zero_rows(self.get_model().parameters())
-        self.last_digests = self._digests()
+        self.stored_digests = self._digests()
         return inspect_linear_layers(self.get_model()) | {"rank": self.rank, "zero_rows_repaired": repaired}
 
     @agreed
-    def check_weight_manifest(self, manifest: Manifest) -> None:
-        """Raise one ValueError with all that is wrong, before a byte moves."""
+    def agree_on_weights(self, manifest: Manifest, bucket_bytes: int = BUCKET_BYTES) -> None:
+        """Raise one ValueError with all that is wrong, before a byte moves; otherwise prepare for these weights."""
         check_manifest(manifest, self.expected_weights)
+        self.buffers, self.replay = Buffers(manifest, bucket_bytes, self.device), None
 
     @agreed
-    def receive_weights(self, manifest: Manifest, bucket_bytes: int = BUCKET_BYTES) -> dict:
-        """Receive a complete set of weights into one reload session. Blocks until rank 0 has sent everything."""
+    def receive_weights(self) -> dict | None:
+        """Receive a complete set of weights, as agreed on; None if rank 0 has none to send. Blocks until it has sent.
+
+        The first time it is a reload session, whose copies are recorded; from then on they are replayed if they can be.
+        """
+        if not announce(self.weight_group, self.device, False):
+            return None
         if self.reload_session is not None:  # a per-parameter update that was never ended
             self.reload_session.close(complete=False)
-        self.reload_session, before = ReloadSession(self), reset_peak_memory(self.device)
-        buckets = receive_buckets(manifest, self.weight_group, self.device, bucket_bytes)
-        try:
-            matched = use_all(buckets, self.reload_session.load)
-        except Exception:
-            self._end_update(complete=False)
-            raise
-        self._end_update()
+            self.reload_session = None
+        before, known, path = (
+            reset_peak_memory(self.device),
+            self.buffers.digests,
+            "replay" if self.replay else "session",
+        )
+        arriving = receive_buckets(self.buffers, self.weight_group, self.device)
+        if self.replay:
+            self.stored_digests = None
+            matched = use_all(arriving, self.replay)
+            repack_heads(self.get_model())
+            self.weights_changed = known is None or not torch.equal(known, self.buffers.digests)
+        else:
+            self._begin_update()
+            try:
+                matched = use_all(arriving, WholeWeights(self.buffers, self.reload_session.load))
+            except Exception:
+                self._end_update(complete=False)
+                raise
+            copies = self.reload_session.recorder.copies
+            self._end_update()
+            try:
+                self.replay = Replay(self.get_model(), copies, self.buffers)
+            except ValueError as reason:
+                path = f"session, because {reason}"
         extra_gib = peak_memory_gib(self.device, before)
-        return {"buckets_matched": matched, "changed": self.weights_changed, "extra_gib": extra_gib}
+        return {"buckets_matched": matched, "changed": self.weights_changed, "path": path, "extra_gib": extra_gib}
 
     @agreed
-    def verify_weights(self, manifest: Manifest, bucket_bytes: int = BUCKET_BYTES) -> dict:
+    def verify_weights(self) -> dict:
         """Receive the weights once more, only to compare; see `ShardVerifier`."""
-        verifier = ShardVerifier(self.get_model())
-        use_all(receive_buckets(manifest, self.weight_group, self.device, bucket_bytes), verifier.check)
+        announce(self.weight_group, self.device, False)
+        verifier, arriving = (
+            ShardVerifier(self.get_model()),
+            receive_buckets(self.buffers, self.weight_group, self.device),
+        )
+        use_all(arriving, WholeWeights(self.buffers, verifier.check))
         different = verifier.different + [f"{name} (never sent)" for name in verifier.unseen]
         return {"compared": verifier.compared, "different": different, "hidden": verifier.hidden}
 
@@ -514,7 +770,7 @@ class WorkerExtension:
         weight = torch.empty(tuple(shape), dtype=getattr(torch, dtype_name), device=self.device)
         self.weight_group.broadcast(weight, src=0)  # before any check: rank 0 is already sending
         if self.reload_session is None:
-            self.reload_session = ReloadSession(self)
+            self._begin_update()
         try:
             self.reload_session.load([(name, weight)])
         except Exception:
@@ -531,12 +787,17 @@ class WorkerExtension:
             self._end_update()
         return self.weights_changed
 
+    def _begin_update(self) -> None:
+        if self.stored_digests is None:
+            self.stored_digests = self._digests()
+        self.reload_session = ReloadSession(self)
+
     def _end_update(self, complete: bool = True) -> None:
         session, self.reload_session = self.reload_session, None
         session.close(complete)
         digests = self._digests()
-        self.weights_changed = self.last_digests is None or not torch.equal(digests, self.last_digests)
-        self.last_digests = digests
+        self.weights_changed = not torch.equal(digests, self.stored_digests)
+        self.stored_digests = digests
 
     def _digests(self) -> torch.Tensor:
         tensors = [t for parameter in self.get_model().parameters() for t in plain_tensors(parameter).values()]

@@ -18,7 +18,7 @@ from harness import (
     sync,
     sync_versus_cold_start,
 )
-from rlhf_utils import BUCKET_BYTES, make_manifest, send_weights
+from rlhf_utils import BUCKET_BYTES, WeightSender, make_manifest
 from vllm import SamplingParams
 
 CPU = torch.device("cpu")
@@ -29,6 +29,15 @@ def rejoin(config, pair) -> None:
     driver.join_group(config, "cpu", pair.trainer, [pair.actor])
 
 
+def compare(pair, model, group) -> list[dict]:
+    """What `verify_weights` finds when this process sends a model."""
+    manifest = make_manifest(model, torch.bfloat16)
+    ray.get(pair.actor.collective_rpc.remote("agree_on_weights", args=(manifest,)))
+    comparing = pair.actor.collective_rpc.remote("verify_weights")
+    WeightSender(model, manifest, group, CPU, BUCKET_BYTES).send()
+    return ray.get(comparing)
+
+
 @pytest.mark.parametrize("shape", ["tiny-opt", "tiny-qwen3", "tiny-llama"])
 @pytest.mark.parametrize("tensor_parallel_size", [1, 2])
 def test_sync_equals_cold_start(config, models, tmp_path, shape, tensor_parallel_size):
@@ -36,7 +45,9 @@ def test_sync_equals_cold_start(config, models, tmp_path, shape, tensor_parallel
     config = dataclasses.replace(config, tensor_parallel_size=tensor_parallel_size, bucket_mib=1, learning_rate=1e-2)
     result = sync_versus_cold_start(config, models(shape)[0], str(tmp_path), "cpu", more_syncs=1)
     assert result["sync"]["compared_tensors"] == result["tensors"]  # --verify looked at every tensor of every rank
-    assert result["sync"]["weights_version"] == 1
+    assert result["sync"]["weights_version"] == 1 and result["sync"]["path"] == "session"
+    assert result["second"]["path"] == "replay", result["sync"]["path"]
+    assert result["second"]["weights_version"] == 2
 
 
 def test_unquantized_sync_equals_cold_start(config, models, tmp_path):
@@ -44,6 +55,7 @@ def test_unquantized_sync_equals_cold_start(config, models, tmp_path):
     config = dataclasses.replace(config, tensor_parallel_size=1, quantization="none", learning_rate=1e-2)
     result = sync_versus_cold_start(config, models("tiny-qwen3")[0], str(tmp_path), "cpu")
     assert result["ranks"][0]["fp8_linear_layers"] == 0 and len(result["sync"]["hidden_tensors"]) == 8
+    assert result["second"]["path"].startswith("session, because vLLM's CPU backend has packed")
 
 
 def test_prefix_cache_is_reset(config, pair):
@@ -72,10 +84,7 @@ def test_seed_loop(config, pair, dtype):
     first = observe(pair.llm)
     assert not any(seed_loop(pair.llm, model, group)) and observe(pair.llm) == first
 
-    manifest = make_manifest(model, torch.bfloat16)
-    comparing = pair.actor.collective_rpc.remote("verify_weights", args=(manifest,))
-    send_weights(model, manifest, group, CPU, BUCKET_BYTES)
-    assert ray.get(comparing) == [{"compared": 36, "different": [], "hidden": []}] * 2
+    assert compare(pair, model, group) == [{"compared": 36, "different": [], "hidden": []}] * 2
 
     shown = seed_demonstration(pair.llm, group, pair.old, CPU, dtype)
     assert shown["not_zero"] == [] and shown["zero_scales"] == []
@@ -91,10 +100,7 @@ def test_verify_sees_one_wrong_byte(config, pair):
     model = transformers.AutoModelForCausalLM.from_pretrained(pair.new, dtype=torch.float32)
     with torch.no_grad():
         model.model.decoder.layers[1].self_attn.v_proj.weight[-1, -1] += 10  # the last row of rank 1's fused q, k, v
-    manifest = make_manifest(model, torch.bfloat16)
-    comparing = pair.actor.collective_rpc.remote("verify_weights", args=(manifest,))
-    send_weights(model, manifest, group, CPU, BUCKET_BYTES)
-    rank0, rank1 = ray.get(comparing)
+    rank0, rank1 = compare(pair, model, group)
     name = "model.decoder.layers.1.self_attn.qkv_proj.weight"
     assert rank0["different"] == [] and rank1["different"] == [f"{name} qdata", f"{name} scale"]
     rejoin(config, pair)
@@ -108,7 +114,7 @@ def test_wrong_manifest_is_refused_before_a_byte_moves(config, pair):
     (first, *_), *rest = manifest
     wrong = [[first, "int64", [3, 3]], *rest[:-1], rest[0], ["model.lora", "bfloat16", [1]]]
     with pytest.raises(ray.exceptions.RayTaskError) as error:
-        ray.get(pair.actor.collective_rpc.remote("check_weight_manifest", args=(wrong,)))
+        ray.get(pair.actor.collective_rpc.remote("agree_on_weights", args=(wrong,)))
     for line in (
         f"misshapen: {first} is [3, 3], the engine's model has [259, 128]",
         f"dtype: {first} is 'int64', expected a float type",

@@ -10,7 +10,7 @@ from harness import driver
 from torchao.quantization import Float8Tensor
 
 import rlhf_utils
-from rlhf_utils import digest, plan_buckets, repair_zero_rows
+from rlhf_utils import digest, plan_buckets, quantize_rows, repair_zero_rows
 
 
 def test_documentation_examples():
@@ -29,14 +29,33 @@ def test_digest_sees_order_and_single_bits():
     assert digest(torch.zeros(0)).item() == 0 and digest(torch.ones(3, dtype=torch.uint8)).item() != 0
 
 
-def test_buckets_hold_every_weight_once_without_overlap():
-    manifest = [[f"w{i}", dtype, [i + 1, 7]] for i, dtype in enumerate(["float32", "bfloat16"] * 8)]
-    plan = plan_buckets(manifest, 256)
-    assert [slot.name for _, slots in plan for slot in slots] == [name for name, _, _ in manifest]
-    for size, slots in plan:
-        ends = [slot.offset + slot.nbytes for slot in slots]
-        assert all(end <= slot.offset for end, slot in zip(ends, slots[1:])) and ends[-1] <= size
-        assert size <= 256 or len(slots) == 1, "only a weight larger than a bucket may exceed it"
+def test_pieces_hold_every_row_once_without_overlap():
+    manifest = [[f"w{i}", dtype, [3 * i + 1, 7]] for i, dtype in enumerate(["float32", "bfloat16"] * 8)]
+    manifest += [["wide", "bfloat16", [2, 300]], ["scalar", "bfloat16", []], ["bias", "bfloat16", [500]]]
+    rows = {name: 0 for name, _, _ in manifest}
+    for size, pieces in plan_buckets(manifest, 256):
+        ends = [piece.offset + piece.nbytes for piece in pieces]
+        assert all(end <= piece.offset for end, piece in zip(ends, pieces[1:])) and ends[-1] <= size
+        assert size <= 256 or len(pieces) == 1 and pieces[0].shape[0] == 1, "only a wider row may exceed a bucket"
+        for piece in pieces:
+            assert piece.row == rows[piece.name] and piece.offset % 16 == 0
+            rows[piece.name] += piece.shape[0] if piece.shape else 1
+    assert rows == {name: shape[0] if shape else 1 for name, _, shape in manifest}
+
+
+@pytest.mark.parametrize("columns", [16, 80, 4096])
+def test_quantize_rows_is_torchao_bit_for_bit(columns):
+    """Random, huge, tiny, denormal, one-hot and infinite rows; only all-zero rows differ, by the repair."""
+    torch.manual_seed(0)
+    rows = torch.randn(64, columns) * torch.logspace(-30, 30, 64).unsqueeze(1)
+    rows[0], rows[1], rows[2, 1:], rows[3, 0] = 0, 1e-40, 0, float("inf")
+    rows[4], rows[5, 3], rows[6] = torch.finfo(torch.bfloat16).max, -448, 2.0**-133
+    rows = rows.bfloat16()
+    expected = Float8Tensor.from_hp(rows)
+    repair_zero_rows([expected])
+    qdata, scale = torch.empty_like(expected.qdata), torch.empty_like(expected.scale)
+    quantize_rows(rows, qdata, scale)
+    assert torch.equal(qdata.view(torch.uint8), expected.qdata.view(torch.uint8)) and torch.equal(scale, expected.scale)
 
 
 def test_zero_rows_are_repaired():
