@@ -380,15 +380,14 @@ class Trainer:
 
     def send_weights(self) -> dict | None:
         """Broadcast every weight, beside the workers' `receive_weights` or `verify_weights`; None if not agreed on."""
-        before, start = reset_peak_memory(self.device), time.perf_counter()
+        start = time.perf_counter()
         if self.sender is None or self.sender.addresses != addresses(self.model):
             announce(self.group, self.device, sending=False)
             return None
+        before = reset_peak_memory(self.device) - self.sender.buckets.nbytes
         buckets = self.sender.send()
-        if self.device.type == "cuda":
-            torch.cuda.synchronize()
         return {
-            "bytes": sum(piece.nbytes for _, pieces in self.sender.buffers.plan for piece in pieces),
+            "bytes": sum(piece.nbytes for _, pieces in self.sender.buckets.plan for piece in pieces),
             "buckets": buckets,
             "seconds": time.perf_counter() - start,
             "extra_gib": peak_memory_gib(self.device, before),
@@ -629,6 +628,7 @@ def sync_weights_to_quantized_engine(
         "verified": all(rank["buckets_matched"] == sent["buckets"] for rank in ranks),
         "changed": any(rank["changed"] for rank in ranks),
         "path": ranks[0]["path"],
+        "no_replay": ranks[0]["no_replay"],
         "weights_version": ranks[0]["weights_version"],
         "sender": sent,
         "ranks": ranks,

@@ -28,6 +28,8 @@ from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
+import triton
+import triton.language as tl
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -196,19 +198,68 @@ def plan_buckets(manifest: Manifest, bucket_bytes: int = BUCKET_BYTES) -> list[t
     return buckets
 
 
-class Buffers:
-    """Two buckets of memory in turn: one travels while the other is packed or unpacked."""
+class Buckets:
+    """Fixed memory for weights on their way: two buckets in turn, so that one travels while the other is worked on.
 
-    def __init__(self, manifest: Manifest, bucket_bytes: int, device: torch.device):
-        self.plan = plan_buckets(manifest, bucket_bytes)
+    Both ends work on buckets in the current stream and broadcast in a stream of their own (on the CPU both are
+    nothing); the host waits for nothing but the digests at the end. `nbytes` is the memory.
+    """
+
+    def __init__(self, manifest: Manifest, bucket_bytes: int, group, device: torch.device):
+        self.plan, self.group, self.device = plan_buckets(manifest, bucket_bytes), group, device
         largest = max(size for size, _ in self.plan)
-        self.digests: torch.Tensor | None = None  # of the buckets that came in last
-        self.memory = [torch.empty(largest, dtype=torch.uint8, device=device) for _ in self.plan[:2]]
-        self.buckets = [self.memory[i % 2][:size] for i, (size, _) in enumerate(self.plan)]
+        memory = [torch.empty(largest, dtype=torch.uint8, device=device) for _ in self.plan[:2]]
+        self.nbytes = sum(bucket.nbytes for bucket in memory)
+        self.buckets = [memory[i % 2][:size] for i, (size, _) in enumerate(self.plan)]
         self.pieces = [
             [(piece, piece.view(bucket)) for piece in pieces]
             for bucket, (_, pieces) in zip(self.buckets, self.plan, strict=True)
         ]
+        self.digests = torch.zeros(len(self.plan), dtype=torch.int64, device=device)
+        self.streams = torch.get_device_module(device)
+        self.wire = self.streams.Stream(priority=-1)
+
+    def broadcast(self, tensor: torch.Tensor):
+        """From rank 0, after what the current stream has been given so far; returns an event to `wait()` for."""
+        self.wire.wait_stream(self.streams.current_stream())
+        event = self.streams.Event()
+        with self.streams.stream(self.wire):
+            self.group.broadcast(tensor, src=0, stream=self.wire)
+            event.record()
+        return event
+
+    def send(self, pack: Callable[[int], None]) -> int:
+        """Rank 0: `pack(number)` fills each bucket before it goes; the digests come last. Returns how many buckets."""
+        gone = []
+        for number, bucket in enumerate(self.buckets):
+            if number > 1:
+                gone[number - 2].wait()  # it had the same memory
+            pack(number)
+            gone.append(self.broadcast(bucket))
+            self.digests[number] = digest(bucket)
+        self.broadcast(self.digests)
+        self.streams.synchronize()
+        return len(self.buckets)
+
+    def receive(self) -> Iterator[int]:
+        """Ranks 1..TP: yield the number of each bucket when it has come in, then compare with the sender's digests.
+
+        The order of collectives is the sender's: every bucket, then the digests. Run it to the end, even after an error.
+        Raises ValueError if a bucket differs from what was sent; it names the bucket's first and last weight.
+        """
+        arrived = [self.broadcast(self.buckets[0])]
+        for number, bucket in enumerate(self.buckets):
+            if number + 1 < len(self.buckets):  # into the memory of the bucket before this one, which has been used
+                arrived.append(self.broadcast(self.buckets[number + 1]))
+            arrived[number].wait()
+            self.digests[number] = digest(bucket)
+            yield number
+        sent = torch.empty_like(self.digests)
+        self.broadcast(sent).wait()
+        if wrong := (sent != self.digests).nonzero().flatten().tolist():
+            names = [(pieces[0].name, pieces[-1].name) for _, pieces in self.plan]
+            spans = [f"bucket {i} ({names[i][0]} .. {names[i][1]})" for i in wrong]
+            raise ValueError(f"{len(wrong)} of {len(names)} buckets came in with other bytes than were sent: {spans}")
 
 
 def digest(tensor: torch.Tensor) -> torch.Tensor:
@@ -251,54 +302,32 @@ class WeightSender:
 
     def __init__(self, model: torch.nn.Module, manifest: Manifest, group, device: torch.device, bucket_bytes: int):
         self.group, self.device, self.addresses = group, device, addresses(model)
-        self.buffers, weights = Buffers(manifest, bucket_bytes, device), named_weights(model)
+        self.buckets, weights = Buckets(manifest, bucket_bytes, group, device), named_weights(model)
         self.sources = [
             [weights[p.name].detach().view(p.rows, -1)[p.row : p.row + (*p.shape, 1)[0]] for p, _ in pieces]
-            for pieces in self.buffers.pieces
+            for pieces in self.buckets.pieces
+        ]
+        self.targets = [
+            [view.view_as(source) for (_, view), source in zip(pieces, sources, strict=True)]
+            for pieces, sources in zip(self.buckets.pieces, self.sources, strict=True)
         ]
 
     def send(self) -> int:
         """Broadcast `announce`, every bucket, and at the end the digests of what was sent. Returns how many buckets."""
         announce(self.group, self.device)
-        digests = []
-        for bucket, pieces, sources in zip(self.buffers.buckets, self.buffers.pieces, self.sources, strict=True):
-            torch._foreach_copy_([view.view_as(source) for (_, view), source in zip(pieces, sources)], sources)
-            self.group.broadcast(bucket, src=0)
-            digests.append(digest(bucket))
-        self.group.broadcast(torch.stack(digests), src=0)
-        return len(digests)
-
-
-def receive_buckets(buffers: Buffers, group, device: torch.device) -> Iterator[int]:
-    """Ranks 1..TP: yield the number of each bucket when it has come in, then compare with the sender's digests.
-
-    The order of collectives is the sender's: every bucket, then the digests. Run it to the end, even after an error.
-    Raises ValueError if a bucket differs from what was sent; it names the bucket's first and last weight.
-    """
-    digests = []
-    for number, bucket in enumerate(buffers.buckets):
-        group.broadcast(bucket, src=0)
-        digests.append(digest(bucket))
-        yield number
-    received = buffers.digests = torch.stack(digests)
-    sent = torch.empty_like(received)
-    group.broadcast(sent, src=0)
-    if wrong := (sent != received).nonzero().flatten().tolist():
-        names = [(pieces[0].name, pieces[-1].name) for _, pieces in buffers.plan]
-        spans = [f"bucket {i} ({names[i][0]} .. {names[i][1]})" for i in wrong]
-        raise ValueError(f"{len(wrong)} of {len(names)} buckets came in with other bytes than were sent: {spans}")
+        return self.buckets.send(lambda i: torch._foreach_copy_(self.targets[i], self.sources[i]))
 
 
 class WholeWeights:
     """Copies pieces together and gives `use` each bucket's completed weights, in memory of their own."""
 
-    def __init__(self, buffers: Buffers, use: Callable[[Weights], None]):
-        self.buffers, self.use, self.unfinished = buffers, use, {}
+    def __init__(self, buckets: Buckets, use: Callable[[Weights], None]):
+        self.buckets, self.use, self.unfinished = buckets, use, {}
 
     def __call__(self, number: int) -> None:
         """Bucket `number` is in its buffer."""
         whole = []
-        for piece, view in self.buffers.pieces[number]:
+        for piece, view in self.buckets.pieces[number]:
             if piece.row == 0:
                 shape = (piece.rows, *piece.shape[1:]) if piece.shape else ()
                 self.unfinished[piece.name] = torch.empty(shape, dtype=view.dtype, device=view.device)
@@ -307,6 +336,11 @@ class WholeWeights:
             if piece.row + len(rows) == piece.rows:
                 whole.append((piece.name, self.unfinished.pop(piece.name)))
         self.use(whole)
+
+
+def live_addresses(model: torch.nn.Module) -> list[int]:
+    """Where the tensors are that a vLLM model computes with."""
+    return [tensor.data_ptr() for parameter in model.parameters() for tensor in plain_tensors(parameter).values()]
 
 
 def use_all(numbers: Iterator[int], use: Callable[[int], None]) -> int:
@@ -438,7 +472,7 @@ class Replay:
         ValueError: why this model or torchao config cannot be replayed exactly.
     """
 
-    def __init__(self, model: torch.nn.Module, copies: list[Copy], buffers: Buffers):
+    def __init__(self, model: torch.nn.Module, copies: list[Copy], buckets: Buckets):
         from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
 
         parameters, covered, self.model = dict(model.named_parameters()), {}, model
@@ -454,28 +488,32 @@ class Replay:
                 raise ValueError(f"vLLM's CPU backend has packed {name} out of sight")
             if covered.get(name, 0) != needed:
                 raise ValueError(f"copies cover {covered.get(name, 0)} of {needed} elements of {name}")
-            if is_float8(parameter):
-                check_quantizer(module.quant_method.quant_config.torchao_config, parameter.device)
-        self.steps = [
-            [
-                step
+        check_quantizer(model)
+        self.live = live_addresses(model)
+        self.steps = []  # for each bucket: arguments of quantize_rows, and of _foreach_copy_
+        for pieces in buckets.pieces:
+            bound = [
+                bind(copy, piece, view, parameters[copy.parameter])
                 for piece, view in pieces
                 for copy in by_weight.get(piece.name, [])
-                if (step := bind(copy, piece, view, parameters[copy.parameter]))
             ]
-            for pieces in buffers.pieces
-        ]
+            plain = [pair for pair in bound if pair and len(pair) == 2]
+            self.steps.append(([triple for triple in bound if triple and len(triple) == 3], tuple(zip(*plain))))
 
     def __call__(self, number: int) -> None:
-        """Bucket `number` is in its buffer."""
-        for source, targets in self.steps[number]:
-            quantize_rows(source, *targets) if len(targets) == 2 else targets[0].copy_(source)
+        """Bucket `number` is in its memory."""
+        rows, plain = self.steps[number]
+        for source, qdata, scale in rows:
+            quantize_rows(source, qdata, scale)
+        if plain:
+            torch._foreach_copy_(*plain)
 
 
 def bind(copy: Copy, piece: Piece, view: torch.Tensor, parameter: torch.Tensor) -> tuple | None:
-    """The part of a recorded copy that lies in a piece: (source view of the bucket, views of the live tensors) or None.
+    """The part of a recorded copy that lies in a piece, as views of bucket and live tensors; None if there is none.
 
-    Raises ValueError unless the copy is one of rectangles, and of whole rows for an FP8 parameter.
+    Returns (source, qdata, scale) for `quantize_rows` or (target, source) of a plain copy. Raises ValueError unless the
+    copy is one of rectangles, and of whole rows for an FP8 parameter.
     """
 
     def rectangle(view: tuple, width: int) -> tuple[int, int, int, int]:  # first row, rows, first column, columns
@@ -498,18 +536,27 @@ def bind(copy: Copy, piece: Piece, view: torch.Tensor, parameter: torch.Tensor) 
     if (rows, columns) != (target_rows, target_columns):
         raise ValueError(f"{copy} changes the shape")
     if not is_float8(parameter):
-        return source, (parameter.data.view(-1, width)[span, target_column : target_column + columns],)
-    if parameter.scale.shape != (parameter.shape[0], 1) or columns != width:
+        return parameter.data.view(-1, width)[span, target_column : target_column + columns], source
+    if parameter.scale.shape != (parameter.shape[0], 1) or columns != width or not parameter.qdata.is_contiguous():
         raise ValueError(f"{copy.parameter} is not quantized row by row")
-    return source, (parameter.qdata[span], parameter.scale[span])
+    if source.dtype != parameter.dtype:
+        raise ValueError(f"{copy.weight} is sent as {source.dtype}, vLLM quantizes {parameter.dtype}")
+    return source, parameter.qdata[span], parameter.scale[span]
 
 
 def quantize_rows(source: torch.Tensor, qdata: torch.Tensor, scale: torch.Tensor) -> None:
     """Write `source` (rows, columns; BF16) as FP8 e4m3 bytes and one FP32 scale per row, shape (rows, 1).
 
-    Bit-identical to torchao 0.18's PerRow: amax / 448 is rounded to the source's dtype before it becomes FP32. Only
-    all-zero rows differ: zero bytes and scale 1 (see `repair_zero_rows`).
+    Bit-identical to torchao 0.18's PerRow: amax / 448 is rounded to BF16 before it becomes FP32. Only all-zero rows
+    differ: zero bytes and scale 1 (see `repair_zero_rows`).
     """
+    if source.is_cuda:
+        rows, columns = source.shape
+        block = triton.next_power_of_2(columns)
+        quantize_rows_kernel[(rows,)](
+            source, source.stride(0), qdata, scale, columns, block, num_warps=min(16, max(1, block // 512))
+        )
+        return
     limit = torch.finfo(qdata.dtype).max
     scale_R1 = (source.abs().amax(dim=1, keepdim=True) / limit).float()
     dead_R1 = scale_R1 == 0
@@ -518,20 +565,41 @@ def quantize_rows(source: torch.Tensor, qdata: torch.Tensor, scale: torch.Tensor
     scale.copy_(scale_R1.masked_fill(dead_R1, 1))
 
 
-def check_quantizer(torchao_config, device: torch.device) -> None:
-    """Raise ValueError unless `quantize_rows` gives the bytes that torchao gives with this config."""
+@triton.jit(do_not_specialize_on_alignment=["scale"])
+def quantize_rows_kernel(source, source_stride, qdata, scale, columns, BLOCK: tl.constexpr):
+    """One program a row, which stays in registers: it is read once and written once."""
+    row, column = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
+    inside = column < columns
+    x = tl.load(source + row * source_stride + column, mask=inside, other=0.0).to(tl.float32)
+    row_scale = tl.div_rn(tl.max(tl.abs(x)), 448.0).to(tl.bfloat16).to(tl.float32)
+    if tl.max((x != x).to(tl.int32)) > 0:
+        row_scale = float("nan")  # tl.max ignores NaN, torch's amax does not
+    dead = row_scale == 0.0
+    quotient = tl.div_rn(x, tl.where(dead, 1.0, row_scale))
+    quotient = tl.where(dead, 0.0, tl.clamp(quotient, -448.0, 448.0, propagate_nan=tl.PropagateNan.ALL))
+    tl.store(qdata + row * columns + column, quotient.to(tl.float8e4nv), mask=inside)
+    tl.store(scale + row, tl.where(dead, 1.0, row_scale))
+
+
+def check_quantizer(model: torch.nn.Module) -> None:
+    """Raise ValueError unless `quantize_rows` gives torchao's bytes for every FP8 width and torchao config of the model."""
     from vllm.model_executor.layers.quantization.torchao import torchao_quantize_param_data
 
-    probe = torch.randn(16, 64, device=device, dtype=torch.bfloat16) * torch.logspace(-3, 3, 16, device=device).view(
-        -1, 1
-    )
-    expected = torchao_quantize_param_data(torch.nn.Parameter(probe.bfloat16(), requires_grad=False), torchao_config)
-    if not is_float8(expected) or expected.scale.shape != (16, 1):
-        raise ValueError("the torchao config does not quantize to FP8 row by row")
-    qdata, scale = torch.empty_like(expected.qdata), torch.empty_like(expected.scale)
-    quantize_rows(probe.bfloat16(), qdata, scale)
-    if not (torch.equal(as_bytes(qdata), as_bytes(expected.qdata)) and torch.equal(scale, expected.scale)):
-        raise ValueError("torchao's quantization with this config differs from quantize_rows")
+    cases = {}
+    for name, weight in model.named_parameters():
+        if is_float8(weight):
+            config = model.get_submodule(name.rpartition(".")[0]).quant_method.quant_config.torchao_config
+            cases[weight.shape[1], id(config)] = config, weight.device
+    for (columns, _), (config, device) in cases.items():
+        probe = torch.randn(16, columns, device=device) * torch.logspace(-3, 3, 16, device=device).view(-1, 1)
+        probe = torch.nn.Parameter(probe.bfloat16(), requires_grad=False)
+        expected = torchao_quantize_param_data(probe, config)
+        if not is_float8(expected) or expected.scale.shape != (16, 1):
+            raise ValueError("the torchao config does not quantize to FP8 row by row")
+        qdata, scale = torch.empty_like(expected.qdata), torch.empty_like(expected.scale)
+        quantize_rows(probe, qdata, scale)
+        if not (torch.equal(as_bytes(qdata), as_bytes(expected.qdata)) and torch.equal(scale, expected.scale)):
+            raise ValueError("torchao's quantization with this config differs from quantize_rows")
 
 
 def repair_zero_rows(parameters: Iterable[torch.Tensor]) -> int:
@@ -677,7 +745,8 @@ class WorkerExtension:
     weight_group = None
     reload_session: ReloadSession | None = None
     stored_digests: torch.Tensor | None = None  # of the tensors in use; None if not known
-    buffers: Buffers | None = None
+    buckets: Buckets | None = None
+    wire_digests: torch.Tensor | None = None  # of the buckets that are in use; None if not known
     replay: Replay | None = None
     weights_changed = False
 
@@ -696,7 +765,7 @@ class WorkerExtension:
         self, master_address: str, master_port: int, rank_offset: int, world_size: int, backend=None, timeout_s=60.0
     ) -> None:
         """Join the trainer's group as rank `rank_offset` + this worker's rank; see `stateless_init_process_group`."""
-        rank, self.buffers, self.replay = rank_offset + self.rank, None, None
+        rank, self.buckets, self.replay = rank_offset + self.rank, None, None
         self.weight_group = stateless_init_process_group(
             master_address, master_port, rank, world_size, self.device, backend, timeout_s
         )
@@ -712,7 +781,7 @@ class WorkerExtension:
     def agree_on_weights(self, manifest: Manifest, bucket_bytes: int = BUCKET_BYTES) -> None:
         """Raise one ValueError with all that is wrong, before a byte moves; otherwise prepare for these weights."""
         check_manifest(manifest, self.expected_weights)
-        self.buffers, self.replay = Buffers(manifest, bucket_bytes, self.device), None
+        self.buckets, self.replay = Buckets(manifest, bucket_bytes, self.weight_group, self.device), None
 
     @agreed
     def receive_weights(self) -> dict | None:
@@ -720,47 +789,47 @@ class WorkerExtension:
 
         The first time it is a reload session, whose copies are recorded; from then on they are replayed if they can be.
         """
-        if not announce(self.weight_group, self.device, False):
+        replayable = self.replay is not None and self.replay.live == live_addresses(self.get_model())
+        if not announce(self.weight_group, self.device):
             return None
+        before, reason = reset_peak_memory(self.device) - self.buckets.nbytes, None
         if self.reload_session is not None:  # a per-parameter update that was never ended
-            self.reload_session.close(complete=False)
-            self.reload_session = None
-        before, known, path = (
-            reset_peak_memory(self.device),
-            self.buffers.digests,
-            "replay" if self.replay else "session",
-        )
-        arriving = receive_buckets(self.buffers, self.weight_group, self.device)
-        if self.replay:
-            self.stored_digests = None
-            matched = use_all(arriving, self.replay)
+            self._end_update(complete=False)
+        if replayable:
+            known, self.wire_digests, self.stored_digests = self.wire_digests, None, None
+            matched = use_all(self.buckets.receive(), self.replay)
             repack_heads(self.get_model())
-            self.weights_changed = known is None or not torch.equal(known, self.buffers.digests)
+            self.wire_digests = self.buckets.digests.clone()
+            self.weights_changed = known is None or not torch.equal(known, self.wire_digests)
         else:
             self._begin_update()
             try:
-                matched = use_all(arriving, WholeWeights(self.buffers, self.reload_session.load))
+                matched = use_all(self.buckets.receive(), WholeWeights(self.buckets, self.reload_session.load))
             except Exception:
                 self._end_update(complete=False)
                 raise
             copies = self.reload_session.recorder.copies
             self._end_update()
+            self.wire_digests = self.buckets.digests.clone()
             try:
-                self.replay = Replay(self.get_model(), copies, self.buffers)
-            except ValueError as reason:
-                path = f"session, because {reason}"
+                self.replay = Replay(self.get_model(), copies, self.buckets)
+            except ValueError as error:
+                self.replay, reason = None, str(error)
         extra_gib = peak_memory_gib(self.device, before)
-        return {"buckets_matched": matched, "changed": self.weights_changed, "path": path, "extra_gib": extra_gib}
+        return {
+            "buckets_matched": matched,
+            "changed": self.weights_changed,
+            "path": "replay" if replayable else "session",
+            "no_replay": reason,
+            "extra_gib": extra_gib,
+        }
 
     @agreed
     def verify_weights(self) -> dict:
         """Receive the weights once more, only to compare; see `ShardVerifier`."""
-        announce(self.weight_group, self.device, False)
-        verifier, arriving = (
-            ShardVerifier(self.get_model()),
-            receive_buckets(self.buffers, self.weight_group, self.device),
-        )
-        use_all(arriving, WholeWeights(self.buffers, verifier.check))
+        announce(self.weight_group, self.device)
+        verifier = ShardVerifier(self.get_model())
+        use_all(self.buckets.receive(), WholeWeights(self.buckets, verifier.check))
         different = verifier.different + [f"{name} (never sent)" for name in verifier.unseen]
         return {"compared": verifier.compared, "different": different, "hidden": verifier.hidden}
 
@@ -794,6 +863,7 @@ class WorkerExtension:
 
     def _end_update(self, complete: bool = True) -> None:
         session, self.reload_session = self.reload_session, None
+        self.wire_digests = None
         session.close(complete)
         digests = self._digests()
         self.weights_changed = not torch.equal(digests, self.stored_digests)

@@ -24,22 +24,23 @@ SHAPES = {
     ),
     "tiny-llama": LlamaConfig(**TINY, intermediate_size=256, num_key_value_heads=2, tie_word_embeddings=False),
     "opt-125m": OPTConfig(**IDS, tie_word_embeddings=True),  # OPTConfig's defaults are those of facebook/opt-125m
-    "qwen3-0.6b": Qwen3Config(
-        **QWEN3,
-        hidden_size=1024,
-        intermediate_size=3072,
-        num_hidden_layers=28,
-        num_attention_heads=16,
-        tie_word_embeddings=True,
-    ),
-    "qwen3-8b": Qwen3Config(
-        **QWEN3,
-        hidden_size=4096,
-        intermediate_size=12288,
-        num_hidden_layers=36,
-        num_attention_heads=32,
-        tie_word_embeddings=False,
-    ),
+    **{
+        f"qwen3-{name}": Qwen3Config(
+            **QWEN3,
+            hidden_size=hidden,
+            intermediate_size=intermediate,
+            num_hidden_layers=layers,
+            num_attention_heads=heads,
+            tie_word_embeddings=tied,
+        )
+        for name, hidden, intermediate, layers, heads, tied in [
+            ("0.6b", 1024, 3072, 28, 16, True),
+            ("1.7b", 2048, 6144, 28, 16, True),
+            ("4b", 2560, 9728, 36, 32, True),
+            ("8b", 4096, 12288, 36, 32, False),
+            ("14b", 5120, 17408, 40, 40, False),
+        ]
+    },
 }
 
 

@@ -1,0 +1,296 @@
+"""What a weight sync costs, beside a raw broadcast of the same bytes and what others do; for one model shape, in one run.
+
+    python tests/bench_weight_sync.py --shape qwen3-8b --tensor-parallel-size 1 [any flag of the driver]
+
+Trainer and engine start from different random weights. Each method begins with an engine whose weights are all zero, and
+the result is compared with a fresh engine that was started from the trainer's checkpoint: every tensor, token and
+log-probability. Writes OUTPUT_DIR/weight_sync_SHAPE.json and draws weight_sync.png from all such files there.
+"""
+
+import contextlib
+import dataclasses
+import json
+import os
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import torch
+import tyro
+from harness import HERE, Remote, checksums, driver, fresh_engine, generate, sync
+from random_models import build_random_model
+from rich.console import Console
+from rich.table import Table
+
+import rlhf_utils
+from rlhf_utils import agreed, announce, named_weights, peak_memory_gib, reset_peak_memory
+
+RAW, PUBLISHED, VLLM = "raw broadcast", "per-parameter calls, as published", "vLLM's NCCL weight transfer, packed"
+SESSION, FIRST, OURS = "reload session", "ours, first (records)", "ours, later (replays)"
+
+
+@dataclasses.dataclass
+class Benchmark(driver.Config):
+    """One shape."""
+
+    shape: str = "tiny-opt"
+    """A key of SHAPES in random_models.py."""
+    repeats: int = 10
+    """Of each method, after one to warm up; the median counts."""
+    slow_repeats: int = 1
+    """Of the per-parameter calls, which take seconds to minutes."""
+    fresh_gpus: str | None = None
+    """GPUs of the fresh engine; default: the first ones."""
+    kv_cache_gib: float = 0.5
+    """Fixed, because engines that share a GPU cannot measure what is free."""
+    gpu_memory_utilization: float = 0.1
+    """Only what must be free at the start."""
+
+
+# ----- What runs in the trainer and in the workers -------------------------------------------------------------------
+
+
+def broadcast_raw(buckets: rlhf_utils.Buckets, repeats: int) -> list[float]:
+    """Both ends: seconds for the same bytes in the same buckets, with nothing to pack, quantize or check."""
+    seconds = []
+    for _ in range(repeats + 1):
+        announce(buckets.group, buckets.device)
+        start = time.perf_counter()
+        for bucket in buckets.buckets:
+            buckets.broadcast(bucket)
+        buckets.streams.synchronize()
+        seconds.append(time.perf_counter() - start)
+    return seconds[1:]
+
+
+class NoRecorder(contextlib.nullcontext):
+    """In the place of CopyRecorder: a session that only loads."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.copies = []
+
+    def watch(self, weights) -> None:
+        pass
+
+
+class BenchmarkExtension(rlhf_utils.WorkerExtension):
+    """What the benchmark needs of a worker besides."""
+
+    def broadcast_raw(self, repeats: int) -> list[float]:
+        return broadcast_raw(self.buckets, repeats)
+
+    def forget_recording(self, record: bool) -> None:
+        self.replay = None
+        rlhf_utils.CopyRecorder = RECORDER if record else NoRecorder
+
+    def published_update_weight(self, name: str, dtype_name: str, shape: list[int]) -> None:
+        weight = torch.empty(shape, dtype=getattr(torch, dtype_name), device=self.device)
+        self.weight_group.broadcast(weight, src=0)
+        self.get_model().load_weights([(name, weight)])
+
+    @agreed
+    def do_nothing(self) -> None:
+        pass
+
+    def begin_measuring(self) -> None:
+        self.memory_before = reset_peak_memory(self.device)
+
+    def extra_gib(self) -> float | None:
+        return peak_memory_gib(self.device, self.memory_before)
+
+
+RECORDER = rlhf_utils.CopyRecorder
+
+
+def send_as_published(trainer: driver.Trainer, llm) -> None:
+    """The trainer in the place of the seed's driver."""
+    for name, weight in named_weights(trainer.model).items():
+        args = (name, "bfloat16", list(weight.shape))
+        handle = llm.collective_rpc.remote("published_update_weight", args=args)
+        trainer.group.broadcast(weight.detach().to(torch.bfloat16), src=0)
+        driver.wait([handle], 60, f"loading {name}")
+
+
+def join_vllm(trainer: driver.Trainer, llm, world_size: int) -> None:
+    """Connect vLLM's own sender with its own receivers."""
+    from vllm.distributed.weight_transfer.base import ModuleSource, ParamMeta
+    from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerInitInfo, NCCLTrainerWeightTransferEngine
+    from vllm.utils.network_utils import get_open_port
+
+    class Client:
+        """vLLM's client protocol: its four methods are the workers' methods of the same names."""
+
+        def __getattr__(self, method: str) -> Callable:
+            return lambda *args: driver.wait([llm.collective_rpc.remote(method, args=args)], 300, method)
+
+    class Source(ModuleSource):
+        """The weights in BF16, as ours go over the wire."""
+
+        def metadata(self) -> list[ParamMeta]:
+            return [ParamMeta(meta.name, torch.bfloat16, meta.shape) for meta in super().metadata()]
+
+        def __iter__(self):
+            return ((name, weight.detach().to(torch.bfloat16)) for name, weight in super().__iter__())
+
+    info = NCCLTrainerInitInfo("127.0.0.1", get_open_port(), world_size)
+    trainer.vllm_sender = NCCLTrainerWeightTransferEngine.trainer_init(
+        info, client=Client(), source=Source(trainer.model)
+    )
+
+
+# ----- The driver ----------------------------------------------------------------------------------------------------
+
+
+def main(config: Benchmark) -> dict:
+    """Start everything, measure every method, write and print."""
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(HERE), str(HERE.parent), os.environ.get("PYTHONPATH", "")])
+    engine_arguments = driver.engine_arguments
+
+    def arguments(*which) -> dict:
+        arguments = engine_arguments(*which) | {"worker_extension_cls": "bench_weight_sync.BenchmarkExtension"}
+        if which[2] == "cuda":
+            arguments["kv_cache_memory_bytes"] = int(config.kv_cache_gib * 2**30)
+            arguments["weight_transfer_config"] = {"backend": "nccl"}
+        return arguments
+
+    driver.engine_arguments = arguments
+    with contextlib.ExitStack() as cleanup:
+        folder = Path(cleanup.enter_context(tempfile.TemporaryDirectory()))
+        old, new = (build_random_model(folder / name, config.shape, seed) for seed, name in enumerate(["old", "new"]))
+        torch.cuda.empty_cache()
+        cleanup.callback(driver.disconnect)
+        config, device = driver.resolve(config, driver.connect(config))
+        trainer = driver.start_trainer(config, new, cleanup)
+        actor = driver.start_engine(config, old, device, cleanup)
+        gpus = config.fresh_gpus or ",".join(map(str, range(config.tensor_parallel_size)))
+        fresh = cleanup.enter_context(fresh_engine(config, new, device, gpus))
+        driver.join_group(config, device, trainer, [actor])
+        driver.prove_fp8([actor], config)
+        result = measure(config, device, trainer, actor, fresh())
+    config.output_dir.mkdir(parents=True, exist_ok=True)
+    (config.output_dir / f"weight_sync_{config.shape}.json").write_text(json.dumps(result, indent=2))
+    draw(config.output_dir)
+    report(result)
+    return result
+
+
+def measure(config: Benchmark, device: str, trainer, actor, expected: dict) -> dict:
+    """Every method: seconds, extra memory of both sides, and whether the engine then equals a cold start."""
+    llm, rows, syncs = Remote(actor), {}, []
+
+    def on_trainer(function: Callable, *args):
+        return driver.wait([trainer.__ray_call__.remote(function, *args)], 10 * config.timeout_s, function.__name__)[0]
+
+    def timed(call: Callable, *args) -> float:
+        start = time.perf_counter()
+        call(*args)
+        return time.perf_counter() - start
+
+    def our_sync() -> float:
+        syncs.append(sync(config, trainer, actor, verify=False))
+        return syncs[-1]["seconds"]
+
+    def session(record: bool = False) -> float:
+        llm.collective_rpc("forget_recording", args=(record,))
+        return our_sync()
+
+    def equals_cold_start() -> bool:
+        llm.reset_prefix_cache()
+        return checksums(llm) == expected["checksums"] and generate(llm) == expected["outputs"]
+
+    def add(method: str, run: Callable[[], float], repeats: int, warm_up: int = 1) -> None:
+        for _ in range(warm_up):
+            run()
+        llm.collective_rpc("reset_weights")  # every byte and scale zero
+        llm.collective_rpc("begin_measuring")
+        before = on_trainer(lambda trainer: reset_peak_memory(trainer.device))
+        seconds = [run() for _ in range(repeats)]
+        extra = on_trainer(lambda trainer: peak_memory_gib(trainer.device, before))
+        rows[method] = {
+            "seconds": statistics.median(seconds),
+            "all_seconds": seconds,
+            "extra_gib": [extra, *llm.collective_rpc("extra_gib")],  # trainer, engine ranks
+            "equals_cold_start": equals_cold_start(),
+        }
+        print(method, rows[method], file=sys.stderr)
+
+    session(record=True)  # agrees on the weights; what it costs once is not measured here
+    buckets_gib = on_trainer(lambda trainer: trainer.sender.buckets.nbytes) / 2**30
+    handle = actor.collective_rpc.remote("broadcast_raw", args=(config.repeats,))
+    sent = on_trainer(lambda trainer: broadcast_raw(trainer.sender.buckets, config.repeats))
+    received = driver.wait([handle], config.timeout_s, "receiving")[0]
+    seconds = [max(all_ranks) for all_ranks in zip(sent, *received)]
+    rows[RAW] = {"seconds": statistics.median(seconds), "all_seconds": seconds, "extra_gib": [0.0] * (1 + len(received))}
+    add(SESSION, session, config.repeats)
+    add(FIRST, lambda: session(record=True), config.repeats)
+    add(OURS, our_sync, config.repeats)
+    last = syncs[-config.repeats :]
+    breakdown = {
+        "empty_call_s": statistics.median(timed(llm.collective_rpc, "do_nothing") for _ in range(20)),
+        "sender_s": statistics.median(s["sender"]["seconds"] for s in last),
+    }
+    if config.trainer_device == device == "cuda":
+        on_trainer(join_vllm, actor, config.world_size)
+        add(VLLM, lambda: timed(on_trainer, lambda trainer: trainer.vllm_sender.send_weights()), config.repeats)
+    add(PUBLISHED, lambda: timed(on_trainer, send_as_published, actor), config.slow_repeats, warm_up=0)
+    our_sync()
+    assert equals_cold_start(), "a sync of ours repairs what the calls before it did"
+    for method in (RAW, SESSION, FIRST, OURS):
+        rows[method]["extra_gib"] = [x if x is None else x + buckets_gib for x in rows[method]["extra_gib"]]
+    for row in rows.values():
+        row["gb_per_s"] = last[-1]["bytes"] / row["seconds"] / 1e9
+        row["ratio"] = row["seconds"] / rows[RAW]["seconds"]
+    return {
+        "shape": config.shape,
+        "layout": f"TP={config.tensor_parallel_size}, trainer {config.trainer_device} {config.trainer_dtype}",
+        "mode": "eager" if config.enforce_eager or device == "cpu" else "compiled, CUDA graphs",
+        "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
+        "bytes": last[-1]["bytes"],
+        "bucket_mib": config.bucket_mib,
+        "buckets": last[-1]["sender"]["buckets"],
+        "path": last[-1]["path"],
+        "no_replay": syncs[0]["no_replay"],
+        "breakdown": breakdown,
+        "rows": rows,
+    }
+
+
+def report(result: dict) -> None:
+    """Print the table and one line to search for."""
+    title = f"{result['shape']}, {result['bytes'] / 1e9:.3f} GB, {result['layout']}, {result['mode']}, {result['device']}"
+    table = Table("method", "ms", "GB/s", "x raw", "extra GiB: trainer, engine ranks", "equals a cold start", title=title)
+    for method, row in result["rows"].items():
+        extra = ", ".join("-" if gib is None else f"{gib:.2f}" for gib in row["extra_gib"])
+        figures = [f"{1e3 * row['seconds']:.2f}", f"{row['gb_per_s']:.2f}", f"{row['ratio']:.2f}"]
+        table.add_row(method, *figures, extra, str(row.get("equals_cold_start", "-")))
+    Console(width=150).print(table)
+    split = ", ".join(f"{name} {1e3 * seconds:.2f} ms" for name, seconds in result["breakdown"].items())
+    print(f"RESULT {title}: ours {result['rows'][OURS]['ratio']:.2f} x raw ({result['path']}); {split}")
+
+
+def draw(folder: Path) -> None:
+    """Bars of every method by shape; and how the cost grows with the bytes."""
+    results = [json.loads(file.read_text()) for file in folder.glob("weight_sync_*.json")]
+    results.sort(key=lambda result: result["bytes"])
+    figure, (bars, growth) = plt.subplots(1, 2, figsize=(13, 4.5), layout="constrained")
+    methods = [method for method in (RAW, OURS, FIRST, SESSION, VLLM, PUBLISHED) if method in results[-1]["rows"]]
+    for i, method in enumerate(methods):
+        chosen = [(x, result["rows"][method]["seconds"]) for x, result in enumerate(results) if method in result["rows"]]
+        bars.bar([x + 0.8 * i / len(methods) for x, _ in chosen], [1e3 * s for _, s in chosen], 0.8 / len(methods), label=method)
+        if method in (RAW, OURS, SESSION, VLLM):
+            points = [(r["bytes"] / 1e9, 1e3 * r["rows"][method]["seconds"]) for r in results if method in r["rows"]]
+            growth.plot(*zip(*points), "o-", label=method)
+    bars.set(yscale="log", ylabel="ms a sync", xticks=range(len(results)), xticklabels=[r["shape"] for r in results])
+    growth.set(xscale="log", yscale="log", xlabel="GB on the wire", ylabel="ms a sync")
+    bars.legend(fontsize="small")
+    growth.legend(fontsize="small")
+    figure.savefig(folder / "weight_sync.png", dpi=120)
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Benchmark))
