@@ -61,8 +61,6 @@ from rlhf_utils import (
     addresses,
     announce,
     make_manifest,
-    peak_memory_gib,
-    reset_peak_memory,
     stateless_init_process_group,
 )
 
@@ -305,7 +303,8 @@ class Trainer:
                 token, in nats) and `advantage`.
         """
         config, start = self.config, time.perf_counter()
-        reset_peak_memory(self.device)
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
         batches = [self._pad(part) for part in split_by_tokens(rollouts, config.tokens_per_microbatch)]
         tokens = sum(int(batch["mask_BT"].sum()) for batch in batches)
         sums = dict.fromkeys(("loss", "ppo_clipped", "corrected", "reference_kl"), 0.0)
@@ -326,11 +325,13 @@ class Trainer:
         self.step += 1
         old_N = torch.cat([batch["old_BT"][batch["mask_BT"]] for batch in batches])
         engine_N = torch.cat([batch["engine_BT"][batch["mask_BT"]] for batch in batches])
+        on_gpu = self.device.type == "cuda"
+        memory = torch.cuda.max_memory_allocated() if on_gpu else psutil.Process().memory_info().rss
         return (
             {name: value / tokens / config.epochs for name, value in sums.items()}
             | measure_mismatch(old_N, engine_N)
             | {"grad_norm": grad_norm, "train_s": time.perf_counter() - start}
-            | {"trainer_gib": peak_memory_gib(self.device, 0) or psutil.Process().memory_info().rss / 2**30}
+            | {"trainer_gib": memory / 2**30}
         )
 
     def _pad(self, rollouts: list[dict]) -> dict[str, torch.Tensor]:
@@ -384,13 +385,11 @@ class Trainer:
         if self.sender is None or self.sender.addresses != addresses(self.model):
             announce(self.group, self.device, sending=False)
             return None
-        before = reset_peak_memory(self.device) - self.sender.buckets.nbytes
         buckets = self.sender.send()
         return {
             "bytes": sum(piece.nbytes for _, pieces in self.sender.buckets.plan for piece in pieces),
             "buckets": buckets,
             "seconds": time.perf_counter() - start,
-            "extra_gib": peak_memory_gib(self.device, before),
         }
 
     def save_pretrained(self, folder: str | Path) -> None:
@@ -618,6 +617,7 @@ def sync_weights_to_quantized_engine(
     sent, ranks, seconds = broadcast_to("receive_weights")
     if sent is None:  # the first time, or the model has been replaced since: nothing was sent
         [manifest] = wait([train_model.weight_manifest.remote()], timeout_s, "listing the trainer's weights")
+        print(f"Agreeing on {len(manifest)} weights; the next weight sync is a reload session, which is recorded")
         wait(on_every_engine("agree_on_weights", manifest, bucket_bytes), timeout_s, "checking the manifest")
         wait([train_model.agree_on_weights.remote(bucket_bytes)], timeout_s, "preparing to send")
         sent, ranks, seconds = broadcast_to("receive_weights")
@@ -969,6 +969,8 @@ def main(config: Config) -> dict:
         sync = sync_weights_to_quantized_engine(
             trainer, engines, bucket_bytes=bucket_bytes, verify=config.verify, timeout_s=config.timeout_s
         )
+        reason = sync["no_replay"]
+        print(f"Later weight syncs are {f'reload sessions, because {reason}' if reason else 'replays of this one'}")
         startup_s = time.perf_counter() - began
         samples = prompts_of_step(config, prompts, 0)[:4]
         before = generate(engines, samples, config, [0] * len(samples), temperature=0)

@@ -21,7 +21,6 @@ import functools
 import logging
 import math
 import socket
-import weakref
 from collections.abc import Callable, Iterable, Iterator
 from datetime import timedelta
 from typing import NamedTuple
@@ -30,8 +29,9 @@ import torch
 import torch.distributed as dist
 import triton
 import triton.language as tl
+from torchao.quantization import Float8Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.overrides import TorchFunctionMode
 
 logger = logging.getLogger(__name__)
 BUCKET_BYTES = 256 * 2**20
@@ -202,14 +202,13 @@ class Buckets:
     """Fixed memory for weights on their way: two buckets in turn, so that one travels while the other is worked on.
 
     Both ends work on buckets in the current stream and broadcast in a stream of their own (on the CPU both are
-    nothing); the host waits for nothing but the digests at the end. `nbytes` is the memory.
+    nothing); the host waits for nothing but the digests at the end.
     """
 
     def __init__(self, manifest: Manifest, bucket_bytes: int, group, device: torch.device):
         self.plan, self.group, self.device = plan_buckets(manifest, bucket_bytes), group, device
         largest = max(size for size, _ in self.plan)
         memory = [torch.empty(largest, dtype=torch.uint8, device=device) for _ in self.plan[:2]]
-        self.nbytes = sum(bucket.nbytes for bucket in memory)
         self.buckets = [memory[i % 2][:size] for i, (size, _) in enumerate(self.plan)]
         self.pieces = [
             [(piece, piece.view(bucket)) for piece in pieces]
@@ -265,20 +264,35 @@ class Buckets:
 def digest(tensor: torch.Tensor) -> torch.Tensor:
     """64-bit checksum of a tensor's bytes, as an int64 scalar on its device: no copy to the host, no synchronization.
 
-    The bytes are read as a matrix of 64-bit words; sums of rows and of columns, weighted by position, are added modulo
-    2^64. It tells apart tensors that hold the same bytes in another order. It is meant for accidents, not attackers.
+    The sum over i of (2i + 1) word_i modulo 2^64, of the bytes as 64-bit words. Any single changed bit and any two swapped
+    words change it. It is meant for accidents, not attackers.
     """
     data = as_bytes(tensor)
     if data.numel() % 8:
         data = torch.nn.functional.pad(data, (0, -data.numel() % 8))
     words = data.view(torch.int64)
-    columns = 256  # few: CUDA's sum over rows takes scratch memory for each
+    if words.is_cuda:
+        total = torch.zeros((), dtype=torch.int64, device=words.device)
+        if words.numel():
+            digest_kernel[(triton.cdiv(words.numel(), 4096),)](words, words.numel(), total, 4096, num_warps=8)
+        return total
+    columns = 256
     whole = words.numel() // columns * columns
-    matrix, rest = words[:whole].view(-1, columns), words[whole:]
-    return sum(
-        (sums * torch.arange(seed, seed + 2 * sums.numel(), 2, device=data.device)).sum()
-        for seed, sums in ((1, matrix.sum(0)), (8191, matrix.sum(1)), (3, rest))
+    matrix_RC, rest = words[:whole].view(-1, columns), words[whole:]
+    parts = (  # i = 256 r + c: sums of rows and of columns instead of a product as large as the tensor
+        matrix_RC.sum(0) * (2 * torch.arange(columns) + 1),
+        matrix_RC.sum(1) * (2 * columns * torch.arange(len(matrix_RC))),
+        rest * (2 * (whole + torch.arange(len(rest))) + 1),
     )
+    return sum(part.sum() for part in parts)
+
+
+@triton.jit
+def digest_kernel(words, count, total, BLOCK: tl.constexpr):
+    """One program a block; sums of integers do not depend on their order."""
+    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    word = tl.load(words + i, mask=i < count, other=0)
+    tl.atomic_add(total, tl.sum(word * (2 * i + 1)))
 
 
 def announce(group, device: torch.device, sending: bool = True) -> bool:
@@ -425,7 +439,7 @@ class Copy(NamedTuple):
     target: tuple[int, tuple[int, ...], tuple[int, ...]]
 
 
-class CopyRecorder(TorchDispatchMode):
+class CopyRecorder(TorchFunctionMode):
     """While active, writes down every copy that vLLM's loaders make from a watched weight into a parameter.
 
     At that time a layer's parameters are in full precision, in memory of the session's; they are quantized afterwards.
@@ -433,7 +447,8 @@ class CopyRecorder(TorchDispatchMode):
 
     def __init__(self, model: torch.nn.Module):
         super().__init__()
-        self.model, self.copies, self.watched, self.parameters = model, [], {}, {}
+        self.copies, self.watched, self.latest = [], {}, 0
+        self.modules = [item for item in model.named_modules() if item[1]._parameters]
 
     def watch(self, weights: Weights) -> None:
         """Recognize these tensors, each in memory of its own, as sources."""
@@ -441,14 +456,12 @@ class CopyRecorder(TorchDispatchMode):
             storage = weight.untyped_storage()
             self.watched[storage.data_ptr()] = (name, StorageWeakRef(storage))
 
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        if function is torch.ops.aten.copy_.default and not args[0].is_meta and not args[1].is_meta:
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if function is torch.Tensor.copy_ and not any(t.is_meta or isinstance(t, Float8Tensor) for t in args[:2]):
             self._record(*args[:2])
         return function(*args, **kwargs or {})
 
     def _record(self, target: torch.Tensor, source: torch.Tensor) -> None:
-        if is_float8(target) or is_float8(source):
-            return
         name, memory = self.watched.get(source.untyped_storage().data_ptr(), (None, None))
         if name is None or memory.expired():  # addresses are used again
             return
@@ -457,12 +470,16 @@ class CopyRecorder(TorchDispatchMode):
             self.copies.append(Copy(name, views[0], parameter, views[1]))
 
     def _parameter_at(self, address: int) -> str | None:
-        name, alive = self.parameters.get(address, (None, lambda: None))
-        if alive() is None:  # look again: layers come and go, and with them addresses
-            plain = [(name, p) for name, p in self.model.named_parameters() if not (p.is_meta or is_float8(p))]
-            self.parameters = {p.untyped_storage().data_ptr(): (name, weakref.ref(p)) for name, p in plain}
-            name, _ = self.parameters.get(address, (None, None))
-        return name
+        """Its name; layers are loaded one after another, so the search begins where the last one ended."""
+        for step in range(len(self.modules)):
+            number = (self.latest + step) % len(self.modules)
+            path, module = self.modules[number]
+            for name, p in module._parameters.items():
+                plain = p is not None and not (p.is_meta or isinstance(p, Float8Tensor))
+                if plain and p.untyped_storage().data_ptr() == address:
+                    self.latest = number
+                    return f"{path}.{name}"
+        return None
 
 
 class Replay:
@@ -475,12 +492,12 @@ class Replay:
     def __init__(self, model: torch.nn.Module, copies: list[Copy], buckets: Buckets):
         from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
 
-        parameters, covered, self.model = dict(model.named_parameters()), {}, model
+        parameters, covered = dict(model.named_parameters(remove_duplicate=False)), {}
         by_weight: dict[str, list[Copy]] = {}
         for copy in dict.fromkeys(copies):  # vLLM makes some copies twice
             covered[copy.parameter] = covered.get(copy.parameter, 0) + math.prod(copy.source[1])
             by_weight.setdefault(copy.weight, []).append(copy)
-        for name, parameter in parameters.items():
+        for name, parameter in model.named_parameters():
             module, needed = model.get_submodule(name.rpartition(".")[0]), parameter.numel()
             if isinstance(module, VocabParallelEmbedding):  # the other rows are padding and stay zero
                 needed = needed // parameter.shape[0] * module.shard_indices.num_org_elements
@@ -489,7 +506,7 @@ class Replay:
             if covered.get(name, 0) != needed:
                 raise ValueError(f"copies cover {covered.get(name, 0)} of {needed} elements of {name}")
         check_quantizer(model)
-        self.live = live_addresses(model)
+        self.live, self.graphs = live_addresses(model), {}
         self.steps = []  # for each bucket: arguments of quantize_rows, and of _foreach_copy_
         for pieces in buckets.pieces:
             bound = [
@@ -501,7 +518,16 @@ class Replay:
             self.steps.append(([triple for triple in bound if triple and len(triple) == 3], tuple(zip(*plain))))
 
     def __call__(self, number: int) -> None:
-        """Bucket `number` is in its memory."""
+        """Bucket `number` is in its memory. Done once as written, then as a CUDA graph: hundreds of small kernels."""
+        if number in self.graphs:
+            return self.graphs[number].replay()
+        self._quantize_and_copy(number)
+        if torch.cuda.is_available():
+            self.graphs[number] = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self.graphs[number], capture_error_mode="thread_local"):
+                self._quantize_and_copy(number)
+
+    def _quantize_and_copy(self, number: int) -> None:
         rows, plain = self.steps[number]
         for source, qdata, scale in rows:
             quantize_rows(source, qdata, scale)
@@ -535,7 +561,7 @@ def bind(copy: Copy, piece: Piece, view: torch.Tensor, parameter: torch.Tensor) 
     span = slice(target_row + first - row, target_row + last - row)
     if (rows, columns) != (target_rows, target_columns):
         raise ValueError(f"{copy} changes the shape")
-    if not is_float8(parameter):
+    if not isinstance(parameter, Float8Tensor):
         return parameter.data.view(-1, width)[span, target_column : target_column + columns], source
     if parameter.scale.shape != (parameter.shape[0], 1) or columns != width or not parameter.qdata.is_contiguous():
         raise ValueError(f"{copy.parameter} is not quantized row by row")
@@ -554,7 +580,7 @@ def quantize_rows(source: torch.Tensor, qdata: torch.Tensor, scale: torch.Tensor
         rows, columns = source.shape
         block = triton.next_power_of_2(columns)
         quantize_rows_kernel[(rows,)](
-            source, source.stride(0), qdata, scale, columns, block, num_warps=min(16, max(1, block // 512))
+            source, source.stride(0), qdata, scale, columns, block, num_warps=min(16, max(1, block // 1024))
         )
         return
     limit = torch.finfo(qdata.dtype).max
@@ -587,14 +613,14 @@ def check_quantizer(model: torch.nn.Module) -> None:
 
     cases = {}
     for name, weight in model.named_parameters():
-        if is_float8(weight):
+        if isinstance(weight, Float8Tensor):
             config = model.get_submodule(name.rpartition(".")[0]).quant_method.quant_config.torchao_config
             cases[weight.shape[1], id(config)] = config, weight.device
     for (columns, _), (config, device) in cases.items():
         probe = torch.randn(16, columns, device=device) * torch.logspace(-3, 3, 16, device=device).view(-1, 1)
         probe = torch.nn.Parameter(probe.bfloat16(), requires_grad=False)
         expected = torchao_quantize_param_data(probe, config)
-        if not is_float8(expected) or expected.scale.shape != (16, 1):
+        if not isinstance(expected, Float8Tensor) or expected.scale.shape != (16, 1):
             raise ValueError("the torchao config does not quantize to FP8 row by row")
         qdata, scale = torch.empty_like(expected.qdata), torch.empty_like(expected.scale)
         quantize_rows(probe, qdata, scale)
@@ -608,7 +634,7 @@ def repair_zero_rows(parameters: Iterable[torch.Tensor]) -> int:
     torchao 0.18 divides an all-zero row (or one so small that amax / 448 underflows) by its scale of 0: NaN.
     """
     repaired = 0
-    for weight in filter(is_float8, parameters):
+    for weight in (p for p in parameters if isinstance(p, Float8Tensor)):
         dead = weight.scale == 0  # (rows, groups): one group for PerRow, (1, 1) for PerTensor
         groups = weight.qdata.view(torch.uint8).view(weight.shape[0], dead.shape[-1], -1)
         groups.masked_fill_(dead.unsqueeze(-1), 0)
@@ -627,7 +653,7 @@ def inspect_linear_layers(model: torch.nn.Module) -> dict:
         weight = getattr(module, "weight", None)
         if not isinstance(module, (LinearBase, ParallelLMHead)) or weight is None:
             continue
-        if is_float8(weight):
+        if isinstance(weight, Float8Tensor):
             fp8.append(weight)
         elif isinstance(module, ParallelLMHead):
             unquantized.setdefault("vLLM quantizes no output heads with torchao", []).append(name)
@@ -697,7 +723,7 @@ class ShardVerifier:
             self.hidden.append(name)
             return
         expected = torch.nn.Parameter(shard.to(actual.dtype), requires_grad=False)
-        if is_float8(actual):
+        if isinstance(actual, Float8Tensor):
             expected = torchao_quantize_param_data(expected, module.quant_method.quant_config.torchao_config)
             repair_zero_rows([expected])
         for part, tensor in plain_tensors(actual).items():
@@ -724,8 +750,9 @@ def agreed(method):
             logger.exception("%s failed", method.__name__)
             error = f"{type(caught).__name__}: {caught}"
         group = get_world_group()
-        errors = [None] * group.world_size
-        dist.all_gather_object(errors, error, group=group.cpu_group)
+        errors = [error] * group.world_size
+        if group.world_size > 1:
+            dist.all_gather_object(errors, error, group=group.cpu_group)
         if any(errors) and group.rank_in_group == group.world_size - 1:
             failed = "; ".join(f"engine rank {rank}: {e}" for rank, e in enumerate(errors) if e)
             raise RuntimeError(f"{method.__name__} failed. {failed}")
@@ -789,13 +816,15 @@ class WorkerExtension:
 
         The first time it is a reload session, whose copies are recorded; from then on they are replayed if they can be.
         """
-        replayable = self.replay is not None and self.replay.live == live_addresses(self.get_model())
+        if self.replay and self.replay.live != live_addresses(self.get_model()):
+            logger.warning("the engine's tensors have moved: this weight sync is a reload session and is recorded anew")
+            self.replay = None
         if not announce(self.weight_group, self.device):
             return None
-        before, reason = reset_peak_memory(self.device) - self.buckets.nbytes, None
+        reason, path = None, "replay" if self.replay else "session"
         if self.reload_session is not None:  # a per-parameter update that was never ended
             self._end_update(complete=False)
-        if replayable:
+        if self.replay:
             known, self.wire_digests, self.stored_digests = self.wire_digests, None, None
             matched = use_all(self.buckets.receive(), self.replay)
             repack_heads(self.get_model())
@@ -815,13 +844,11 @@ class WorkerExtension:
                 self.replay = Replay(self.get_model(), copies, self.buckets)
             except ValueError as error:
                 self.replay, reason = None, str(error)
-        extra_gib = peak_memory_gib(self.device, before)
         return {
             "buckets_matched": matched,
             "changed": self.weights_changed,
-            "path": "replay" if replayable else "session",
+            "path": path,
             "no_replay": reason,
-            "extra_gib": extra_gib,
         }
 
     @agreed
@@ -877,16 +904,9 @@ class WorkerExtension:
 # ----- Small things ---------------------------------------------------------------------------------------------------
 
 
-def is_float8(tensor: torch.Tensor) -> bool:
-    """Is it torchao's FP8 tensor (bytes in `qdata`, one float32 per row in `scale`)?"""
-    from torchao.quantization import Float8Tensor
-
-    return isinstance(tensor, Float8Tensor)
-
-
 def plain_tensors(tensor: torch.Tensor) -> dict[str, torch.Tensor]:
-    """The tensors that hold the bytes: {"qdata": ..., "scale": ...} of a Float8Tensor, {"": tensor} otherwise."""
-    return {"qdata": tensor.qdata, "scale": tensor.scale} if is_float8(tensor) else {"": tensor}
+    """The tensors that hold the bytes: torchao's FP8 bytes and one scale per row, or {"": tensor} of any other tensor."""
+    return {"qdata": tensor.qdata, "scale": tensor.scale} if isinstance(tensor, Float8Tensor) else {"": tensor}
 
 
 def as_bytes(tensor: torch.Tensor) -> torch.Tensor:
@@ -897,16 +917,3 @@ def as_bytes(tensor: torch.Tensor) -> torch.Tensor:
 def dtype_name(dtype: torch.dtype) -> str:
     """torch.bfloat16 -> "bfloat16"."""
     return str(dtype).removeprefix("torch.")
-
-
-def reset_peak_memory(device: torch.device) -> int:
-    """Bytes allocated on a CUDA device now, from which `peak_memory_gib` counts; 0 on the CPU."""
-    if device.type != "cuda":
-        return 0
-    torch.cuda.reset_peak_memory_stats(device)
-    return torch.cuda.memory_allocated(device)
-
-
-def peak_memory_gib(device: torch.device, before: int) -> float | None:
-    """GiB that were allocated at most on top of `before`; None where nothing counts it (CPU)."""
-    return (torch.cuda.max_memory_allocated(device) - before) / 2**30 if device.type == "cuda" else None

@@ -2,7 +2,7 @@
 
     python tests/bench_weight_sync.py --shape qwen3-8b --tensor-parallel-size 1 [any flag of the driver]
 
-Trainer and engine start from different random weights. Each method begins with an engine whose weights are all zero, and
+The engine starts from random weights of vLLM's (`load_format="dummy"`), the trainer from others. Each method begins with an engine whose weights are all zero, and
 the result is compared with a fresh engine that was started from the trainer's checkpoint: every tensor, token and
 log-probability. Writes OUTPUT_DIR/weight_sync_SHAPE.json and draws weight_sync.png from all such files there.
 """
@@ -27,7 +27,7 @@ from rich.console import Console
 from rich.table import Table
 
 import rlhf_utils
-from rlhf_utils import agreed, announce, named_weights, peak_memory_gib, reset_peak_memory
+from rlhf_utils import agreed, announce, named_weights
 
 RAW, PUBLISHED, VLLM = "raw broadcast", "per-parameter calls, as published", "vLLM's NCCL weight transfer, packed"
 SESSION, FIRST, OURS = "reload session", "ours, first (records)", "ours, later (replays)"
@@ -42,7 +42,7 @@ class Benchmark(driver.Config):
     repeats: int = 10
     """Of each method, after one to warm up; the median counts."""
     slow_repeats: int = 1
-    """Of the per-parameter calls, which take seconds to minutes."""
+    """Of the per-parameter calls, which take seconds to minutes; 0 leaves them out."""
     fresh_gpus: str | None = None
     """GPUs of the fresh engine; default: the first ones."""
     kv_cache_gib: float = 0.5
@@ -65,6 +65,15 @@ def broadcast_raw(buckets: rlhf_utils.Buckets, repeats: int) -> list[float]:
         buckets.streams.synchronize()
         seconds.append(time.perf_counter() - start)
     return seconds[1:]
+
+
+def allocated_gib(device: torch.device, peak: bool = False) -> float:
+    """GPU memory of this process now, or at most since the last call without `peak`; 0 on the CPU."""
+    if device.type != "cuda":
+        return 0.0
+    if not peak:
+        torch.cuda.reset_peak_memory_stats(device)
+    return (torch.cuda.max_memory_allocated if peak else torch.cuda.memory_allocated)(device) / 2**30
 
 
 class NoRecorder(contextlib.nullcontext):
@@ -97,11 +106,8 @@ class BenchmarkExtension(rlhf_utils.WorkerExtension):
     def do_nothing(self) -> None:
         pass
 
-    def begin_measuring(self) -> None:
-        self.memory_before = reset_peak_memory(self.device)
-
-    def extra_gib(self) -> float | None:
-        return peak_memory_gib(self.device, self.memory_before)
+    def allocated_gib(self, peak: bool) -> float:
+        return allocated_gib(self.device, peak)
 
 
 RECORDER = rlhf_utils.CopyRecorder
@@ -137,7 +143,7 @@ def join_vllm(trainer: driver.Trainer, llm, world_size: int) -> None:
         def __iter__(self):
             return ((name, weight.detach().to(torch.bfloat16)) for name, weight in super().__iter__())
 
-    info = NCCLTrainerInitInfo("127.0.0.1", get_open_port(), world_size)
+    info = NCCLTrainerInitInfo(master_address="127.0.0.1", master_port=get_open_port(), world_size=world_size, rank=0)
     trainer.vllm_sender = NCCLTrainerWeightTransferEngine.trainer_init(
         info, client=Client(), source=Source(trainer.model)
     )
@@ -152,23 +158,26 @@ def main(config: Benchmark) -> dict:
     engine_arguments = driver.engine_arguments
 
     def arguments(*which) -> dict:
-        arguments = engine_arguments(*which) | {"worker_extension_cls": "bench_weight_sync.BenchmarkExtension"}
-        if which[2] == "cuda":
-            arguments["kv_cache_memory_bytes"] = int(config.kv_cache_gib * 2**30)
-            arguments["weight_transfer_config"] = {"backend": "nccl"}
-        return arguments
+        extension = {"worker_extension_cls": "bench_weight_sync.BenchmarkExtension"}
+        kv_cache = {"kv_cache_memory_bytes": int(config.kv_cache_gib * 2**30)} if which[2] == "cuda" else {}
+        return engine_arguments(*which) | extension | kv_cache
 
-    driver.engine_arguments = arguments
+    def arguments_of_synced(*which) -> dict:
+        transfer = {"weight_transfer_config": {"backend": "nccl"}} if which[2] == "cuda" else {}
+        return arguments(*which) | {"load_format": "dummy"} | transfer
+
     with contextlib.ExitStack() as cleanup:
         folder = Path(cleanup.enter_context(tempfile.TemporaryDirectory()))
-        old, new = (build_random_model(folder / name, config.shape, seed) for seed, name in enumerate(["old", "new"]))
+        path = build_random_model(folder / "model", config.shape)
         torch.cuda.empty_cache()
         cleanup.callback(driver.disconnect)
         config, device = driver.resolve(config, driver.connect(config))
-        trainer = driver.start_trainer(config, new, cleanup)
-        actor = driver.start_engine(config, old, device, cleanup)
+        trainer = driver.start_trainer(config, path, cleanup)
+        driver.engine_arguments = arguments_of_synced
+        actor = driver.start_engine(config, path, device, cleanup)
+        driver.engine_arguments = arguments
         gpus = config.fresh_gpus or ",".join(map(str, range(config.tensor_parallel_size)))
-        fresh = cleanup.enter_context(fresh_engine(config, new, device, gpus))
+        fresh = cleanup.enter_context(fresh_engine(config, path, device, gpus))
         driver.join_group(config, device, trainer, [actor])
         driver.prove_fp8([actor], config)
         result = measure(config, device, trainer, actor, fresh())
@@ -199,6 +208,10 @@ def measure(config: Benchmark, device: str, trainer, actor, expected: dict) -> d
         llm.collective_rpc("forget_recording", args=(record,))
         return our_sync()
 
+    def memory_gib(peak: bool) -> list[float]:  # of the trainer and the engine's ranks
+        own = on_trainer(lambda trainer: allocated_gib(trainer.device, peak))
+        return [own, *llm.collective_rpc("allocated_gib", args=(peak,))]
+
     def equals_cold_start() -> bool:
         llm.reset_prefix_cache()
         return checksums(llm) == expected["checksums"] and generate(llm) == expected["outputs"]
@@ -207,25 +220,28 @@ def measure(config: Benchmark, device: str, trainer, actor, expected: dict) -> d
         for _ in range(warm_up):
             run()
         llm.collective_rpc("reset_weights")  # every byte and scale zero
-        llm.collective_rpc("begin_measuring")
-        before = on_trainer(lambda trainer: reset_peak_memory(trainer.device))
+        before = memory_gib(False)
         seconds = [run() for _ in range(repeats)]
-        extra = on_trainer(lambda trainer: peak_memory_gib(trainer.device, before))
         rows[method] = {
             "seconds": statistics.median(seconds),
             "all_seconds": seconds,
-            "extra_gib": [extra, *llm.collective_rpc("extra_gib")],  # trainer, engine ranks
+            "extra_gib": [peak - start for peak, start in zip(memory_gib(True), before)],
             "equals_cold_start": equals_cold_start(),
         }
         print(method, rows[method], file=sys.stderr)
 
     session(record=True)  # agrees on the weights; what it costs once is not measured here
-    buckets_gib = on_trainer(lambda trainer: trainer.sender.buckets.nbytes) / 2**30
+    buckets = on_trainer(lambda trainer: {b.data_ptr(): b.nbytes for b in trainer.sender.buckets.buckets[:2]})
+    buckets_gib = sum(buckets.values()) / 2**30 if device == "cuda" else 0.0
     handle = actor.collective_rpc.remote("broadcast_raw", args=(config.repeats,))
     sent = on_trainer(lambda trainer: broadcast_raw(trainer.sender.buckets, config.repeats))
     received = driver.wait([handle], config.timeout_s, "receiving")[0]
     seconds = [max(all_ranks) for all_ranks in zip(sent, *received)]
-    rows[RAW] = {"seconds": statistics.median(seconds), "all_seconds": seconds, "extra_gib": [0.0] * (1 + len(received))}
+    rows[RAW] = {
+        "seconds": statistics.median(seconds),
+        "all_seconds": seconds,
+        "extra_gib": [0.0] * (1 + len(received)),
+    }
     add(SESSION, session, config.repeats)
     add(FIRST, lambda: session(record=True), config.repeats)
     add(OURS, our_sync, config.repeats)
@@ -237,11 +253,12 @@ def measure(config: Benchmark, device: str, trainer, actor, expected: dict) -> d
     if config.trainer_device == device == "cuda":
         on_trainer(join_vllm, actor, config.world_size)
         add(VLLM, lambda: timed(on_trainer, lambda trainer: trainer.vllm_sender.send_weights()), config.repeats)
-    add(PUBLISHED, lambda: timed(on_trainer, send_as_published, actor), config.slow_repeats, warm_up=0)
+    if config.slow_repeats:
+        add(PUBLISHED, lambda: timed(on_trainer, send_as_published, actor), config.slow_repeats, warm_up=0)
     our_sync()
     assert equals_cold_start(), "a sync of ours repairs what the calls before it did"
     for method in (RAW, SESSION, FIRST, OURS):
-        rows[method]["extra_gib"] = [x if x is None else x + buckets_gib for x in rows[method]["extra_gib"]]
+        rows[method]["extra_gib"] = [gib + buckets_gib for gib in rows[method]["extra_gib"]]
     for row in rows.values():
         row["gb_per_s"] = last[-1]["bytes"] / row["seconds"] / 1e9
         row["ratio"] = row["seconds"] / rows[RAW]["seconds"]
@@ -262,10 +279,14 @@ def measure(config: Benchmark, device: str, trainer, actor, expected: dict) -> d
 
 def report(result: dict) -> None:
     """Print the table and one line to search for."""
-    title = f"{result['shape']}, {result['bytes'] / 1e9:.3f} GB, {result['layout']}, {result['mode']}, {result['device']}"
-    table = Table("method", "ms", "GB/s", "x raw", "extra GiB: trainer, engine ranks", "equals a cold start", title=title)
+    title = (
+        f"{result['shape']}, {result['bytes'] / 1e9:.3f} GB, {result['layout']}, {result['mode']}, {result['device']}"
+    )
+    table = Table(
+        "method", "ms", "GB/s", "x raw", "extra GiB: trainer, engine ranks", "equals a cold start", title=title
+    )
     for method, row in result["rows"].items():
-        extra = ", ".join("-" if gib is None else f"{gib:.2f}" for gib in row["extra_gib"])
+        extra = ", ".join(f"{gib:.2f}" for gib in row["extra_gib"])
         figures = [f"{1e3 * row['seconds']:.2f}", f"{row['gb_per_s']:.2f}", f"{row['ratio']:.2f}"]
         table.add_row(method, *figures, extra, str(row.get("equals_cold_start", "-")))
     Console(width=150).print(table)
@@ -280,8 +301,15 @@ def draw(folder: Path) -> None:
     figure, (bars, growth) = plt.subplots(1, 2, figsize=(13, 4.5), layout="constrained")
     methods = [method for method in (RAW, OURS, FIRST, SESSION, VLLM, PUBLISHED) if method in results[-1]["rows"]]
     for i, method in enumerate(methods):
-        chosen = [(x, result["rows"][method]["seconds"]) for x, result in enumerate(results) if method in result["rows"]]
-        bars.bar([x + 0.8 * i / len(methods) for x, _ in chosen], [1e3 * s for _, s in chosen], 0.8 / len(methods), label=method)
+        chosen = [
+            (x, result["rows"][method]["seconds"]) for x, result in enumerate(results) if method in result["rows"]
+        ]
+        bars.bar(
+            [x + 0.8 * i / len(methods) for x, _ in chosen],
+            [1e3 * s for _, s in chosen],
+            0.8 / len(methods),
+            label=method,
+        )
         if method in (RAW, OURS, SESSION, VLLM):
             points = [(r["bytes"] / 1e9, 1e3 * r["rows"][method]["seconds"]) for r in results if method in r["rows"]]
             growth.plot(*zip(*points), "o-", label=method)

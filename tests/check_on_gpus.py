@@ -74,8 +74,8 @@ def main(check: Check) -> None:
         f"FP8 layers {rank['fp8_linear_layers']}, weights/rank {rank['weights_gib']:.3f} GiB (BF16 "
         f"{rank['bf16_weights_gib']:.3f}); start-up {result['startup_s']:.1f} s; {first['bytes'] / 1e9:.3f} GB, "
         f"first sync {first['seconds']:.4f} s, again {result['again_s']:.4f} s = "
-        f"{first['bytes'] / result['again_s'] / 1e9:.1f} GB/s (sender {result['sender_s']:.4f} s); extra GiB: sender "
-        f"{first['sender']['extra_gib']}, engine {[r['extra_gib'] for r in first['ranks']]}; {result.get('then', '')}"
+        f"{first['bytes'] / result['again_s'] / 1e9:.1f} GB/s (sender {result['sender_s']:.4f} s), then {result['second']['path']}; "
+        f"{result.get('then', '')}"
     )
 
 

@@ -7,10 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 from harness import driver
-from torchao.quantization import Float8Tensor
+from torchao.quantization import Float8Tensor, PerRow
 
 import rlhf_utils
 from rlhf_utils import digest, plan_buckets, quantize_rows, repair_zero_rows
+
+DEVICES = ["cpu", *["cuda"] * torch.cuda.is_available()]  # the kernels for GPUs: run this file there as well
 
 
 def test_documentation_examples():
@@ -43,19 +45,34 @@ def test_pieces_hold_every_row_once_without_overlap():
     assert rows == {name: shape[0] if shape else 1 for name, _, shape in manifest}
 
 
-@pytest.mark.parametrize("columns", [16, 80, 4096])
-def test_quantize_rows_is_torchao_bit_for_bit(columns):
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("columns", [16, 80, 768, 4096, 17408])
+def test_quantize_rows_is_torchao_bit_for_bit(columns, device):
     """Random, huge, tiny, denormal, one-hot and infinite rows; only all-zero rows differ, by the repair."""
     torch.manual_seed(0)
-    rows = torch.randn(64, columns) * torch.logspace(-30, 30, 64).unsqueeze(1)
+    rows = torch.randn(128, columns, device=device) * torch.logspace(-38, 38, 128, device=device).unsqueeze(1)
     rows[0], rows[1], rows[2, 1:], rows[3, 0] = 0, 1e-40, 0, float("inf")
-    rows[4], rows[5, 3], rows[6] = torch.finfo(torch.bfloat16).max, -448, 2.0**-133
+    rows[4], rows[5, 3], rows[6], rows[7, 2] = torch.finfo(torch.bfloat16).max, -448, 2.0**-133, float("nan")
     rows = rows.bfloat16()
-    expected = Float8Tensor.from_hp(rows)
+    expected = Float8Tensor.from_hp(rows, granularity=PerRow())
     repair_zero_rows([expected])
-    qdata, scale = torch.empty_like(expected.qdata), torch.empty_like(expected.scale)
-    quantize_rows(rows, qdata, scale)
-    assert torch.equal(qdata.view(torch.uint8), expected.qdata.view(torch.uint8)) and torch.equal(scale, expected.scale)
+    within = torch.randn(128, 3 * columns, device=device).bfloat16()  # as a tensor-parallel shard lies in its weight
+    within[:, columns : 2 * columns] = rows
+    for source in (rows, within[:, columns : 2 * columns]):
+        qdata, scale = torch.empty_like(expected.qdata), torch.empty_like(expected.scale)
+        quantize_rows(source, qdata, scale)
+        assert torch.equal(qdata.view(torch.uint8), expected.qdata.view(torch.uint8))
+        torch.testing.assert_close(scale, expected.scale, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("size", [0, 5, 8, 2047, 2048, 80_008, 1_000_003])
+def test_digest_is_its_formula(size, device):
+    """On the CPU and on GPUs, which must agree when a trainer on one sends to an engine on the other."""
+    data = torch.randint(256, (size,), dtype=torch.uint8, generator=torch.Generator().manual_seed(size))
+    words = torch.nn.functional.pad(data, (0, -size % 8)).view(torch.int64).tolist()
+    expected = sum((2 * i + 1) * word for i, word in enumerate(words)) % 2**64
+    assert digest(data.to(device)).item() % 2**64 == expected
 
 
 def test_zero_rows_are_repaired():
