@@ -58,7 +58,6 @@ from vllm import LLM, SamplingParams
 from rlhf_utils import (
     BUCKET_BYTES,
     WeightSender,
-    addresses,
     announce,
     make_manifest,
     stateless_init_process_group,
@@ -151,7 +150,7 @@ class Config:
     seed: int = 0
     """Of the tiny model's weights, of prompts and of sampling. The same seed gives the same curve on the CPU."""
     bucket_mib: int = 256
-    """Weights travel in buckets of this size (MiB); a larger weight gets its own."""
+    """Weights travel in buckets of this size (MiB), two of which each side keeps; a weight may be cut between rows."""
     verify: bool = False
     """After the first sync, quantize the trainer's weights independently and compare every shard bit for bit."""
     timeout_s: float = 120.0
@@ -379,10 +378,10 @@ class Trainer:
         """Prepare to send the weights as they are now, beside the workers' method of the same name."""
         self.sender = WeightSender(self.model, self.weight_manifest(), self.group, self.device, bucket_bytes)
 
-    def send_weights(self) -> dict | None:
+    def send_weights(self, bucket_bytes: int) -> dict | None:
         """Broadcast every weight, beside the workers' `receive_weights` or `verify_weights`; None if not agreed on."""
         start = time.perf_counter()
-        if self.sender is None or self.sender.addresses != addresses(self.model):
+        if self.sender is None or not self.sender.fits(self.model, bucket_bytes):
             announce(self.group, self.device, sending=False)
             return None
         buckets = self.sender.send()
@@ -586,7 +585,10 @@ def wait(refs: list, timeout_s: float, doing: str) -> list:
 def sync_weights_to_quantized_engine(
     train_model, quantized_llm, *, bucket_bytes: int = BUCKET_BYTES, verify: bool = False, timeout_s: float = 120.0
 ) -> dict:
-    """Bring engines to the trainer's weights: manifest, broadcast into one reload session, digests, cache reset.
+    """Bring engines to the trainer's weights: broadcast, quantization on arrival, digests, cache reset.
+
+    The first sync (and any after the trainer's weights, or `bucket_bytes`, have been replaced) agrees on the manifest
+    and is a reload session, which is recorded; later ones replay it, each with one call to either side.
 
     Args:
         train_model, quantized_llm: handles of the `Trainer` actor and of the `MyLLM` actor (or a list of them), which
@@ -595,7 +597,8 @@ def sync_weights_to_quantized_engine(
 
     Returns:
         `bytes` on the wire, `seconds` from the first byte to the reset prefix cache, `gb_per_s` (1e9), `verified` (on
-        every rank, the digest of every bucket equals the sender's), `changed` (on any rank), and per-rank details.
+        every rank, the digest of every bucket equals the sender's), `changed` (on any rank), `path` ("session" or
+        "replay"), `no_replay` (after a session: why it cannot be replayed, or None), and per-rank details.
 
     Raises:
         ray.exceptions.RayTaskError: what is wrong with which weight on which rank. Unless no byte has moved, the engine
@@ -610,7 +613,7 @@ def sync_weights_to_quantized_engine(
 
     def broadcast_to(method: str) -> tuple[dict, list[dict], float]:
         start = time.perf_counter()
-        calls = [train_model.send_weights.remote(), *on_every_engine(method)]
+        calls = [train_model.send_weights.remote(bucket_bytes), *on_every_engine(method)]
         sent, *ranks = wait(calls, timeout_s, f"broadcasting weights to {method}")
         return sent, sum(ranks, []), time.perf_counter() - start
 

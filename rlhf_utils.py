@@ -302,11 +302,6 @@ def announce(group, device: torch.device, sending: bool = True) -> bool:
     return bool(header.item())
 
 
-def addresses(model: torch.nn.Module) -> list[tuple]:
-    """Where each weight is, and its shape: the same as long as a `WeightSender` for the model is good."""
-    return [(name, weight.data_ptr(), weight.shape) for name, weight in named_weights(model).items()]
-
-
 class WeightSender:
     """Rank 0's end: casts and packs weights bucket by bucket into fixed memory and broadcasts them.
 
@@ -315,7 +310,7 @@ class WeightSender:
     """
 
     def __init__(self, model: torch.nn.Module, manifest: Manifest, group, device: torch.device, bucket_bytes: int):
-        self.group, self.device, self.addresses = group, device, addresses(model)
+        self.group, self.device, self.made_for = group, device, self._state(model, bucket_bytes)
         self.buckets, weights = Buckets(manifest, bucket_bytes, group, device), named_weights(model)
         self.sources = [
             [weights[p.name].detach().view(p.rows, -1)[p.row : p.row + (*p.shape, 1)[0]] for p, _ in pieces]
@@ -325,6 +320,14 @@ class WeightSender:
             [view.view_as(source) for (_, view), source in zip(pieces, sources, strict=True)]
             for pieces, sources in zip(self.buckets.pieces, self.sources, strict=True)
         ]
+
+    @staticmethod
+    def _state(model: torch.nn.Module, bucket_bytes: int) -> list:
+        return [bucket_bytes, *((name, w.data_ptr(), w.shape) for name, w in named_weights(model).items())]
+
+    def fits(self, model: torch.nn.Module, bucket_bytes: int) -> bool:
+        """Are these the weights, in the same places, and the bucket size that both ends have agreed on?"""
+        return self.made_for == self._state(model, bucket_bytes)
 
     def send(self) -> int:
         """Broadcast `announce`, every bucket, and at the end the digests of what was sent. Returns how many buckets."""
@@ -852,9 +855,10 @@ class WorkerExtension:
         }
 
     @agreed
-    def verify_weights(self) -> dict:
-        """Receive the weights once more, only to compare; see `ShardVerifier`."""
-        announce(self.weight_group, self.device)
+    def verify_weights(self) -> dict | None:
+        """Receive the weights once more, only to compare; see `ShardVerifier`. None if rank 0 has none to send."""
+        if not announce(self.weight_group, self.device):
+            return None
         verifier = ShardVerifier(self.get_model())
         use_all(self.buckets.receive(), WholeWeights(self.buckets, verifier.check))
         different = verifier.different + [f"{name} (never sent)" for name in verifier.unseen]

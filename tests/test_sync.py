@@ -1,5 +1,6 @@
 """The real thing on the CPU: vLLM engines, torchao's FP8, Ray actors, gloo."""
 
+import contextlib
 import dataclasses
 
 import pytest
@@ -56,6 +57,40 @@ def test_unquantized_sync_equals_cold_start(config, models, tmp_path):
     result = sync_versus_cold_start(config, models("tiny-qwen3")[0], str(tmp_path), "cpu")
     assert result["ranks"][0]["fp8_linear_layers"] == 0 and len(result["sync"]["hidden_tensors"]) == 8
     assert result["second"]["path"] == "session" and "vLLM's CPU backend has packed" in result["sync"]["no_replay"]
+
+
+def test_recording_is_made_anew_when_it_no_longer_fits(config, models, capfd):
+    """New parameters in the trainer, tensors that moved in the engine, another size of buckets."""
+    config, (old, new) = dataclasses.replace(config, tensor_parallel_size=1, verify=False), models("tiny-llama")
+
+    def replace_a_weight(trainer):
+        head = trainer.model.lm_head
+        head.weight = torch.nn.Parameter(head.weight.detach().clone())
+
+    def move_a_tensor(llm):
+        worker = llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker
+        norm = worker.get_model().model.norm
+        norm.weight.data = norm.weight.data.clone()
+
+    with contextlib.ExitStack() as cleanup:
+        trainer = driver.start_trainer(config, new, cleanup)
+        actor = driver.start_engine(config, old, "cpu", cleanup)
+        driver.join_group(config, "cpu", trainer, [actor])
+        llm = Remote(actor)
+
+        def paths(**settings) -> list[str]:
+            return [sync(config, trainer, actor, **settings)["path"] for _ in range(2)]
+
+        assert paths() == ["session", "replay"]
+        expected = observe(llm)
+        ray.get(trainer.__ray_call__.remote(replace_a_weight))
+        assert paths() == ["session", "replay"]
+        assert capfd.readouterr().out.count("Agreeing on 21 weights") == 2
+        ray.get(actor.__ray_call__.remote(move_a_tensor))
+        assert paths() == ["session", "replay"]
+        assert paths(bucket_bytes=100_000) == ["session", "replay"]
+        llm.collective_rpc("reset_weights")
+        assert paths(bucket_bytes=100_000) == ["replay", "replay"] and observe(llm) == expected
 
 
 def test_prefix_cache_is_reset(config, pair):
