@@ -13,7 +13,8 @@ that runs beside training (every answer comes from the newest weights).
 Two things differ from the example that is usually copied:
 
 - `quantization="torchao"` is passed beside the torchao config. The config alone is ignored and the engine stays BF16.
-- A sync is one reload session. `load_weights` once per parameter leaves a quantized engine with uninitialized memory.
+- A sync is one reload session, or a replay of one. `load_weights` once per parameter leaves a quantized engine with
+  uninitialized memory.
 
 Without a GPU the same processes run on the CPU (gloo, weight-only FP8, a tiny random model).
 
@@ -28,15 +29,18 @@ import importlib.util
 import json
 import math
 import os
+import queue
 import random
 import re
 import shutil
 import signal
 import socket
+import subprocess
 import sys
 import tempfile
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Literal
 
@@ -59,12 +63,26 @@ from rlhf_utils import (
     BUCKET_BYTES,
     WeightSender,
     announce,
+    find_nonfinite,
     make_manifest,
     stateless_init_process_group,
 )
 
 HERE = Path(__file__).resolve().parent
+ACTORS = {}  # Ray's id of an actor -> its name in messages
 RUN = "RLHF_ONLINE_QUANT_RUN"  # environment variable that marks the processes of a run
+# A process that waits until the driver has ended, however it did, and then kills what still carries the run's mark.
+REAPER = """
+import glob, os, signal, sys, time
+sys.stdin.read()
+time.sleep(5)
+for folder in glob.glob("/proc/[0-9]*"):
+    try:
+        if sys.argv[1].encode() in open(folder + "/environ", "rb").read():
+            os.kill(int(folder[6:]), signal.SIGKILL)
+    except OSError:  # it has ended, or is somebody else's
+        continue
+"""
 PROMPTS = [
     "Hello, my name is",
     "The president of the United States is",
@@ -153,8 +171,11 @@ class Config:
     """Weights travel in buckets of this size (MiB), two of which each side keeps; a weight may be cut between rows."""
     verify: bool = False
     """After the first sync, quantize the trainer's weights independently and compare every shard bit for bit."""
-    timeout_s: float = 120.0
-    """Longest wait (seconds) for one sync, generation or training step; start-up may take ten times as long."""
+    allow_nonfinite: bool = False
+    """Send weights that hold NaN or infinity, which are refused by default."""
+    timeout_s: float = 30.0
+    """Longest wait (seconds) for a weight sync, and for a reward function. Start-up, a generation, a training step and a
+    checkpoint may take ten times as long."""
     ray_address: str | None = None
     """An existing Ray cluster, such as `auto` or `10.0.0.1:6379`. Default: start a private one."""
 
@@ -284,7 +305,7 @@ class Trainer:
             self.model.gradient_checkpointing_enable()
         self.reference = load(path) if config.kl_coef else None
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=config.learning_rate)
-        self.step = 0
+        self.step, self.nonfinite = 0, find_nonfinite(self.model)
         if config.resume:
             state = torch.load(config.resume / "trainer.pt", map_location=self.device, weights_only=True)
             self.optimizer.load_state_dict(state["optimizer"])
@@ -321,7 +342,7 @@ class Trainer:
             grad_norm = float(torch.nn.utils.clip_grad_norm_(self.model.parameters(), config.max_grad_norm))
             self.optimizer.step()
             self.optimizer.zero_grad()
-        self.step += 1
+        self.step, self.nonfinite = self.step + 1, find_nonfinite(self.model)
         old_N = torch.cat([batch["old_BT"][batch["mask_BT"]] for batch in batches])
         engine_N = torch.cat([batch["engine_BT"][batch["mask_BT"]] for batch in batches])
         on_gpu = self.device.type == "cuda"
@@ -379,8 +400,17 @@ class Trainer:
         self.sender = WeightSender(self.model, self.weight_manifest(), self.group, self.device, bucket_bytes)
 
     def send_weights(self, bucket_bytes: int) -> dict | None:
-        """Broadcast every weight, beside the workers' `receive_weights` or `verify_weights`; None if not agreed on."""
+        """Broadcast every weight, beside the workers' `receive_weights` or `verify_weights`; None if not agreed on.
+
+        Raises ValueError, and sends nothing, if a weight was not finite when it was loaded or after the last step.
+        """
         start = time.perf_counter()
+        if self.nonfinite and not self.config.allow_nonfinite:
+            announce(self.group, self.device, sending=False)
+            raise ValueError(
+                f"{len(self.nonfinite)} weights hold NaN or infinity and were not sent: {', '.join(self.nonfinite[:8])}. "
+                "Go on from an earlier checkpoint with a lower --learning-rate; --allow-nonfinite sends them"
+            )
         if self.sender is None or not self.sender.fits(self.model, bucket_bytes):
             announce(self.group, self.device, sending=False)
             return None
@@ -543,17 +573,29 @@ def load_reward(name: str) -> Callable[[list[str], list[str]], list[float]]:
         ) from error
 
 
-def compute_rewards(outputs: list, reward: Callable = letters) -> list[list[float]]:
+def compute_rewards(outputs: list, reward: Callable = letters, timeout_s: float = 30.0) -> list[list[float]]:
     """Rewards of every completion, in the shape (P, G).
 
     Raises:
         RuntimeError: the function raised, or returned anything but one finite number per completion.
+        TimeoutError: it has not returned for `timeout_s` seconds.
     """
     prompts = [output.prompt for output in outputs for _ in output.outputs]
     completions = [completion.text for output in outputs for completion in output.outputs]
+    answer = queue.Queue()
+
+    def ask() -> None:
+        try:
+            answer.put(([float(value) for value in reward(prompts, completions)], None))
+        except Exception as error:  # raised below
+            answer.put(([], error))
+
+    threading.Thread(target=ask, daemon=True).start()  # a daemon does not keep the program from ending
     try:
-        rewards = [float(value) for value in reward(prompts, completions)]
-    except Exception as error:
+        rewards, error = answer.get(timeout=timeout_s)
+    except queue.Empty:
+        raise TimeoutError(f"reward function {reward.__name__} has not returned for {timeout_s:g} s") from None
+    if error:
         raise RuntimeError(f"reward function {reward.__name__} failed: {type(error).__name__}: {error}") from error
     wrong = [f"{value} for {text!r}" for value, text in zip(rewards, completions) if not math.isfinite(value)]
     if wrong or len(rewards) != len(completions):
@@ -569,21 +611,51 @@ def compute_rewards(outputs: list, reward: Callable = letters) -> list[list[floa
 
 
 def wait(refs: list, timeout_s: float, doing: str) -> list:
-    """`ray.get(refs)` that raises the first failure when it happens, and TimeoutError after `timeout_s` seconds."""
-    start, pending, results = time.monotonic(), list(refs), {}
-    while pending:
-        left = start + timeout_s - time.monotonic()
-        done, pending = ray.wait(pending, timeout=min(10.0, max(0.0, left)))
-        results |= zip(done, ray.get(done))
-        if not done and left <= 0:
-            raise TimeoutError(f"{doing} took longer than {timeout_s:g} s")
-        if not done:
+    """`ray.get(refs)` with a time limit, whose one error names every actor that failed, died or did not answer.
+
+    Raises:
+        RuntimeError: an actor failed or died. The others have had 4 more seconds, because what fails first is not always
+            the cause.
+        TimeoutError: it took longer than `timeout_s` seconds.
+    """
+    start, pending, results, failures = time.monotonic(), list(refs), {}, []
+    deadline, next_sign = start + timeout_s, start + 10
+    while pending and (left := deadline - time.monotonic()) > 0:
+        done, pending = ray.wait(pending, timeout=min(2.0, left))
+        for ref in done:
+            try:
+                results[ref] = ray.get(ref)
+            except ray.exceptions.RayTaskError as error:
+                failures.append(f"{who(ref)}: {type(error.cause).__name__}: {error.cause}")
+            except ray.exceptions.RayError as error:
+                failures.append(f"{who(ref)}: {error}")
+        if not done and not failures:  # an actor that nothing is asked of at the moment may have died as well
+            failures = [f"{name} has died" for actor, name in ACTORS.items() if actor_state(actor) == "DEAD"]
+        if failures:
+            deadline = min(deadline, time.monotonic() + 4)
+        elif time.monotonic() > next_sign:
+            next_sign += 10
             print(f"... {doing}: {time.monotonic() - start:.0f} s", file=sys.stderr)
+    silent = f"no answer from {', '.join(map(who, pending))}" if pending else ""
+    if failures:
+        raise RuntimeError(f"{doing}: " + "; ".join(failures + [silent] * bool(silent)))
+    if pending:
+        raise TimeoutError(f"{doing} took longer than {timeout_s:g} s: {silent}")
     return [results[ref] for ref in refs]
 
 
+def actor_state(actor: ray.ActorID) -> str:
+    """Ray's name for it, such as ALIVE or DEAD."""
+    return ray._private.state.actors(actor.hex())["State"]
+
+
+def who(ref: ray.ObjectRef) -> str:
+    """The actor that a call went to, for messages."""
+    return ACTORS.get(ref.task_id().actor_id(), "Ray")
+
+
 def sync_weights_to_quantized_engine(
-    train_model, quantized_llm, *, bucket_bytes: int = BUCKET_BYTES, verify: bool = False, timeout_s: float = 120.0
+    train_model, quantized_llm, *, bucket_bytes: int = BUCKET_BYTES, verify: bool = False, timeout_s: float = 30.0
 ) -> dict:
     """Bring engines to the trainer's weights: broadcast, quantization on arrival, digests, cache reset.
 
@@ -601,9 +673,8 @@ def sync_weights_to_quantized_engine(
         "replay"), `no_replay` (after a session: why it cannot be replayed, or None), and per-rank details.
 
     Raises:
-        ray.exceptions.RayTaskError: what is wrong with which weight on which rank. Unless no byte has moved, the engine
-            refuses to generate.
-        RuntimeError: with `verify`, the tensors that differ.
+        RuntimeError: what is wrong with which weight on which rank, or who died; with `verify`, the tensors that differ.
+            Unless no byte has moved, the engine refuses to generate.
         TimeoutError: the group did not finish in `timeout_s` seconds.
     """
     engines = quantized_llm if isinstance(quantized_llm, list) else [quantized_llm]
@@ -659,7 +730,7 @@ def generate(engines: list, prompts: list[str], config: Config, seeds: list[int]
         llm.generate.remote(prompts[i : i + share], params[i : i + share], use_tqdm=False)
         for llm, i in zip(engines, range(0, len(prompts), share))
     ]
-    return sum(wait(calls, config.timeout_s, "generating"), [])
+    return sum(wait(calls, 10 * config.timeout_s, "generating"), [])
 
 
 def rlhf_training_iteration(
@@ -670,7 +741,7 @@ def rlhf_training_iteration(
     seeds = [(config.seed * 10**6 + step * len(prompts) + i) * samples for i in range(len(prompts))]  # + sample's index
     outputs = generate(quantized_llm, prompts, config, seeds, n=samples, temperature=config.temperature)
     rollout_s = time.perf_counter() - start
-    rewards_PG = compute_rewards(outputs, load_reward(config.reward))
+    rewards_PG = compute_rewards(outputs, load_reward(config.reward), config.timeout_s)
     advantages_PG = compute_advantages(torch.tensor(rewards_PG))
     rollouts = [
         {"prompt": list(output.prompt_token_ids), "completion": list(completion.token_ids)}
@@ -678,7 +749,7 @@ def rlhf_training_iteration(
         for output, advantages_G in zip(outputs, advantages_PG.tolist(), strict=True)
         for completion, advantage in zip(output.outputs, advantages_G, strict=True)
     ]
-    [trained] = wait([train_model.train_step.remote(rollouts)], config.timeout_s, "the training step")
+    [trained] = wait([train_model.train_step.remote(rollouts)], 10 * config.timeout_s, "the training step")
     sync = sync_weights_to_quantized_engine(
         train_model, quantized_llm, bucket_bytes=config.bucket_mib * 2**20, timeout_s=config.timeout_s
     )
@@ -714,7 +785,10 @@ def train(config: Config, trainer, engines: list, prompts: list[str]) -> list[di
             cleanup.callback(tracker.finish)
         for step in range(first, config.steps):
             batch = prompts_of_step(config, prompts, step)
-            outputs, rewards_PG, metrics = rlhf_training_iteration(trainer, engines, batch, config, step)
+            try:
+                outputs, rewards_PG, metrics = rlhf_training_iteration(trainer, engines, batch, config, step)
+            except (RuntimeError, TimeoutError) as error:
+                raise type(error)(f"step {step}: {error}") from error
             rows.append(metrics)
             log.write(json.dumps(metrics) + "\n")
             log.flush()
@@ -783,7 +857,7 @@ def find_model(model: str, folder: str, seed: int) -> str:
 
         return build_random_model(folder, seed=seed)
     try:
-        transformers.AutoConfig.from_pretrained(model)
+        transformers.AutoConfig.from_pretrained(model, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise SystemExit(
             f"--model {model}: expected a model on the Hugging Face hub (reachable, and public or logged in), a local "
@@ -803,6 +877,18 @@ def read_prompts(path: Path | None) -> list[str]:
     if not prompts:
         raise SystemExit(f"--prompts-file {path}: expected one prompt a line, found no line with text")
     return prompts
+
+
+def check_prompts(prompts: list[str], path: str, max_model_len: int) -> None:
+    """Raise SystemExit, with all of them, for prompts that leave no room for an answer."""
+    tokenizer = transformers.AutoTokenizer.from_pretrained(path)
+    lengths = [len(tokenizer(prompt).input_ids) for prompt in prompts]
+    too_long = [f"prompt {i + 1} has {length} tokens" for i, length in enumerate(lengths) if length >= max_model_len]
+    if too_long:
+        raise SystemExit(
+            f"Found {len(too_long)} prompts that leave no room for an answer: {', '.join(too_long[:8])}. Expected fewer "
+            f"than --max-model-len {max_model_len}; shorten them or raise it"
+        )
 
 
 def prompts_of_step(config: Config, prompts: list[str], step: int) -> list[str]:
@@ -832,6 +918,9 @@ def connect(config: Config) -> int:
     """Connect to Ray or start a private cluster; returns the number of GPUs."""
     os.environ.setdefault("RAY_process_group_cleanup_enabled", "true")  # a killed actor takes its children along
     os.environ[RUN] = f"{os.getpid()} {time.time()}"  # every process of a private cluster inherits it
+    waits, _ = os.pipe()  # the other end stays open as long as this process lives
+    subprocess.Popen([sys.executable, "-c", REAPER, os.environ[RUN]], stdin=waits, env={}, start_new_session=True)
+    os.close(waits)
     private = {} if config.ray_address else {"num_cpus": 1 + config.world_size, "include_dashboard": False}
     modules = [str(HERE / "rlhf_online_quant.py"), str(HERE / "rlhf_utils.py")]  # imported by actors on any node
     environment = {"env_vars": actor_environment(), "py_modules": modules}
@@ -863,11 +952,13 @@ def start_trainer(config: Config, path: str, cleanup: contextlib.ExitStack):
         .options(num_cpus=1, num_gpus=gpus, scheduling_strategy=PlacementGroupSchedulingStrategy(group))
         .remote(config, path)
     )
+    ACTORS[trainer._actor_id] = "trainer (rank 0)"
     cleanup.callback(ray.kill, trainer)
+    cleanup.callback(ACTORS.pop, trainer._actor_id, None)
     return trainer
 
 
-def start_engine(config: Config, path: str, device: str, cleanup: contextlib.ExitStack):
+def start_engine(config: Config, path: str, device: str, cleanup: contextlib.ExitStack, first_rank: int = 1):
     """Start loading the engine, one GPU bundle per worker, and return the actor's handle; `cleanup` stops it."""
     bundle = {"GPU": 1} if device == "cuda" else {"CPU": 1}
     placement = PlacementGroupSchedulingStrategy(
@@ -880,7 +971,9 @@ def start_engine(config: Config, path: str, device: str, cleanup: contextlib.Exi
         .options(num_cpus=0, num_gpus=0, scheduling_strategy=placement)
         .remote(**engine_arguments(config, path, device))
     )
+    ACTORS[llm._actor_id] = f"engine (ranks {first_rank} to {first_rank + config.tensor_parallel_size - 1})"
     cleanup.callback(stop_engine, llm)
+    cleanup.callback(ACTORS.pop, llm._actor_id, None)
     return llm
 
 
@@ -891,7 +984,11 @@ def join_group(config: Config, device: str, trainer, engines: list) -> None:
     loaded = [rendezvous, *[llm.get_weights_version.remote() for llm in engines]]
     (address, port), *_ = wait(loaded, 10 * config.timeout_s, "starting trainer and engine")
     backend = "nccl" if device == config.trainer_device == "cuda" else "gloo"
-    rest = (config.world_size, backend, config.timeout_s)
+    rest = (
+        config.world_size,
+        backend,
+        config.timeout_s / 2,
+    )  # the ranks know more than the driver, so they speak first
     joining = [trainer.init_weight_update_group.remote(address, port, *rest)]
     for i, llm in enumerate(engines):
         arguments = (address, port, 1 + i * config.tensor_parallel_size, *rest)
@@ -910,7 +1007,7 @@ def reserve(bundles: list[dict], timeout_s: float, cleanup: contextlib.ExitStack
 def stop_engine(llm) -> None:
     """Let vLLM stop its processes; kill the actor in any case."""
     try:
-        ray.get(llm.shutdown.remote(), timeout=10)
+        ray.get(llm.shutdown.remote(), timeout=5)
     except (ray.exceptions.RayError, TimeoutError) as error:
         print(f"The engine did not shut down by itself ({type(error).__name__}); killing it.", file=sys.stderr)
     ray.kill(llm)
@@ -941,6 +1038,16 @@ def prove_fp8(engines: list, config: Config) -> list[dict]:
     return ranks
 
 
+@contextlib.contextmanager
+def one_message() -> Iterator[None]:
+    """Say what went wrong in one message, before the clean-up, and end the program with exit code 1."""
+    try:
+        yield
+    except (RuntimeError, OSError, ray.exceptions.RayError) as error:  # a TimeoutError is an OSError
+        print(f"FAILED: {error}", file=sys.stderr, flush=True)
+        raise SystemExit(1) from error
+
+
 def main(config: Config) -> dict:
     """Run once and return what summary.json holds."""
     began = time.perf_counter()
@@ -953,19 +1060,21 @@ def main(config: Config) -> dict:
     if config.track != "none" and importlib.util.find_spec(config.track) is None:
         raise SystemExit(f"--track {config.track}: not installed here; pip install {config.track}")
     config.output_dir.mkdir(parents=True, exist_ok=True)
-    with contextlib.ExitStack() as cleanup:
+    with contextlib.ExitStack() as cleanup, one_message():
         cleanup.callback(disconnect)
         config, device = resolve(config, connect(config))
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # Ray's own handler would kill the cluster at once
         torchao_config(config.quantization)  # what is wrong with it should show before anything starts
         scratch = cleanup.enter_context(tempfile.TemporaryDirectory())
         path = find_model(config.model, scratch, config.seed)
+        check_prompts(prompts, path, config.max_model_len)
         print(
             f"Starting trainer ({config.trainer_device}) and {config.num_engines} engine(s) ({device}, "
             f"TP={config.tensor_parallel_size}) ..."
         )
         trainer = start_trainer(config, path, cleanup)  # first, so that it gets GPU 0
-        engines = [start_engine(config, path, device, cleanup) for _ in range(config.num_engines)]
+        first_ranks = range(1, config.world_size, config.tensor_parallel_size)
+        engines = [start_engine(config, path, device, cleanup, first_rank) for first_rank in first_ranks]
         join_group(config, device, trainer, engines)
         ranks = prove_fp8(engines, config)
         bucket_bytes = config.bucket_mib * 2**20

@@ -21,6 +21,7 @@ import functools
 import logging
 import math
 import socket
+import time
 from collections.abc import Callable, Iterable, Iterator
 from datetime import timedelta
 from typing import NamedTuple
@@ -46,6 +47,7 @@ class GlooGroup:
     """Broadcasts over TCP, for CPU tensors and, through host memory, for CUDA tensors."""
 
     def __init__(self, store: dist.Store, rank: int, world_size: int, address: str, timeout: timedelta):
+        self.rank, self.world_size = rank, world_size
         options = dist.ProcessGroupGloo._Options()
         options._devices = [dist.ProcessGroupGloo.create_device(hostname=address)]
         options._timeout = timeout
@@ -79,11 +81,12 @@ def stateless_init_process_group(
     Args:
         device: where this rank's tensors live; without `backend`, CUDA means NCCL and CPU means gloo.
         backend: "nccl" or "gloo"; give it when the two ends differ (gloo is for a group with any CPU rank).
-        timeout_s: seconds to wait for the other ranks, and for each gloo broadcast. NCCL broadcasts have no timeout.
+        timeout_s: seconds to wait for the other ranks, and for each broadcast (by `Buckets`: NCCL itself has no timeout).
         listen_socket: rank 0 may bring a socket that listens already, so that no other program can take the port.
 
     Raises:
-        TimeoutError: not all ranks arrived in time.
+        TimeoutError: which ranks did not arrive in time.
+        OSError: rank 0 cannot listen there (is the port taken?).
         RuntimeError: NCCL is off or cannot be loaded (vLLM's communicator would then do nothing, silently).
     """
     device, timeout = torch.device(device), timedelta(seconds=timeout_s)
@@ -93,16 +96,23 @@ def stateless_init_process_group(
     if rank == 0:
         listen_socket = listen_socket or socket.create_server((master_address, master_port))
         serve = {"master_listen_fd": listen_socket.detach()}
+    where, options = f"{master_address}:{master_port}", dict(wait_for_workers=False, use_libuv=False, **serve)
     try:
-        store = dist.TCPStore(master_address, master_port, world_size, rank == 0, timeout, use_libuv=False, **serve)
+        store = dist.TCPStore(master_address, master_port, None, rank == 0, timeout, **options)
+    except dist.DistNetworkError as error:
+        raise TimeoutError(f"rank {rank} found no rank 0 at {where} in {timeout_s:g} s") from error
+    store.set(f"joined/{rank}", "")
+    try:
+        store.wait([f"joined/{other}" for other in range(world_size)], timeout)
     except dist.DistStoreError as error:
-        raise TimeoutError(
-            f"rank {rank} waited {timeout_s:g} s at {master_address}:{master_port} for a group of {world_size}: {error}"
-        ) from error
+        missing = [other for other in range(world_size) if not store.check([f"joined/{other}"])]
+        raise TimeoutError(f"rank {rank} waited {timeout_s:g} s at {where} in vain for ranks {missing}") from error
     if (backend or ("nccl" if device.type == "cuda" else "gloo")) == "gloo":
         with socket.create_connection((master_address, master_port), timeout_s) as probe:
             own_address = probe.getsockname()[0]  # the address by which this rank reaches rank 0
-        return GlooGroup(store, rank, world_size, own_address, timeout)
+        group = GlooGroup(store, rank, world_size, own_address, timeout)
+        group.timeout_s = timeout_s
+        return group
 
     from vllm.distributed.device_communicators.pynccl import PyNcclCommunicator
     from vllm.distributed.device_communicators.pynccl_wrapper import NCCLLibrary
@@ -114,7 +124,7 @@ def stateless_init_process_group(
         group = PyNcclCommunicator.from_unique_id_bytes(store.get("nccl_id"), rank, world_size, device)
     if group.disabled:
         raise RuntimeError(f"rank {rank}: NCCL is disabled in vLLM (is VLLM_DISABLE_PYNCCL set?), weights cannot flow")
-    group.store = store  # the other ranks may still be reading it
+    group.store, group.timeout_s = store, timeout_s  # the other ranks may still be reading the store
     return group
 
 
@@ -130,8 +140,18 @@ def named_weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
 
 
 def make_manifest(model: torch.nn.Module, dtype: torch.dtype) -> Manifest:
-    """Name, wire dtype (`dtype`, the engine's) and shape of every weight, in sending order."""
-    return [[name, dtype_name(dtype), list(weight.shape)] for name, weight in named_weights(model).items()]
+    """Name, wire dtype (`dtype`, the engine's, for every float weight) and shape of every weight, in sending order."""
+    return [
+        [name, dtype_name(dtype if weight.is_floating_point() else weight.dtype), list(weight.shape)]
+        for name, weight in named_weights(model).items()
+    ]
+
+
+def find_nonfinite(model: torch.nn.Module) -> list[str]:
+    """Names of the weights that hold a NaN, or an infinity in BF16: one pass over all, one wait for the device."""
+    weights = named_weights(model)
+    largest = torch.stack([norm.bfloat16() for norm in torch._foreach_norm(list(weights.values()), ord=math.inf)])
+    return [name for name, finite in zip(weights, largest.isfinite().tolist(), strict=True) if not finite]
 
 
 def check_manifest(manifest: Iterable[list], expected: dict[str, tuple[int, ...]]) -> None:
@@ -202,7 +222,8 @@ class Buckets:
     """Fixed memory for weights on their way: two buckets in turn, so that one travels while the other is worked on.
 
     Both ends work on buckets in the current stream and broadcast in a stream of their own (on the CPU both are
-    nothing); the host waits for nothing but the digests at the end.
+    nothing); the host waits for nothing until the end. Every rank raises TimeoutError, with the names of the weights, if
+    a broadcast has made no progress for `group.timeout_s` seconds.
     """
 
     def __init__(self, manifest: Manifest, bucket_bytes: int, group, device: torch.device):
@@ -218,26 +239,37 @@ class Buckets:
         self.streams = torch.get_device_module(device)
         self.wire = self.streams.Stream(priority=-1)
 
-    def broadcast(self, tensor: torch.Tensor):
-        """From rank 0, after what the current stream has been given so far; returns an event to `wait()` for."""
+    def names(self, number: int) -> str:
+        """For messages: the bucket's number, its first and last weight."""
+        if number == len(self.plan):
+            return "the digests"
+        pieces = self.plan[number][1]
+        return f"bucket {number + 1} of {len(self.plan)} ({pieces[0].name} .. {pieces[-1].name})"
+
+    def broadcast(self, number: int, tensor: torch.Tensor) -> None:
+        """Bucket `number`, or the digests after the last, from rank 0 after all that the current stream has to do."""
         self.wire.wait_stream(self.streams.current_stream())
-        event = self.streams.Event()
+        self.events.append(self.streams.Event())
         with self.streams.stream(self.wire):
-            self.group.broadcast(tensor, src=0, stream=self.wire)
-            event.record()
-        return event
+            broadcast(self.group, tensor, self.names(number), self.wire)
+            self.events[number].record()
+
+    def wait_on_host(self, number: int) -> None:
+        """Until a broadcast has ended."""
+        wait_on_host(self.events[number], self.group, self.names(number))
 
     def send(self, pack: Callable[[int], None]) -> int:
         """Rank 0: `pack(number)` fills each bucket before it goes; the digests come last. Returns how many buckets."""
-        gone = []
+        self.events = []
         for number, bucket in enumerate(self.buckets):
             if number > 1:
-                gone[number - 2].wait()  # it had the same memory
+                self.events[number - 2].wait()  # it had the same memory
             pack(number)
-            gone.append(self.broadcast(bucket))
+            self.broadcast(number, bucket)
             self.digests[number] = digest(bucket)
-        self.broadcast(self.digests)
-        self.streams.synchronize()
+        self.broadcast(len(self.buckets), self.digests)
+        for number in range(len(self.events)):
+            self.wait_on_host(number)
         return len(self.buckets)
 
     def receive(self) -> Iterator[int]:
@@ -246,19 +278,24 @@ class Buckets:
         The order of collectives is the sender's: every bucket, then the digests. Run it to the end, even after an error.
         Raises ValueError if a bucket differs from what was sent; it names the bucket's first and last weight.
         """
-        arrived = [self.broadcast(self.buckets[0])]
+        self.events = []
+        self.broadcast(0, self.buckets[0])
         for number, bucket in enumerate(self.buckets):
             if number + 1 < len(self.buckets):  # into the memory of the bucket before this one, which has been used
-                arrived.append(self.broadcast(self.buckets[number + 1]))
-            arrived[number].wait()
+                self.broadcast(number + 1, self.buckets[number + 1])
+            self.events[number].wait()
             self.digests[number] = digest(bucket)
             yield number
         sent = torch.empty_like(self.digests)
-        self.broadcast(sent).wait()
+        self.broadcast(len(self.buckets), sent)
+        for number in range(len(self.events)):
+            self.wait_on_host(number)
+        self.events[-1].wait()
         if wrong := (sent != self.digests).nonzero().flatten().tolist():
-            names = [(pieces[0].name, pieces[-1].name) for _, pieces in self.plan]
-            spans = [f"bucket {i} ({names[i][0]} .. {names[i][1]})" for i in wrong]
-            raise ValueError(f"{len(wrong)} of {len(names)} buckets came in with other bytes than were sent: {spans}")
+            names = ", ".join(map(self.names, wrong))
+            raise ValueError(
+                f"{len(wrong)} of {len(self.plan)} buckets came in with other bytes than were sent: {names}"
+            )
 
 
 def digest(tensor: torch.Tensor) -> torch.Tensor:
@@ -295,10 +332,29 @@ def digest_kernel(words, count, total, BLOCK: tl.constexpr):
     tl.atomic_add(total, tl.sum(word * (2 * i + 1)))
 
 
+def broadcast(group, tensor: torch.Tensor, what: str, stream=None) -> None:
+    """Broadcast from rank 0; an error of gloo's, which waits here, says where it happened."""
+    try:
+        group.broadcast(tensor, src=0, stream=stream)
+    except RuntimeError as error:
+        raise ConnectionError(f"rank {group.rank}, {what}: {error}") from error
+
+
+def wait_on_host(event, group, what: str) -> None:
+    """Until a broadcast has ended; raises TimeoutError, where NCCL would wait for ever for a rank that has died."""
+    deadline = time.monotonic() + group.timeout_s
+    while not event.query():
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"rank {group.rank}, {what}: no progress for {group.timeout_s:g} s")
+        time.sleep(1e-4)
+
+
 def announce(group, device: torch.device, sending: bool = True) -> bool:
     """Rank 0 tells the others whether weights follow; they call it with anything. Returns what rank 0 said."""
-    header = torch.tensor([int(sending)], device=device)
-    group.broadcast(header, src=0)
+    header, event = torch.tensor([int(sending)], device=device), torch.get_device_module(device).Event()
+    broadcast(group, header, "the announcement of weights")
+    event.record()
+    wait_on_host(event, group, "the announcement of weights")
     return bool(header.item())
 
 
@@ -323,7 +379,7 @@ class WeightSender:
 
     @staticmethod
     def _state(model: torch.nn.Module, bucket_bytes: int) -> list:
-        return [bucket_bytes, *((name, w.data_ptr(), w.shape) for name, w in named_weights(model).items())]
+        return [bucket_bytes, *((name, w.data_ptr(), w.shape, w.dtype) for name, w in named_weights(model).items())]
 
     def fits(self, model: torch.nn.Module, bucket_bytes: int) -> bool:
         """Are these the weights, in the same places, and the bucket size that both ends have agreed on?"""
@@ -342,7 +398,8 @@ class WholeWeights:
         self.buckets, self.use, self.unfinished = buckets, use, {}
 
     def __call__(self, number: int) -> None:
-        """Bucket `number` is in its buffer."""
+        """Bucket `number` is on its way; vLLM's loaders make the host wait in any case."""
+        self.buckets.wait_on_host(number)
         whole = []
         for piece, view in self.buckets.pieces[number]:
             if piece.row == 0:
@@ -754,7 +811,13 @@ def agreed(method):
             error = f"{type(caught).__name__}: {caught}"
         group = get_world_group()
         errors = [error] * group.world_size
-        if group.world_size > 1:
+        if group.world_size > 1:  # a rank that does not come is named; after an error the others are not far behind
+            limit = timedelta(seconds=2 if error else getattr(self.weight_group, "timeout_s", 600))
+            try:
+                dist.monitored_barrier(group.cpu_group, limit, wait_all_ranks=True)
+            except RuntimeError as missing:
+                found = f"engine rank {group.rank_in_group}: {error or 'done'}; {missing}"
+                raise RuntimeError(f"{method.__name__} failed. {found}") from missing
             dist.all_gather_object(errors, error, group=group.cpu_group)
         if any(errors) and group.rank_in_group == group.world_size - 1:
             failed = "; ".join(f"engine rank {rank}: {e}" for rank, e in enumerate(errors) if e)
@@ -868,7 +931,7 @@ class WorkerExtension:
     def update_weight(self, name: str, dtype_name: str, shape: list[int]) -> None:
         """Receive one weight that rank 0 broadcasts now. The first call opens the update."""
         weight = torch.empty(tuple(shape), dtype=getattr(torch, dtype_name), device=self.device)
-        self.weight_group.broadcast(weight, src=0)  # before any check: rank 0 is already sending
+        broadcast(self.weight_group, weight, name)  # before any check: rank 0 is already sending
         if self.reload_session is None:
             self._begin_update()
         try:

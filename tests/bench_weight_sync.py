@@ -60,8 +60,9 @@ def broadcast_raw(buckets: rlhf_utils.Buckets, repeats: int) -> list[float]:
     for _ in range(repeats + 1):
         announce(buckets.group, buckets.device)
         start = time.perf_counter()
-        for bucket in buckets.buckets:
-            buckets.broadcast(bucket)
+        buckets.events = []
+        for number, bucket in enumerate(buckets.buckets):
+            buckets.broadcast(number, bucket)
         buckets.streams.synchronize()
         seconds.append(time.perf_counter() - start)
     return seconds[1:]

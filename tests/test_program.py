@@ -178,11 +178,9 @@ def test_two_engines_on_two_nodes(tmp_path):
 
 
 def end(program: Program, how: str) -> None:
-    """Interrupt the driver, terminate it, or kill an actor."""
-    if how == "SIGINT":
-        program.process.send_signal(signal.SIGINT)
-    elif how == "SIGTERM":
-        program.process.send_signal(signal.SIGTERM)
+    """Send the driver a signal, or kill an actor."""
+    if how.startswith("SIG"):
+        program.process.send_signal(getattr(signal, how))
     else:
         [victim] = [pid for pid, command in program.processes().items() if re.match(how, command)]
         os.kill(victim, signal.SIGKILL)
@@ -195,10 +193,11 @@ def end(program: Program, how: str) -> None:
         ("engine rank 1", "SIGTERM"),
         ("Starting trainer", "ray::Trainer"),
         ("engine rank 1", "ray::MyLLM"),
+        ("step    0", "SIGKILL"),
     ],
 )
 def test_nothing_is_left_behind(tmp_path, after, how):
-    """Ctrl-C, a termination or a killed actor ends the program with an error and takes every process along."""
+    """Ctrl-C, a termination, a killed actor or driver ends the program with an error and takes every process along."""
     program = Program("--max-tokens", "400", cwd=tmp_path)
     try:
         program.wait_until_printed(after)
@@ -209,8 +208,23 @@ def test_nothing_is_left_behind(tmp_path, after, how):
                 time.sleep(0.2)
         time.sleep(1)
         end(program, how)
-        assert program.process.wait(120) != 0
+        began = time.monotonic()
+        assert program.process.wait(30) != 0
         program.assert_nothing_left()
+        print(f"FAULT {how} after {after!r}: all gone {time.monotonic() - began:.1f} s later")
+        if how.startswith("ray::"):
+            assert re.search("^FAILED: .*(trainer|engine) .*: The actor", program.printed(), re.MULTILINE)
+            assert "Traceback" not in program.printed().partition("FAILED:")[2].partition("... ")[0]
     finally:
         for pid in program.processes():
             os.kill(pid, signal.SIGKILL)
+
+
+def test_full_disk_ends_the_run(tmp_path):
+    """A file that cannot be written is an error with a name, not a hole in the curve."""
+    (tmp_path / "outputs").mkdir()
+    (tmp_path / "outputs" / "metrics.jsonl").symlink_to("/dev/full")
+    program = Program("--steps", "1", cwd=tmp_path)
+    assert program.process.wait(120) == 1
+    assert re.search(r"^FAILED: \[Errno 28\] No space left on device", program.printed(), re.MULTILINE)
+    program.assert_nothing_left()

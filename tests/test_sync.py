@@ -148,7 +148,7 @@ def test_wrong_manifest_is_refused_before_a_byte_moves(config, pair):
     manifest = ray.get(pair.trainer.weight_manifest.remote())
     (first, *_), *rest = manifest
     wrong = [[first, "int64", [3, 3]], *rest[:-1], rest[0], ["model.lora", "bfloat16", [1]]]
-    with pytest.raises(ray.exceptions.RayTaskError) as error:
+    with pytest.raises(RuntimeError) as error:
         ray.get(pair.actor.collective_rpc.remote("agree_on_weights", args=(wrong,)))
     for line in (
         f"misshapen: {first} is [3, 3], the engine's model has [259, 128]",
@@ -173,11 +173,11 @@ def test_engine_refuses_to_generate_while_torn(config, pair):
     )
     group.broadcast(weight, src=0)
     ray.get(updating)
-    with pytest.raises(ray.exceptions.RayTaskError, match="refusing to generate"):
+    with pytest.raises(RuntimeError, match="refusing to generate"):
         generate(pair.llm)
-    with pytest.raises(ray.exceptions.RayTaskError, match="missing: model.decoder.embed_tokens.weight"):
+    with pytest.raises(RuntimeError, match="missing: model.decoder.embed_tokens.weight"):
         pair.llm.collective_rpc("check_weights_changed")
-    with pytest.raises(ray.exceptions.RayTaskError, match="refusing to generate"):
+    with pytest.raises(RuntimeError, match="refusing to generate"):
         generate(pair.llm)
     rejoin(config, pair)
     result = sync(config, pair.trainer, pair.actor)

@@ -1,0 +1,425 @@
+"""What goes wrong, with the real processes: who is named, how long it takes, and that no engine serves half a version."""
+
+import contextlib
+import dataclasses
+import errno
+import json
+import os
+import pickle
+import re
+import signal
+import socket
+import sys
+import threading
+import time
+from types import SimpleNamespace
+
+import psutil
+import pytest
+import ray
+import torch
+from harness import PROMPTS, Remote, driver, generate, observe, sync
+from rlhf_utils import stateless_init_process_group
+
+CPU = torch.device("cpu")
+ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # actors cannot import this file
+
+
+def on(actor, function, *args):
+    """Run a function of the actor's object in the actor's process."""
+    return ray.get(actor.__ray_call__.remote(function, *args))
+
+
+def start(config, models, cleanup, shape: str = "tiny-opt"):
+    """An engine from one checkpoint and a trainer with another, joined, of which a test may kill what it likes."""
+    old, new = models(shape)
+    trainer = driver.start_trainer(config, new, cleanup)
+    actor = driver.start_engine(config, old, "cpu", cleanup)
+    driver.join_group(config, "cpu", trainer, [actor])
+    return SimpleNamespace(trainer=trainer, actor=actor, llm=Remote(actor), new=new)
+
+
+@pytest.fixture
+def quick(config):
+    """The program's settings with a limit of 10 s, and buckets so small that a sync takes several."""
+    return dataclasses.replace(config, timeout_s=10.0, verify=False)
+
+
+def act_before_bucket(trainer, number: int, pid: int | None, how: int) -> None:
+    """In the trainer: before it packs that bucket of the next sync, send a signal to a process (None: to itself)."""
+    plain = trainer.sender.buckets.send
+
+    def send(pack):
+        def pack_or_act(i):
+            if i == number:
+                os.kill(pid or os.getpid(), how)
+                time.sleep(0.2)
+            pack(i)
+
+        return plain(pack_or_act)
+
+    trainer.sender.buckets.send = send
+
+
+def failing_sync(config, pair, error=RuntimeError) -> str:
+    """The message of a sync that has to fail within the limit."""
+    began = time.monotonic()
+    with pytest.raises(error) as caught:
+        sync(config, pair.trainer, pair.actor, bucket_bytes=100_000)
+    seconds = time.monotonic() - began
+    print(f"FAULT after {seconds:.1f} s of at most {config.timeout_s:g}: {caught.value}")
+    assert seconds < config.timeout_s
+    return str(caught.value)
+
+
+def refuses(pair) -> bool:
+    with pytest.raises(RuntimeError, match="refusing to generate"):
+        generate(pair.llm)
+    return True
+
+
+# ----- Deaths --------------------------------------------------------------------------------------------------------
+
+
+def test_trainer_dies_before_during_and_after_a_broadcast(quick, models):
+    """The engine outlives it, serves only complete versions, and is right again with the next trainer's first sync."""
+    with contextlib.ExitStack() as cleanup:
+        pair = start(quick, models, cleanup)
+        sync(quick, pair.trainer, pair.actor, bucket_bytes=100_000)
+        expected = observe(pair.llm)
+
+        def next_trainer() -> None:
+            driver.ACTORS.pop(pair.trainer._actor_id)
+            pair.trainer = driver.start_trainer(quick, pair.new, cleanup)
+            driver.join_group(quick, "cpu", pair.trainer, [pair.actor])
+
+        ray.kill(pair.trainer)  # after a sync, before the next
+        assert observe(pair.llm) == expected
+        assert "trainer (rank 0): The actor" in failing_sync(quick, pair)
+        next_trainer()
+        sync(quick, pair.trainer, pair.actor, bucket_bytes=100_000)
+        on(pair.trainer, act_before_bucket, 3, None, signal.SIGKILL)
+        message = failing_sync(quick, pair)
+        assert "trainer (rank 0): The actor" in message and "rank 1, bucket 4 of 8 (" in message
+        assert refuses(pair)
+        next_trainer()
+        assert sync(quick, pair.trainer, pair.actor)["verified"] and observe(pair.llm) == expected
+        generating = pair.actor.generate.remote(PROMPTS * 200, use_tqdm=False)
+        time.sleep(0.5)
+        ray.kill(pair.actor)
+        with pytest.raises(RuntimeError, match=r"generating: engine \(ranks 1 to 2\): The actor"):
+            driver.wait([generating], 30, "generating")
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP])
+def test_worker_dies_or_stalls_in_a_sync(quick, models, how):
+    """Named are the bucket, its weights and the engine, within the limit; afterwards nothing of it is left."""
+    with contextlib.ExitStack() as cleanup:
+        pair = start(quick, models, cleanup)
+        sync(quick, pair.trainer, pair.actor, bucket_bytes=100_000)
+        workers = on(pair.actor, lambda llm: [process.pid for process in psutil.Process().children(recursive=True)])
+        names = {pid: " ".join(psutil.Process(pid).cmdline()) for pid in workers}
+        [victim] = [pid for pid, name in names.items() if "Worker-1" in name or "Worker_TP1" in name]
+        on(pair.trainer, act_before_bucket, 3, victim, how)
+        message = failing_sync(quick, pair)
+        assert re.search(r"rank 0, bucket [45] of 8 \(.*\.weight \.\. .*\.weight\)", message)
+        assert "engine (ranks 1 to 2)" in message
+        assert how == signal.SIGKILL or "Ranks 1 failed" in message, "of those that live, the engine names who does not"
+    deadline = time.monotonic() + 20
+    while any(psutil.pid_exists(pid) for pid in workers):
+        assert time.monotonic() < deadline, [psutil.Process(pid) for pid in workers if psutil.pid_exists(pid)]
+        time.sleep(0.2)
+
+
+# ----- The rendezvous ------------------------------------------------------------------------------------------------
+
+
+def join(rank: int, port: int, timeout_s: float, results: dict, **settings) -> threading.Thread:
+    def call() -> None:
+        try:
+            results[rank] = stateless_init_process_group(
+                "127.0.0.1", port, rank, 3, CPU, timeout_s=timeout_s, **settings
+            )
+        except (TimeoutError, OSError) as error:
+            results[rank] = error
+
+    thread = threading.Thread(target=call)
+    thread.start()
+    return thread
+
+
+def test_a_peer_that_never_joins_is_named():
+    listening, results = socket.create_server(("127.0.0.1", 0)), {}
+    port = listening.getsockname()[1]
+    for thread in [join(0, port, 2, results, listen_socket=listening), join(1, port, 2, results)]:
+        thread.join(10)
+    assert "rank 0 waited 2 s" in str(results[0]) and "in vain for ranks [2]" in str(results[0])
+    assert isinstance(results[1], Exception)
+    with socket.create_server(("127.0.0.1", 0)) as unused:
+        port = unused.getsockname()[1]
+    join(2, port, 2, results).join(20)  # and if there is no rank 0
+    assert f"rank 2 found no rank 0 at 127.0.0.1:{port} in 2 s" in str(results[2])
+
+
+def test_strangers_and_taken_ports():
+    """Garbage on the rendezvous port is no rank and stops nobody; a port that is taken is an error at once."""
+    listening, results = socket.create_server(("127.0.0.1", 0)), {}
+    port = listening.getsockname()[1]
+    with pytest.raises(OSError, match="Address already in use"):
+        stateless_init_process_group("127.0.0.1", port, 0, 3, CPU)
+    threads = [join(0, port, 20, results, listen_socket=listening)]
+    garbage = [b"GET / HTTP/1.1\r\n\r\n", os.urandom(4096), b"\0" * 64, b"\xff" * 4096, pickle.dumps(os.getcwd)]
+    strangers = []
+    for rank in (1, 2):
+        for data in garbage:
+            strangers.append(socket.create_connection(("127.0.0.1", port)))
+            strangers[-1].sendall(data)
+        threads.append(join(rank, port, 20, results))
+    for thread in threads:
+        thread.join(30)
+    sent = torch.arange(1000.0)
+    received = [sent, torch.zeros(1000), torch.zeros(1000)]
+    threads = [threading.Thread(target=results[rank].broadcast, args=(received[rank], 0)) for rank in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+    assert all(torch.equal(tensor, sent) for tensor in received)
+
+
+# ----- Errors that the engine survives -------------------------------------------------------------------------------
+
+
+def test_weights_that_are_not_finite_are_not_sent(quick, pair):
+    """An optimizer step that overflows; the engine goes on with what it had."""
+    driver.join_group(quick, "cpu", pair.trainer, [pair.actor])
+    sync(quick, pair.trainer, pair.actor)
+    before = observe(pair.llm)
+
+    def overflow(trainer) -> None:
+        trainer.kept = {name: tensor.clone() for name, tensor in trainer.model.state_dict().items()}
+        trainer.optimizer.param_groups[0]["lr"] = 3e37
+        rollout = {"prompt": [3, 4], "completion": [6, 7], "logprobs": [-5.0] * 2, "advantage": 1.0}
+        for _ in range(2):
+            trainer.train_step([rollout, rollout | {"advantage": -0.5}])
+
+    def restore(trainer) -> None:
+        trainer.model.load_state_dict(trainer.kept)
+        trainer.nonfinite = []
+
+    on(pair.trainer, overflow)
+    message = failing_sync(quick, pair)
+    assert "trainer (rank 0): ValueError:" in message and "weights hold NaN or infinity and were not sent" in message
+    assert "model.decoder.embed_tokens.weight" in message and "--allow-nonfinite" in message
+    assert observe(pair.llm) == before
+    on(pair.trainer, restore)
+    sync(quick, pair.trainer, pair.actor)
+    assert observe(pair.llm) == before
+
+
+def test_a_changed_model_is_refused_with_every_difference(quick, pair):
+    """Renamed, missing, added, reshaped, another dtype, all between two syncs; not a byte moves."""
+    driver.join_group(quick, "cpu", pair.trainer, [pair.actor])
+    sync(quick, pair.trainer, pair.actor)
+    before = observe(pair.llm)
+
+    def change(trainer) -> None:
+        trainer.kept, decoder = trainer.model.model.decoder, trainer.model.model.decoder
+        trainer.model.model.decoder = changed = torch.nn.Module()
+        for name, child in decoder.named_children():
+            changed.add_module("embed_places" if name == "embed_positions" else name, child)
+        changed.final_layer_norm = torch.nn.LayerNorm(64)
+        changed.counter = torch.nn.Parameter(torch.zeros(2, dtype=torch.int32), requires_grad=False)
+
+    on(pair.trainer, change)
+    message = failing_sync(quick, pair)
+    for line in (
+        "unexpected: model.decoder.embed_places.weight",
+        "missing: model.decoder.embed_positions.weight [514, 128]",
+        "misshapen: model.decoder.final_layer_norm.weight is [64], the engine's model has [128]",
+        "unexpected: model.decoder.counter [2]",
+        "dtype: model.decoder.counter is 'int32', expected a float type",
+    ):
+        assert line in message
+    assert observe(pair.llm) == before
+    on(pair.trainer, lambda trainer: setattr(trainer.model.model, "decoder", trainer.kept))
+    sync(quick, pair.trainer, pair.actor)
+    assert observe(pair.llm) == before
+
+
+def test_failed_loads_and_resets_leave_a_torn_engine_until_a_sync_succeeds(quick, models):
+    """An exception and no memory, in a session and in a replay; vLLM refuses to empty the prefix cache."""
+    config = dataclasses.replace(quick, tensor_parallel_size=1)
+
+    def worker(llm):
+        return llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker
+
+    def fail(*_, **__):
+        raise torch.OutOfMemoryError("no memory left for this test")
+
+    def break_loader(llm):
+        worker(llm).get_model().load_weights = fail
+
+    def mend_loader(llm):
+        del worker(llm).get_model().load_weights
+
+    def break_replay(llm):
+        worker(llm).replay.steps[3] = ([(torch.ones(2), None, None)], ())
+
+    def mend_replay(llm):
+        worker(llm).replay = None
+
+    def break_reset(llm):
+        llm.reset_prefix_cache = lambda: False
+
+    def mend_reset(llm):
+        del llm.reset_prefix_cache
+
+    with contextlib.ExitStack() as cleanup:
+        pair = start(config, models, cleanup, "tiny-llama")
+        on(pair.actor, break_loader)
+        assert "OutOfMemoryError: no memory left for this test" in failing_sync(config, pair) and refuses(pair)
+        on(pair.actor, mend_loader)
+        assert sync(config, pair.trainer, pair.actor, bucket_bytes=100_000)["path"] == "session"
+        expected = observe(pair.llm)
+        for break_it, mend_it, message in (
+            (break_replay, mend_replay, "receive_weights failed. engine rank 0:"),
+            (break_reset, mend_reset, "vLLM refused to reset the prefix cache"),
+        ):
+            on(pair.actor, break_it)
+            assert message in failing_sync(config, pair) and refuses(pair)
+            on(pair.actor, mend_it)
+            sync(config, pair.trainer, pair.actor, bucket_bytes=100_000)
+            assert observe(pair.llm) == expected
+        on(pair.trainer, lambda trainer: setattr(trainer.model, "forward", fail))
+        step = pair.trainer.train_step.remote(
+            [{"prompt": [3], "completion": [4], "logprobs": [-1.0], "advantage": 1.0}]
+        )
+        with pytest.raises(RuntimeError, match=r"training: trainer \(rank 0\): OutOfMemoryError: no memory left"):
+            driver.wait([step], 30, "training")
+
+
+def test_two_syncs_at_once_run_one_after_the_other(quick, pair):
+    driver.join_group(quick, "cpu", pair.trainer, [pair.actor])
+    results = []
+    threads = [threading.Thread(target=lambda: results.append(sync(quick, pair.trainer, pair.actor))) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert len(results) == 3 and all(result["verified"] for result in results)
+    assert sync(quick, pair.trainer, pair.actor, verify=True)["compared_tensors"] == 72
+
+
+def test_two_hundred_syncs_do_not_drift(quick, pair):
+    """Neither memory nor handles nor time; and the last is as exact as the first."""
+    driver.join_group(quick, "cpu", pair.trainer, [pair.actor])
+    sync(quick, pair.trainer, pair.actor)
+
+    def move(trainer) -> None:
+        with torch.no_grad():
+            torch._foreach_mul_(list(trainer.model.parameters()), 1.01)
+
+    def usage() -> tuple[float, int]:
+        pids = [on(actor, lambda _: os.getpid()) for actor in (pair.trainer, pair.actor)]
+        processes = [psutil.Process(pids[0]), psutil.Process(pids[1]), *psutil.Process(pids[1]).children()]
+        return sum(p.memory_info().rss for p in processes) / 2**20, sum(p.num_fds() for p in processes)
+
+    on(pair.trainer, lambda trainer: setattr(trainer, "kept", [p.clone() for p in trainer.model.parameters()]))
+    times, before = [], None
+    for i in range(200):
+        ray.get(pair.trainer.__ray_call__.remote(move))
+        result = sync(quick, pair.trainer, pair.actor)
+        assert result["changed"] and result["path"] == "replay", (i, result)
+        times.append(result["seconds"])
+        before = usage() if i == 49 else before
+    after = usage()
+    assert after[0] - before[0] < 20 and after[1] <= before[1] + 2, (before, after)
+    assert sorted(times[-50:])[25] < 2 * sorted(times[50:100])[25]
+    assert sync(quick, pair.trainer, pair.actor, verify=True)["compared_tensors"] == 72
+    on(pair.trainer, lambda t: [p.data.copy_(kept) for p, kept in zip(t.model.parameters(), t.kept)] and None)
+
+
+# ----- Disks, rewards, input -----------------------------------------------------------------------------------------
+
+
+def test_full_disk_leaves_the_last_complete_checkpoint(tmp_path, models, monkeypatch):
+    path = models("tiny-opt")[0]
+    config = driver.Config(model=path, trainer_device="cpu", learning_rate=1e-3)
+    trainer, folder = driver.Trainer(config, path), tmp_path / "checkpoint-1"
+    trainer.save_checkpoint(folder)
+    weights = {name: tensor.clone() for name, tensor in trainer.model.state_dict().items()}
+    trainer.train_step([{"prompt": [3], "completion": [4], "logprobs": [-1.0], "advantage": 1.0}])
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(OSError, match="No space left"):
+        trainer.save_checkpoint(folder)
+    resumed = driver.Trainer(dataclasses.replace(config, resume=folder), path)
+    assert all(torch.equal(tensor, weights[name]) for name, tensor in resumed.model.state_dict().items())
+
+
+def test_a_reward_function_that_hangs_ends_in_time():
+    completion = SimpleNamespace(text="a")
+    outputs = [SimpleNamespace(prompt="p", outputs=[completion])]
+    with pytest.raises(TimeoutError, match="reward function sleep_for_ever has not returned for 0.5 s"):
+
+        def sleep_for_ever(prompts, completions):
+            time.sleep(3600)
+
+        driver.compute_rewards(outputs, sleep_for_ever, timeout_s=0.5)
+
+
+def test_prompts_that_leave_no_room(models):
+    with pytest.raises(SystemExit, match="Found 1 prompts .* prompt 2 has 90 tokens. Expected fewer than"):
+        driver.check_prompts(["short", "x" * 90], models("tiny-opt")[0], 64)
+
+
+class Malicious:
+    """Pickled, it would make a file when it is loaded."""
+
+    def __init__(self, canary):
+        self.canary = canary
+
+    def __reduce__(self):
+        return open, (str(self.canary), "w")
+
+
+def test_corrupt_and_unsafe_models(models, tmp_path):
+    """A pickle that would run code, code beside the weights, weights and configs cut short: one error, nothing is run."""
+    import shutil
+
+    from vllm.model_executor.model_loader.weight_utils import pt_weights_iterator
+
+    good, canary = models("tiny-opt")[0], tmp_path / "canary"
+    config = driver.Config(trainer_device="cpu", learning_rate=1e-3)
+    evil = tmp_path / "evil"
+    shutil.copytree(good, evil, ignore=shutil.ignore_patterns("*.safetensors"))
+    torch.save({"lm_head.weight": Malicious(canary)}, evil / "pytorch_model.bin")
+    with pytest.raises(pickle.UnpicklingError, match="Weights only load failed|weights_only"):
+        driver.Trainer(config, str(evil))
+    with pytest.raises(pickle.UnpicklingError, match="Weights only load failed|weights_only"):  # vLLM's reader
+        list(pt_weights_iterator([str(evil / "pytorch_model.bin")], False))
+    assert not canary.exists()
+
+    short = tmp_path / "short"
+    shutil.copytree(good, short)
+    weights = short / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1000])
+    with pytest.raises(Exception, match="incomplete|Incomplete|invalid"):
+        driver.Trainer(config, str(short))
+
+    remote = tmp_path / "remote"
+    shutil.copytree(good, remote)
+    settings = json.loads((remote / "config.json").read_text())
+    settings |= {"model_type": "mine", "auto_map": {"AutoConfig": "mine.MineConfig"}}
+    (remote / "config.json").write_text(json.dumps(settings))
+    (remote / "mine.py").write_text(f"open({str(canary)!r}, 'w')")
+    with pytest.raises(SystemExit, match="--model .*remote: expected a model"):
+        driver.find_model(str(remote), str(tmp_path), 0)
+    (remote / "config.json").write_text("{")
+    with pytest.raises(SystemExit, match="--model .*remote: expected a model"):
+        driver.find_model(str(remote), str(tmp_path), 0)
+    assert not canary.exists()
