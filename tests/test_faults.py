@@ -361,6 +361,16 @@ def test_full_disk_leaves_the_last_complete_checkpoint(tmp_path, models, monkeyp
     assert all(torch.equal(tensor, weights[name]) for name, tensor in resumed.model.state_dict().items())
 
 
+def test_full_disk_ends_the_run_with_one_message(quick, pair, tmp_path, capfd):
+    """A line of the metrics that cannot be written is an error, not a hole in the curve."""
+    config = dataclasses.replace(quick, steps=1, output_dir=tmp_path)
+    (tmp_path / "metrics.jsonl").symlink_to("/dev/full")
+    driver.join_group(config, "cpu", pair.trainer, [pair.actor])
+    with pytest.raises(SystemExit) as end, driver.one_message():
+        driver.train(config, pair.trainer, [pair.actor], PROMPTS[:2])
+    assert end.value.code == 1 and "FAILED: [Errno 28] No space left on device" in capfd.readouterr().err
+
+
 def test_a_reward_function_that_hangs_ends_in_time():
     completion = SimpleNamespace(text="a")
     outputs = [SimpleNamespace(prompt="p", outputs=[completion])]

@@ -125,7 +125,8 @@ def test_defaults_follow_the_machine():
     assert (device, on_cpu.model, on_cpu.quantization) == ("cpu", "tiny", "fp8-weight-only")
 
 
-def test_unknown_model(tmp_path):
+def test_unknown_model(tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)  # no retries where there is no network
     with pytest.raises(SystemExit, match=r"--model no-such/model: expected a model on the Hugging Face hub"):
         driver.find_model("no-such/model", str(tmp_path), 0)
     with pytest.raises(SystemExit, match="a local folder with config.json"):
