@@ -1,16 +1,17 @@
 """Full-precision weights go over the wire; an FP8 vLLM engine quantizes them on arrival.
 
-    trainer   rank 0       WeightSender.send()                packs buckets, broadcasts, broadcasts their digests
-    engine    ranks 1..TP  WorkerExtension.receive_weights()  receives, quantizes into the live tensors, compares digests
+    trainer   rank 0       WeightSender.send()                packs buckets, broadcasts them and their digests
+    engine    ranks 1..TP  WorkerExtension.receive_weights()  quantizes into the live tensors, compares digests
 
 vLLM adds `WorkerExtension` to each of its workers (`worker_extension_cls="rlhf_utils.WorkerExtension"`); its methods
-are called by name with `collective_rpc`. Three rules decide the code:
+are called by name with `collective_rpc`. Four rules decide the code:
 
-1. One reload session for a whole update. `model.load_weights` outside a session rebuilds every layer that it
-   touches from uninitialized memory, so a call per parameter destroys a quantized model.
+1. One reload session for a whole update, or a replay of its copies. `model.load_weights` outside a session rebuilds
+   every layer that it touches from uninitialized memory, so a call per parameter destroys a quantized model.
 2. A rank never leaves a broadcast early (`use_all`). Whatever fails while loading is kept until the last bucket
    has come in; otherwise the sender waits for ever.
 3. All ranks agree on errors (`agreed`). One reply too many in vLLM's executor is taken for the answer to the next call.
+4. Nobody waits for another rank without a limit (`wait_on_host`), and whoever gives up says what it waited for.
 
 vLLM is imported where it is used: the trainer process starts without it.
 """
@@ -351,8 +352,9 @@ def wait_on_host(event, group, what: str) -> None:
 
 def announce(group, device: torch.device, sending: bool = True) -> bool:
     """Rank 0 tells the others whether weights follow; they call it with anything. Returns what rank 0 said."""
-    header, event = torch.tensor([int(sending)], device=device), torch.get_device_module(device).Event()
-    broadcast(group, header, "the announcement of weights")
+    streams, header = torch.get_device_module(device), torch.tensor([int(sending)], device=device)
+    event = streams.Event()
+    broadcast(group, header, "the announcement of weights", streams.current_stream())
     event.record()
     wait_on_host(event, group, "the announcement of weights")
     return bool(header.item())
