@@ -198,6 +198,7 @@ def test_weights_that_are_not_finite_are_not_sent(quick, pair):
 
     def overflow(trainer) -> None:
         trainer.kept = {name: tensor.clone() for name, tensor in trainer.model.state_dict().items()}
+        trainer.kept_rate = trainer.optimizer.param_groups[0]["lr"]
         trainer.optimizer.param_groups[0]["lr"] = 3e37
         rollout = {"prompt": [3, 4], "completion": [6, 7], "logprobs": [-5.0] * 2, "advantage": 1.0}
         for _ in range(2):
@@ -205,7 +206,8 @@ def test_weights_that_are_not_finite_are_not_sent(quick, pair):
 
     def restore(trainer) -> None:
         trainer.model.load_state_dict(trainer.kept)
-        trainer.nonfinite = []
+        trainer.optimizer.state.clear()
+        trainer.optimizer.param_groups[0]["lr"], trainer.nonfinite = trainer.kept_rate, []
 
     on(pair.trainer, overflow)
     message = failing_sync(quick, pair)
