@@ -71,17 +71,24 @@ from rlhf_utils import (
 HERE = Path(__file__).resolve().parent
 ACTORS = {}  # Ray's id of an actor -> its name in messages
 RUN = "RLHF_ONLINE_QUANT_RUN"  # environment variable that marks the processes of a run
-# A process that waits until the driver has ended, however it did, and then kills what still carries the run's mark.
+# A process that outlives the driver, however it ends, by some seconds, and kills what is left of the run: what carries its
+# mark, and the descendants of that (Ray's agents write their titles over their environment, where the mark is).
 REAPER = """
-import glob, os, signal, sys, time
-sys.stdin.read()
-time.sleep(5)
-for folder in glob.glob("/proc/[0-9]*"):
+import contextlib, select, sys, time, psutil
+def marked(process):
     try:
-        if sys.argv[1].encode() in open(folder + "/environ", "rb").read():
-            os.kill(int(folder[6:]), signal.SIGKILL)
-    except OSError:  # it has ended, or is somebody else's
-        continue
+        return process.environ().get(sys.argv[2]) == sys.argv[3]
+    except psutil.Error:  # it has ended, or is somebody else's
+        return False
+seen = set()
+while not select.select([sys.stdin], [], [], 1)[0]:  # readable when the driver's end of the pipe is closed
+    with contextlib.suppress(psutil.Error):
+        for process in filter(marked, psutil.Process(int(sys.argv[1])).children()):
+            seen.update([process, *process.children(recursive=True)])
+time.sleep(4)
+for process in seen | set(filter(marked, psutil.process_iter())):
+    with contextlib.suppress(psutil.Error):
+        process.kill()  # not another process with the same number
 """
 PROMPTS = [
     "Hello, my name is",
@@ -919,7 +926,8 @@ def connect(config: Config) -> int:
     os.environ.setdefault("RAY_process_group_cleanup_enabled", "true")  # a killed actor takes its children along
     os.environ[RUN] = f"{os.getpid()} {time.time()}"  # every process of a private cluster inherits it
     waits, _ = os.pipe()  # the other end stays open as long as this process lives
-    subprocess.Popen([sys.executable, "-c", REAPER, os.environ[RUN]], stdin=waits, env={}, start_new_session=True)
+    reaper = [sys.executable, "-c", REAPER, str(os.getpid()), RUN, os.environ[RUN]]
+    subprocess.Popen(reaper, stdin=waits, env={}, start_new_session=True)
     os.close(waits)
     private = {} if config.ray_address else {"num_cpus": 1 + config.world_size, "include_dashboard": False}
     modules = [str(HERE / "rlhf_online_quant.py"), str(HERE / "rlhf_utils.py")]  # imported by actors on any node

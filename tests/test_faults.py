@@ -365,7 +365,7 @@ def test_full_disk_leaves_the_last_complete_checkpoint(tmp_path, models, monkeyp
 
 def test_full_disk_ends_the_run_with_one_message(quick, pair, tmp_path, capfd):
     """A line of the metrics that cannot be written is an error, not a hole in the curve."""
-    config = dataclasses.replace(quick, steps=1, output_dir=tmp_path)
+    config = dataclasses.replace(quick, steps=1000, output_dir=tmp_path)
     (tmp_path / "metrics.jsonl").symlink_to("/dev/full")
     driver.join_group(config, "cpu", pair.trainer, [pair.actor])
     with pytest.raises(SystemExit) as end, driver.one_message():
