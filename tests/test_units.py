@@ -6,11 +6,14 @@ from pathlib import Path
 
 import pytest
 import torch
+import triton
 from harness import driver
 from torchao.quantization import Float8Tensor, PerRow
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
 
 import rlhf_utils
-from rlhf_utils import digest, plan_buckets, quantize_rows, repair_zero_rows
+from rlhf_utils import digest, digest_kernel, plan_buckets, quantize_rows, quantize_rows_kernel, repair_zero_rows
 
 DEVICES = ["cpu", *["cuda"] * torch.cuda.is_available()]  # the kernels for GPUs: run this file there as well
 
@@ -63,6 +66,15 @@ def test_quantize_rows_is_torchao_bit_for_bit(columns, device):
         quantize_rows(source, qdata, scale)
         assert torch.equal(qdata.view(torch.uint8), expected.qdata.view(torch.uint8))
         torch.testing.assert_close(scale, expected.scale, rtol=0, atol=0, equal_nan=True)
+
+
+def test_kernels_compile_for_hopper():
+    """To machine code, without a GPU: otherwise a slip in a kernel would show on GPUs only."""
+    digest_types = {"words": "*i64", "count": "i32", "total": "*i64", "BLOCK": "constexpr"}
+    row_types = {"source": "*bf16", "source_stride": "i32", "qdata": "*fp8e4nv", "scale": "*fp32", "columns": "i32"}
+    for kernel, types in ((digest_kernel, digest_types), (quantize_rows_kernel, row_types | {"BLOCK": "constexpr"})):
+        source = ASTSource(fn=kernel, signature=types, constexprs={(len(types) - 1,): 4096})
+        assert triton.compile(source, target=GPUTarget("cuda", 90, 32)).asm["cubin"]
 
 
 @pytest.mark.parametrize("device", DEVICES)
