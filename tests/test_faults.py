@@ -72,6 +72,31 @@ def failing_sync(config, pair, error=RuntimeError) -> str:
     return str(caught.value)
 
 
+@contextlib.contextmanager
+def as_it_was(pair):
+    """Gives the shared trainer its weights, learning rate and step back, and the engine the weights."""
+
+    def keep(trainer) -> None:
+        trainer.kept = {name: tensor.clone() for name, tensor in trainer.model.state_dict().items()}
+        trainer.kept_rate, trainer.kept_step = trainer.optimizer.param_groups[0]["lr"], trainer.step
+
+    def restore(trainer) -> None:
+        trainer.model.load_state_dict(trainer.kept)
+        trainer.optimizer.state.clear()
+        trainer.optimizer.param_groups[0]["lr"], trainer.step, trainer.nonfinite = (
+            trainer.kept_rate,
+            trainer.kept_step,
+            [],
+        )
+
+    on(pair.trainer, keep)
+    try:
+        yield
+    finally:
+        on(pair.trainer, restore)
+        driver.sync_weights_to_quantized_engine(pair.trainer, pair.actor)
+
+
 def refuses(pair) -> bool:
     with pytest.raises(RuntimeError, match="refusing to generate"):
         generate(pair.llm)
@@ -197,25 +222,19 @@ def test_weights_that_are_not_finite_are_not_sent(quick, pair):
     before = observe(pair.llm)
 
     def overflow(trainer) -> None:
-        trainer.kept = {name: tensor.clone() for name, tensor in trainer.model.state_dict().items()}
-        trainer.kept_rate = trainer.optimizer.param_groups[0]["lr"]
         trainer.optimizer.param_groups[0]["lr"] = 3e37
         rollout = {"prompt": [3, 4], "completion": [6, 7], "logprobs": [-5.0] * 2, "advantage": 1.0}
         for _ in range(2):
             trainer.train_step([rollout, rollout | {"advantage": -0.5}])
 
-    def restore(trainer) -> None:
-        trainer.model.load_state_dict(trainer.kept)
-        trainer.optimizer.state.clear()
-        trainer.optimizer.param_groups[0]["lr"], trainer.nonfinite = trainer.kept_rate, []
-
-    on(pair.trainer, overflow)
-    message = failing_sync(quick, pair)
-    assert "trainer (rank 0): ValueError:" in message and "weights hold NaN or infinity and were not sent" in message
-    assert "model.decoder.embed_tokens.weight" in message and "--allow-nonfinite" in message
-    assert observe(pair.llm) == before
-    on(pair.trainer, restore)
-    sync(quick, pair.trainer, pair.actor)
+    with as_it_was(pair):
+        on(pair.trainer, overflow)
+        message = failing_sync(quick, pair)
+        assert (
+            "trainer (rank 0): ValueError:" in message and "weights hold NaN or infinity and were not sent" in message
+        )
+        assert "model.decoder.embed_tokens.weight" in message and "--allow-nonfinite" in message
+        assert observe(pair.llm) == before
     assert observe(pair.llm) == before
 
 
@@ -327,19 +346,18 @@ def test_two_hundred_syncs_do_not_drift(quick, pair):
         processes = [psutil.Process(pids[0]), psutil.Process(pids[1]), *psutil.Process(pids[1]).children()]
         return sum(p.memory_info().rss for p in processes) / 2**20, sum(p.num_fds() for p in processes)
 
-    on(pair.trainer, lambda trainer: setattr(trainer, "kept", [p.clone() for p in trainer.model.parameters()]))
     times, before = [], None
-    for i in range(200):
-        ray.get(pair.trainer.__ray_call__.remote(move))
-        result = sync(quick, pair.trainer, pair.actor)
-        assert result["changed"] and result["path"] == "replay", (i, result)
-        times.append(result["seconds"])
-        before = usage() if i == 49 else before
-    after = usage()
+    with as_it_was(pair):
+        for i in range(200):
+            on(pair.trainer, move)
+            result = sync(quick, pair.trainer, pair.actor)
+            assert result["changed"] and result["path"] == "replay"
+            times.append(result["seconds"])
+            before = usage() if i == 49 else before
+        after = usage()
+        assert sync(quick, pair.trainer, pair.actor, verify=True)["compared_tensors"] == 72
     assert after[0] - before[0] < 20 and after[1] <= before[1] + 2, (before, after)
     assert sorted(times[-50:])[25] < 2 * sorted(times[50:100])[25]
-    assert sync(quick, pair.trainer, pair.actor, verify=True)["compared_tensors"] == 72
-    on(pair.trainer, lambda t: [p.data.copy_(kept) for p, kept in zip(t.model.parameters(), t.kept)] and None)
 
 
 # ----- Disks, rewards, input -----------------------------------------------------------------------------------------
@@ -368,7 +386,7 @@ def test_full_disk_ends_the_run_with_one_message(quick, pair, tmp_path, capfd):
     config = dataclasses.replace(quick, steps=1000, output_dir=tmp_path)
     (tmp_path / "metrics.jsonl").symlink_to("/dev/full")
     driver.join_group(config, "cpu", pair.trainer, [pair.actor])
-    with pytest.raises(SystemExit) as end, driver.one_message():
+    with as_it_was(pair), pytest.raises(SystemExit) as end, driver.one_message():
         driver.train(config, pair.trainer, [pair.actor], PROMPTS[:2])
     assert end.value.code == 1 and "FAILED: [Errno 28] No space left on device" in capfd.readouterr().err
 
