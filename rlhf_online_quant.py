@@ -71,10 +71,10 @@ from rlhf_utils import (
 HERE = Path(__file__).resolve().parent
 ACTORS = {}  # Ray's id of an actor -> its name in messages
 RUN = "RLHF_ONLINE_QUANT_RUN"  # environment variable that marks the processes of a run
-# A process that outlives the driver, however it ends, by some seconds, and kills what is left of the run: what carries its
-# mark, and the descendants of that (Ray's agents write their titles over their environment, where the mark is).
+# A process that outlives the driver, however that ends, and kills what is still there 4 s later: what carries the run's mark,
+# and the descendants of that (Ray's agents write their titles over their environment, where the mark is).
 REAPER = """
-import contextlib, select, sys, time, psutil
+import contextlib, select, sys, psutil
 def marked(process):
     try:
         return process.environ().get(sys.argv[2]) == sys.argv[3]
@@ -85,8 +85,8 @@ while not select.select([sys.stdin], [], [], 1)[0]:  # readable when the driver'
     with contextlib.suppress(psutil.Error):
         for process in filter(marked, psutil.Process(int(sys.argv[1])).children()):
             seen.update([process, *process.children(recursive=True)])
-time.sleep(4)
-for process in seen | set(filter(marked, psutil.process_iter())):
+psutil.wait_procs(seen.union(filter(marked, psutil.process_iter())), timeout=4)
+for process in seen.union(filter(marked, psutil.process_iter())):
     with contextlib.suppress(psutil.Error):
         process.kill()  # not another process with the same number
 """
@@ -419,6 +419,7 @@ class Trainer:
                 "Go on from an earlier checkpoint with a lower --learning-rate; --allow-nonfinite sends them"
             )
         if self.sender is None or not self.sender.fits(self.model, bucket_bytes):
+            self.sender = None
             announce(self.group, self.device, sending=False)
             return None
         buckets = self.sender.send()
@@ -709,7 +710,7 @@ def sync_weights_to_quantized_engine(
         "verified": all(rank["buckets_matched"] == sent["buckets"] for rank in ranks),
         "changed": any(rank["changed"] for rank in ranks),
         "path": ranks[0]["path"],
-        "no_replay": ranks[0]["no_replay"],
+        "no_replay": next((rank["no_replay"] for rank in ranks if rank["no_replay"]), None),
         "weights_version": ranks[0]["weights_version"],
         "sender": sent,
         "ranks": ranks,
@@ -921,34 +922,18 @@ def actor_environment() -> dict[str, str]:
     return {name: os.environ.get(name, value) for name, value in environment.items()}
 
 
-def connect(config: Config) -> int:
-    """Connect to Ray or start a private cluster; returns the number of GPUs."""
+def connect(config: Config, cleanup: contextlib.ExitStack) -> int:
+    """Connect to Ray or start a private cluster, of which `cleanup` leaves nothing; returns the number of GPUs."""
     os.environ.setdefault("RAY_process_group_cleanup_enabled", "true")  # a killed actor takes its children along
     os.environ[RUN] = f"{os.getpid()} {time.time()}"  # every process of a private cluster inherits it
-    waits, _ = os.pipe()  # the other end stays open as long as this process lives
     reaper = [sys.executable, "-c", REAPER, str(os.getpid()), RUN, os.environ[RUN]]
-    subprocess.Popen(reaper, stdin=waits, env={}, start_new_session=True)
-    os.close(waits)
+    cleanup.enter_context(subprocess.Popen(reaper, stdin=subprocess.PIPE, env={}, start_new_session=True))
+    cleanup.callback(ray.shutdown)  # it kills the raylet after a second and may orphan the others
     private = {} if config.ray_address else {"num_cpus": 1 + config.world_size, "include_dashboard": False}
     modules = [str(HERE / "rlhf_online_quant.py"), str(HERE / "rlhf_utils.py")]  # imported by actors on any node
     environment = {"env_vars": actor_environment(), "py_modules": modules}
     ray.init(config.ray_address or "local", runtime_env=environment, **private)
     return int(ray.cluster_resources().get("GPU", 0))
-
-
-def disconnect() -> None:
-    """Leave Ray; of a private cluster nothing stays (Ray kills its raylet after a second and may orphan the others)."""
-
-    def ours(process: psutil.Process) -> bool:
-        try:
-            return process.pid != os.getpid() and process.environ().get(RUN) == os.environ.get(RUN, "")
-        except psutil.Error:  # it has ended, or is somebody else's
-            return False
-
-    ray.shutdown()
-    for process in psutil.wait_procs(filter(ours, psutil.process_iter()), timeout=5)[1]:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            process.kill()
 
 
 def start_trainer(config: Config, path: str, cleanup: contextlib.ExitStack):
@@ -979,7 +964,8 @@ def start_engine(config: Config, path: str, device: str, cleanup: contextlib.Exi
         .options(num_cpus=0, num_gpus=0, scheduling_strategy=placement)
         .remote(**engine_arguments(config, path, device))
     )
-    ACTORS[llm._actor_id] = f"engine (ranks {first_rank} to {first_rank + config.tensor_parallel_size - 1})"
+    ranks = range(first_rank, first_rank + config.tensor_parallel_size)
+    ACTORS[llm._actor_id] = f"engine (rank {', '.join(map(str, ranks))})"
     cleanup.callback(stop_engine, llm)
     cleanup.callback(ACTORS.pop, llm._actor_id, None)
     return llm
@@ -992,11 +978,8 @@ def join_group(config: Config, device: str, trainer, engines: list) -> None:
     loaded = [rendezvous, *[llm.get_weights_version.remote() for llm in engines]]
     (address, port), *_ = wait(loaded, 10 * config.timeout_s, "starting trainer and engine")
     backend = "nccl" if device == config.trainer_device == "cuda" else "gloo"
-    rest = (
-        config.world_size,
-        backend,
-        config.timeout_s / 2,
-    )  # the ranks know more than the driver, so they speak first
+    limit = config.timeout_s / 2  # the ranks know more than the driver, so they speak first
+    rest = (config.world_size, backend, limit)
     joining = [trainer.init_weight_update_group.remote(address, port, *rest)]
     for i, llm in enumerate(engines):
         arguments = (address, port, 1 + i * config.tensor_parallel_size, *rest)
@@ -1069,8 +1052,7 @@ def main(config: Config) -> dict:
         raise SystemExit(f"--track {config.track}: not installed here; pip install {config.track}")
     config.output_dir.mkdir(parents=True, exist_ok=True)
     with contextlib.ExitStack() as cleanup, one_message():
-        cleanup.callback(disconnect)
-        config, device = resolve(config, connect(config))
+        config, device = resolve(config, connect(config, cleanup))
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # Ray's own handler would kill the cluster at once
         torchao_config(config.quantization)  # what is wrong with it should show before anything starts
         scratch = cleanup.enter_context(tempfile.TemporaryDirectory())

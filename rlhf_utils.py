@@ -47,11 +47,11 @@ Weights = list[tuple[str, torch.Tensor]]  # checkpoint names and full tensors, w
 class GlooGroup:
     """Broadcasts over TCP, for CPU tensors and, through host memory, for CUDA tensors."""
 
-    def __init__(self, store: dist.Store, rank: int, world_size: int, address: str, timeout: timedelta):
-        self.rank, self.world_size = rank, world_size
+    def __init__(self, store: dist.Store, rank: int, world_size: int, address: str, timeout_s: float):
+        self.rank, self.timeout_s = rank, timeout_s
         options = dist.ProcessGroupGloo._Options()
         options._devices = [dist.ProcessGroupGloo.create_device(hostname=address)]
-        options._timeout = timeout
+        options._timeout = timedelta(seconds=timeout_s)
         self.gloo = dist.ProcessGroupGloo(dist.PrefixStore("weights", store), rank, world_size, options)
 
     def broadcast(self, tensor: torch.Tensor, src: int, stream: object = None) -> None:
@@ -111,9 +111,7 @@ def stateless_init_process_group(
     if (backend or ("nccl" if device.type == "cuda" else "gloo")) == "gloo":
         with socket.create_connection((master_address, master_port), timeout_s) as probe:
             own_address = probe.getsockname()[0]  # the address by which this rank reaches rank 0
-        group = GlooGroup(store, rank, world_size, own_address, timeout)
-        group.timeout_s = timeout_s
-        return group
+        return GlooGroup(store, rank, world_size, own_address, timeout_s)
 
     from vllm.distributed.device_communicators.pynccl import PyNcclCommunicator
     from vllm.distributed.device_communicators.pynccl_wrapper import NCCLLibrary
@@ -149,8 +147,8 @@ def make_manifest(model: torch.nn.Module, dtype: torch.dtype) -> Manifest:
 
 
 def find_nonfinite(model: torch.nn.Module) -> list[str]:
-    """Names of the weights that hold a NaN, or an infinity in BF16: one pass over all, one wait for the device."""
-    weights = named_weights(model)
+    """Names of the float weights that hold a NaN, or an infinity in BF16: one pass over all, one wait for the device."""
+    weights = {name: weight for name, weight in named_weights(model).items() if weight.is_floating_point()}
     largest = torch.stack([norm.bfloat16() for norm in torch._foreach_norm(list(weights.values()), ord=math.inf)])
     return [name for name, finite in zip(weights, largest.isfinite().tolist(), strict=True) if not finite]
 
@@ -228,7 +226,7 @@ class Buckets:
     """
 
     def __init__(self, manifest: Manifest, bucket_bytes: int, group, device: torch.device):
-        self.plan, self.group, self.device = plan_buckets(manifest, bucket_bytes), group, device
+        self.plan, self.group = plan_buckets(manifest, bucket_bytes), group
         largest = max(size for size, _ in self.plan)
         memory = [torch.empty(largest, dtype=torch.uint8, device=device) for _ in self.plan[:2]]
         self.buckets = [memory[i % 2][:size] for i, (size, _) in enumerate(self.plan)]
@@ -302,8 +300,8 @@ class Buckets:
 def digest(tensor: torch.Tensor) -> torch.Tensor:
     """64-bit checksum of a tensor's bytes, as an int64 scalar on its device: no copy to the host, no synchronization.
 
-    The sum over i of (2i + 1) word_i modulo 2^64, of the bytes as 64-bit words. Any single changed bit and any two swapped
-    words change it. It is meant for accidents, not attackers.
+    The sum over i of (2i + 1) word_i modulo 2^64, of the bytes as 64-bit words. Any one changed word changes it, and so do
+    two swapped ones unless distance times difference is a multiple of 2^63. It is meant for accidents, not attackers.
     """
     data = as_bytes(tensor)
     if data.numel() % 8:
@@ -568,7 +566,7 @@ class Replay:
             if covered.get(name, 0) != needed:
                 raise ValueError(f"copies cover {covered.get(name, 0)} of {needed} elements of {name}")
         check_quantizer(model)
-        self.live, self.graphs = live_addresses(model), {}
+        self.live, self.on_gpu, self.graphs = live_addresses(model), buckets.digests.is_cuda, {}
         self.steps = []  # for each bucket: arguments of quantize_rows, and of _foreach_copy_
         for pieces in buckets.pieces:
             bound = [
@@ -584,7 +582,7 @@ class Replay:
         if number in self.graphs:
             return self.graphs[number].replay()
         self._quantize_and_copy(number)
-        if torch.cuda.is_available():
+        if self.on_gpu:
             self.graphs[number] = torch.cuda.CUDAGraph()
             with torch.cuda.graph(self.graphs[number], capture_error_mode="thread_local"):
                 self._quantize_and_copy(number)
@@ -895,7 +893,8 @@ class WorkerExtension:
         if self.replay:
             known, self.wire_digests, self.stored_digests = self.wire_digests, None, None
             matched = use_all(self.buckets.receive(), self.replay)
-            repack_heads(self.get_model())
+            if self.device.type == "cpu":
+                repack_heads(self.get_model())
             self.wire_digests = self.buckets.digests.clone()
             self.weights_changed = known is None or not torch.equal(known, self.wire_digests)
         else:

@@ -58,7 +58,7 @@ def broadcast_raw(buckets: rlhf_utils.Buckets, repeats: int) -> list[float]:
     """Both ends: seconds for the same bytes in the same buckets, with nothing to pack, quantize or check."""
     seconds = []
     for _ in range(repeats + 1):
-        announce(buckets.group, buckets.device)
+        announce(buckets.group, buckets.digests.device)
         start = time.perf_counter()
         buckets.events = []
         for number, bucket in enumerate(buckets.buckets):
@@ -171,8 +171,7 @@ def main(config: Benchmark) -> dict:
         folder = Path(cleanup.enter_context(tempfile.TemporaryDirectory()))
         path = build_random_model(folder / "model", config.shape)
         torch.cuda.empty_cache()
-        cleanup.callback(driver.disconnect)
-        config, device = driver.resolve(config, driver.connect(config))
+        config, device = driver.resolve(config, driver.connect(config, cleanup))
         trainer = driver.start_trainer(config, path, cleanup)
         driver.engine_arguments = arguments_of_synced
         actor = driver.start_engine(config, path, device, cleanup)

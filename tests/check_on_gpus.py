@@ -45,8 +45,7 @@ def main(check: Check) -> None:
         folder = Path(cleanup.enter_context(tempfile.TemporaryDirectory()))
         old, new = build_random_model(folder / "old", check.shape), str(folder / "new")
         torch.cuda.empty_cache()
-        cleanup.callback(driver.disconnect)
-        config, device = driver.resolve(check, driver.connect(check))
+        config, device = driver.resolve(check, driver.connect(check, cleanup))
         own_device = torch.device("cuda:0" if config.trainer_device == "cuda" else "cpu")
 
         def demonstrate(llm, path: str) -> dict:

@@ -26,10 +26,12 @@ def models(tmp_path_factory):
 @pytest.fixture(scope="session")
 def config():
     """The program's defaults on this machine, connected to a private Ray."""
-    config, device = driver.resolve(driver.Config(verify=True), driver.connect(driver.Config(num_engines=3)))
-    assert device == "cpu", "the tests are written for a machine without a GPU"
-    yield config
-    driver.disconnect()
+    with contextlib.ExitStack() as cleanup:
+        config, device = driver.resolve(
+            driver.Config(verify=True), driver.connect(driver.Config(num_engines=3), cleanup)
+        )
+        assert device == "cpu", "the tests are written for a machine without a GPU"
+        yield config
 
 
 @pytest.fixture(scope="session")

@@ -20,6 +20,7 @@ import ray
 import torch
 from harness import PROMPTS, Remote, driver, generate, observe, sync
 from rlhf_utils import stateless_init_process_group
+from vllm import SamplingParams
 
 CPU = torch.device("cpu")
 ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # actors cannot import this file
@@ -129,10 +130,13 @@ def test_trainer_dies_before_during_and_after_a_broadcast(quick, models):
         assert refuses(pair)
         next_trainer()
         assert sync(quick, pair.trainer, pair.actor)["verified"] and observe(pair.llm) == expected
-        generating = pair.actor.generate.remote(PROMPTS * 200, use_tqdm=False)
-        time.sleep(0.5)
+        long = SamplingParams(max_tokens=400, ignore_eos=True)
+        generating = pair.actor.generate.remote(PROMPTS * 50, long, use_tqdm=False)
+        ray.kill(pair.trainer)  # of which nothing is asked now
+        with pytest.raises(RuntimeError, match=r"generating: trainer \(rank 0\) has died; no answer from engine"):
+            driver.wait([generating], 30, "generating")
         ray.kill(pair.actor)
-        with pytest.raises(RuntimeError, match=r"generating: engine \(ranks 1 to 2\): The actor"):
+        with pytest.raises(RuntimeError, match=r"generating: engine \(rank 1, 2\): The actor"):
             driver.wait([generating], 30, "generating")
 
 
@@ -148,7 +152,7 @@ def test_worker_dies_or_stalls_in_a_sync(quick, models, how):
         on(pair.trainer, act_before_bucket, 3, victim, how)
         message = failing_sync(quick, pair)
         assert re.search(r"rank 0, bucket [45] of 8 \(.*\.weight \.\. .*\.weight\)", message)
-        assert "engine (ranks 1 to 2)" in message
+        assert "engine (rank 1, 2)" in message
         assert how == signal.SIGKILL or "Ranks 1 failed" in message, "of those that live, the engine names who does not"
     deadline = time.monotonic() + 20
     while any(psutil.pid_exists(pid) for pid in workers):
@@ -186,14 +190,15 @@ def test_a_peer_that_never_joins_is_named():
     assert f"rank 2 found no rank 0 at 127.0.0.1:{port} in 2 s" in str(results[2])
 
 
-def test_strangers_and_taken_ports():
-    """Garbage on the rendezvous port is no rank and stops nobody; a port that is taken is an error at once."""
+def test_strangers_and_taken_ports(tmp_path):
+    """Garbage on the rendezvous port is no rank and stops nobody, pickled code stays asleep; a taken port is an error."""
     listening, results = socket.create_server(("127.0.0.1", 0)), {}
     port = listening.getsockname()[1]
     with pytest.raises(OSError, match="Address already in use"):
         stateless_init_process_group("127.0.0.1", port, 0, 3, CPU)
     threads = [join(0, port, 20, results, listen_socket=listening)]
-    garbage = [b"GET / HTTP/1.1\r\n\r\n", os.urandom(4096), b"\0" * 64, b"\xff" * 4096, pickle.dumps(os.getcwd)]
+    garbage = [b"GET / HTTP/1.1\r\n\r\n", os.urandom(4096), b"\0" * 64, b"\xff" * 4096]
+    garbage.append(pickle.dumps(Malicious(tmp_path / "canary")))
     strangers = []
     for rank in (1, 2):
         for data in garbage:
@@ -209,7 +214,9 @@ def test_strangers_and_taken_ports():
         thread.start()
     for thread in threads:
         thread.join(30)
-    assert all(torch.equal(tensor, sent) for tensor in received)
+    assert all(torch.equal(tensor, sent) for tensor in received) and not list(tmp_path.iterdir())
+    pickle.loads(garbage[-1])
+    assert list(tmp_path.iterdir()), "unpickled, it would have shown"
 
 
 # ----- Errors that the engine survives -------------------------------------------------------------------------------
@@ -320,9 +327,18 @@ def test_failed_loads_and_resets_leave_a_torn_engine_until_a_sync_succeeds(quick
             driver.wait([step], 30, "training")
 
 
-def test_two_syncs_at_once_run_one_after_the_other(quick, pair):
+def test_calls_during_a_sync_wait_for_its_end(quick, pair):
+    """Two more syncs, and a generation, which sees the complete new weights."""
     driver.join_group(quick, "cpu", pair.trainer, [pair.actor])
-    results = []
+    sync(quick, pair.trainer, pair.actor)
+    expected, results = observe(pair.llm)["outputs"], []
+    on(pair.trainer, act_before_bucket, 0, None, signal.SIGCONT)  # a signal that does nothing, and 0.2 s
+    pair.llm.collective_rpc("reset_weights")
+    syncing = threading.Thread(target=sync, args=(quick, pair.trainer, pair.actor))
+    syncing.start()
+    time.sleep(0.1)
+    assert syncing.is_alive() and generate(pair.llm) == expected
+    syncing.join()
     threads = [threading.Thread(target=lambda: results.append(sync(quick, pair.trainer, pair.actor))) for _ in range(3)]
     for thread in threads:
         thread.start()

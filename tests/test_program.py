@@ -212,9 +212,7 @@ def test_nothing_is_left_behind(tmp_path, after, how):
         program.assert_nothing_left()
         print(f"FAULT {how} after {after!r}: all gone {time.monotonic() - began:.1f} s later")
         if how.startswith("ray::"):
-            assert re.search(
-                r"^FAILED: .*engine \(ranks 1 to 2\)(: The actor| has) died", program.printed(), re.MULTILINE
-            )
+            assert re.search(r"^FAILED: .*engine \(rank 1, 2\)(: The actor| has) died", program.printed(), re.MULTILINE)
             assert "Traceback" not in program.printed().partition("FAILED:")[2].partition("... ")[0]
     finally:
         for pid in program.processes():

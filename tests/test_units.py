@@ -2,6 +2,7 @@
 
 import doctest
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -32,6 +33,15 @@ def test_digest_sees_order_and_single_bits():
     values = {digest(t.contiguous()).item() for t in (data, swapped_rows, swapped_words, flipped)}
     assert len(values) == 4 and digest(data.clone()).item() in values
     assert digest(torch.zeros(0)).item() == 0 and digest(torch.ones(3, dtype=torch.uint8)).item() != 0
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_weights_that_are_not_finite_are_found(device):
+    """NaN, infinity, and what becomes infinite in BF16; whole numbers are left alone."""
+    model = torch.nn.ParameterDict({name: torch.ones(3, 4) for name in ("a", "nan", "inf", "huge", "b")})
+    model["nan"].data[2, 3], model["inf"].data[0, 0], model["huge"].data[1, 1] = math.nan, -math.inf, 3.4e38
+    model.register_buffer("count", torch.tensor(3))
+    assert rlhf_utils.find_nonfinite(model.to(device)) == ["huge", "inf", "nan"]  # by name
 
 
 def test_pieces_hold_every_row_once_without_overlap():
