@@ -64,6 +64,7 @@ from rlhf_utils import (
     WeightSender,
     announce,
     find_nonfinite,
+    imported_at,
     make_manifest,
     stateless_init_process_group,
 )
@@ -128,6 +129,10 @@ class Config:
     """Longest prompt plus completion, in tokens."""
     gpu_memory_utilization: float = 0.8
     """Share of each engine GPU that vLLM may fill with weights and KV cache."""
+    kv_cache_dtype: Literal["auto", "fp8"] = "auto"
+    """`fp8` holds twice the tokens in the KV cache, at some precision; `auto` is BF16."""
+    compare_memory: bool = False
+    """Only measure what the engine's memory holds, in BF16 and with `--quantization`, one after the other."""
 
     steps: int = 20
     """Training steps: rollouts, rewards, optimizer, sync. 0 only starts, syncs and samples."""
@@ -235,6 +240,10 @@ class MyLLM(LLM):
         """How many complete updates the weights have had; 0 means as loaded at start-up."""
         return self.weights_version
 
+    def get_import_time(self) -> float:
+        """When this process had imported all it needs, in seconds since the epoch."""
+        return imported_at()
+
     def shutdown(self) -> None:
         """Stop the engine's processes."""
         self.llm_engine.engine_core.shutdown()
@@ -280,6 +289,7 @@ def engine_arguments(config: Config, path: str, device: str) -> dict:
         enforce_eager=config.enforce_eager or device == "cpu",
         max_model_len=config.max_model_len,
         gpu_memory_utilization=config.gpu_memory_utilization,
+        kv_cache_dtype=config.kv_cache_dtype,
         seed=config.seed,
         logprobs_mode="processed_logprobs",  # of the distribution that is sampled from, temperature included
         disable_log_stats=True,
@@ -936,6 +946,24 @@ def connect(config: Config, cleanup: contextlib.ExitStack) -> int:
     return int(ray.cluster_resources().get("GPU", 0))
 
 
+def start(config: Config, path: str, device: str, cleanup: contextlib.ExitStack) -> tuple:
+    """Trainer and engines, loaded side by side and joined in one group.
+
+    Returns the trainer's handle, the engines' handles, what `prove_fp8` found, and the seconds that each phase took.
+    """
+    began = time.time()
+    trainer = start_trainer(config, path, cleanup)  # first, so that it gets GPU 0
+    first_ranks = range(1, config.world_size, config.tensor_parallel_size)
+    engines = [start_engine(config, path, device, cleanup, first_rank) for first_rank in first_ranks]
+    join_group(config, device, trainer, engines)
+    joined = time.time()
+    ranks = prove_fp8(engines, config)
+    engine = max(wait([llm.get_import_time.remote() for llm in engines], config.timeout_s, "reading clocks"))
+    workers = max(rank["imported_at"] for rank in ranks)
+    seconds = {"engine's imports": engine - began, "workers' imports": workers - engine, "loading": joined - workers}
+    return trainer, engines, ranks, seconds | {"of which compilation": max(rank["compilation_s"] for rank in ranks)}
+
+
 def start_trainer(config: Config, path: str, cleanup: contextlib.ExitStack):
     """Start loading the trainer and return the actor's handle; `cleanup` kills it."""
     gpus = int(config.trainer_device == "cuda")
@@ -1041,7 +1069,7 @@ def one_message() -> Iterator[None]:
 
 def main(config: Config) -> dict:
     """Run once and return what summary.json holds."""
-    began = time.perf_counter()
+    began = psutil.Process().create_time()
     prompts = read_prompts(config.prompts_file)
     load_reward(config.reward)
     if config.resume and not (config.resume / "trainer.pt").is_file():
@@ -1052,28 +1080,29 @@ def main(config: Config) -> dict:
         raise SystemExit(f"--track {config.track}: not installed here; pip install {config.track}")
     config.output_dir.mkdir(parents=True, exist_ok=True)
     with contextlib.ExitStack() as cleanup, one_message():
+        startup = {"imports": imported_at() - began}
         config, device = resolve(config, connect(config, cleanup))
+        startup["Ray"] = time.time() - imported_at()
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # Ray's own handler would kill the cluster at once
         torchao_config(config.quantization)  # what is wrong with it should show before anything starts
         scratch = cleanup.enter_context(tempfile.TemporaryDirectory())
         path = find_model(config.model, scratch, config.seed)
         check_prompts(prompts, path, config.max_model_len)
+        if config.compare_memory:
+            return compare_memory(config, path, device)
         print(
             f"Starting trainer ({config.trainer_device}) and {config.num_engines} engine(s) ({device}, "
             f"TP={config.tensor_parallel_size}) ..."
         )
-        trainer = start_trainer(config, path, cleanup)  # first, so that it gets GPU 0
-        first_ranks = range(1, config.world_size, config.tensor_parallel_size)
-        engines = [start_engine(config, path, device, cleanup, first_rank) for first_rank in first_ranks]
-        join_group(config, device, trainer, engines)
-        ranks = prove_fp8(engines, config)
+        trainer, engines, ranks, seconds = start(config, path, device, cleanup)
         bucket_bytes = config.bucket_mib * 2**20
         sync = sync_weights_to_quantized_engine(
             trainer, engines, bucket_bytes=bucket_bytes, verify=config.verify, timeout_s=config.timeout_s
         )
         reason = sync["no_replay"]
         print(f"Later weight syncs are {f'reload sessions, because {reason}' if reason else 'replays of this one'}")
-        startup_s = time.perf_counter() - began
+        startup |= seconds | {"first sync": sync["seconds"], "all": time.time() - began}
+        print(f"Start-up: {', '.join(f'{phase} {s:.1f} s' for phase, s in startup.items())}")
         samples = prompts_of_step(config, prompts, 0)[:4]
         before = generate(engines, samples, config, [0] * len(samples), temperature=0)
         rows = train(config, trainer, engines, prompts)
@@ -1090,7 +1119,7 @@ def main(config: Config) -> dict:
         "ranks": ranks,
         "sync": sync,
         "weights_version": version,
-        "startup_seconds": startup_s,
+        "startup_seconds": startup,
         "last_step": rows[-1] if rows else None,
         "samples": [
             {"prompt": old.prompt, "before": old.outputs[0].text, "after": new.outputs[0].text}
@@ -1103,6 +1132,59 @@ def main(config: Config) -> dict:
     plot_curves(config.output_dir)
     report(summary, config.output_dir)
     return summary
+
+
+def measure_inference_memory(
+    model_name: str, use_quantization: bool = False, config: Config | None = None, device: str = "cuda"
+) -> dict[str, float]:
+    """What an engine holds with `config`, or with the same config in BF16; it and a trainer start for this and end.
+
+    Returns, each the most of all engine ranks: `weights_gib`; `linear_gib`, of linear layers alone; `kv_cache_tokens`;
+    and the most GiB of GPU memory (on the CPU resident memory) in `startup_gib`, `sync_gib` and `generation_gib`.
+    """
+    config = config or resolve(Config(), int(ray.cluster_resources().get("GPU", 0)))[0]
+    config = dataclasses.replace(config, quantization=config.quantization if use_quantization else "none")
+    with contextlib.ExitStack() as cleanup:
+        trainer, engines, ranks, _ = start(config, model_name, device, cleanup)
+        memory = {key: max(rank[key] for rank in ranks) for key in ("weights_gib", "linear_gib", "kv_cache_tokens")}
+
+        def peak() -> float:
+            calls = [llm.collective_rpc.remote("peak_memory_gib") for llm in engines]
+            return max(sum(wait(calls, config.timeout_s, "reading the memory"), []))
+
+        memory["startup_gib"] = peak()
+        for _ in range(2):  # a session and, if the model allows it, a replay
+            sync_weights_to_quantized_engine(
+                trainer, engines, bucket_bytes=config.bucket_mib * 2**20, timeout_s=config.timeout_s
+            )
+        memory["sync_gib"] = peak()
+        generate(engines, PROMPTS, config, [0] * len(PROMPTS), n=config.samples_per_prompt, temperature=1.0)
+        memory["generation_gib"] = peak()
+    return memory
+
+
+def compare_memory(config: Config, path: str, device: str) -> dict:
+    """Print, and write to memory.json, what the same memory holds in BF16 and with `--quantization`."""
+    if config.quantization == "none":
+        raise SystemExit("--compare-memory --quantization none: expected what BF16 is to be compared with: fp8-dynamic")
+    found = {
+        name: measure_inference_memory(path, name != "BF16", config, device) for name in ("BF16", config.quantization)
+    }
+    bf16, fp8 = found.values()
+    table = Table(
+        "each engine rank", *found, "ratio", title=f"{config.model}, TP={config.tensor_parallel_size}, {device}"
+    )
+    for key in bf16:
+        values = [f"{value:,}" if isinstance(value, int) else f"{value:.4f}" for value in (bf16[key], fp8[key])]
+        table.add_row(key, *values, f"{fp8[key] / bf16[key]:.2f}")
+    Console().print(table)
+    print(
+        f"Saved on each rank: {bf16['weights_gib'] - fp8['weights_gib']:.4f} GiB of weights, of which linear layers "
+        f"{bf16['linear_gib'] - fp8['linear_gib']:.4f}; embeddings, output head and norms stay BF16. The KV cache, which "
+        f"takes what is left of --gpu-memory-utilization, holds {fp8['kv_cache_tokens'] - bf16['kv_cache_tokens']:+,} tokens"
+    )
+    (config.output_dir / "memory.json").write_text(json.dumps(found, indent=2))
+    return found
 
 
 def read_metrics(folder: Path) -> list[dict]:
@@ -1147,7 +1229,7 @@ def report(summary: dict, folder: Path) -> None:
         else "no",
         "reward of the last step": f"{last['reward']:.3f}" if last else "no step",
         "weights version": str(summary["weights_version"]),
-        "start-up": f"{summary['startup_seconds']:.1f} s",
+        "start-up": f"{summary['startup_seconds']['all']:.1f} s",
     }
     figures = Table("what", "value", title="RL with verified FP8 weight syncs")
     for row in rows.items():

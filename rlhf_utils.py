@@ -27,6 +27,7 @@ from collections.abc import Callable, Iterable, Iterator
 from datetime import timedelta
 from typing import NamedTuple
 
+import psutil
 import torch
 import torch.distributed as dist
 import triton
@@ -36,6 +37,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.overrides import TorchFunctionMode
 
 logger = logging.getLogger(__name__)
+IMPORTED_AT = time.time()
 BUCKET_BYTES = 256 * 2**20
 Manifest = list[list]  # [[name, dtype name such as "bfloat16", shape], ...] in the order of sending
 Weights = list[tuple[str, torch.Tensor]]  # checkpoint names and full tensors, what vLLM's loaders take
@@ -708,27 +710,38 @@ def inspect_linear_layers(model: torch.nn.Module) -> dict:
     from vllm.model_executor.layers.linear import LinearBase
     from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 
-    fp8, unquantized = [], {}
+    fp8, unquantized, linear, hidden = 0, {}, [], 0
     for name, module in model.named_modules():
         weight = getattr(module, "weight", None)
         if not isinstance(module, (LinearBase, ParallelLMHead)) or weight is None:
             continue
+        if isinstance(module, LinearBase):
+            linear.append(weight)
+            if not weight.numel():  # vLLM's CPU backend has packed it out of sight
+                hidden += module.input_size_per_partition * module.output_size_per_partition
         if isinstance(weight, Float8Tensor):
-            fp8.append(weight)
+            fp8 += 1
         elif isinstance(module, ParallelLMHead):
             unquantized.setdefault("vLLM quantizes no output heads with torchao", []).append(name)
         elif any(size % 16 for size in weight.shape):
             unquantized.setdefault("a shard dimension is no multiple of 16", []).append(f"{name} {tuple(weight.shape)}")
         else:
             unquantized.setdefault("quantization is off for it", []).append(name)
+
+    def gib(weights: Iterable[torch.Tensor]) -> float:
+        return (sum(t.nbytes for w in weights for t in plain_tensors(w).values()) + 2 * hidden) / 2**30
+
+    def bf16_gib(weights: Iterable[torch.Tensor]) -> float:
+        return 2 * (sum(w.numel() for w in weights) + hidden) / 2**30
+
     return {
-        "fp8_linear_layers": len(fp8),
+        "fp8_linear_layers": fp8,
         "unquantized_linear_layers": sum(map(len, unquantized.values())),
         "unquantized": unquantized,
-        "weights_gib": sum(t.nbytes for p in model.parameters() for t in plain_tensors(p).values()) / 2**30,
-        "bf16_weights_gib": sum(2 * p.numel() for p in model.parameters()) / 2**30,
-        "fp8_linear_gib": sum(w.qdata.nbytes + w.scale.nbytes for w in fp8) / 2**30,
-        "bf16_linear_gib": sum(2 * w.numel() for w in fp8) / 2**30,
+        "weights_gib": gib(model.parameters()),
+        "bf16_weights_gib": bf16_gib(model.parameters()),
+        "linear_gib": gib(linear),
+        "bf16_linear_gib": bf16_gib(linear),
     }
 
 
@@ -868,7 +881,22 @@ class WorkerExtension:
         """Prove at start-up what is FP8 (see `inspect_linear_layers`); repairs zero rows of the first load."""
         repaired = repair_zero_rows(self.get_model().parameters())
         self.stored_digests = self._digests()
-        return inspect_linear_layers(self.get_model()) | {"rank": self.rank, "zero_rows_repaired": repaired}
+        cache = self.vllm_config.cache_config
+        return inspect_linear_layers(self.get_model()) | {
+            "rank": self.rank,
+            "zero_rows_repaired": repaired,
+            "kv_cache_tokens": cache.num_gpu_blocks * cache.block_size,
+            "imported_at": IMPORTED_AT,
+            "compilation_s": self.vllm_config.compilation_config.compilation_time,
+        }
+
+    def peak_memory_gib(self) -> float:
+        """Most GPU memory that torch has allocated here since the last call; on the CPU resident memory now."""
+        if self.device.type == "cpu":
+            return psutil.Process().memory_info().rss / 2**30
+        peak = torch.cuda.max_memory_allocated(self.device) / 2**30
+        torch.cuda.reset_peak_memory_stats(self.device)
+        return peak
 
     @agreed
     def agree_on_weights(self, manifest: Manifest, bucket_bytes: int = BUCKET_BYTES) -> None:
@@ -977,9 +1005,20 @@ def plain_tensors(tensor: torch.Tensor) -> dict[str, torch.Tensor]:
     return {"qdata": tensor.qdata, "scale": tensor.scale} if isinstance(tensor, Float8Tensor) else {"": tensor}
 
 
+@Float8Tensor.implements(torch.ops.aten.empty_like.default)
+def empty_like(function, types, args, kwargs):
+    """torchao 0.18 lacks it; vLLM then cannot store what it has compiled, and every start of an engine compiles anew."""
+    return args[0]._apply_fn_to_data(lambda tensor: function(tensor, **kwargs))
+
+
 def as_bytes(tensor: torch.Tensor) -> torch.Tensor:
     """A flat uint8 view of a contiguous tensor."""
     return tensor.detach().view(-1).view(torch.uint8)
+
+
+def imported_at() -> float:
+    """When this process had done its imports, in seconds since the epoch: this module is the last of them."""
+    return IMPORTED_AT
 
 
 def dtype_name(dtype: torch.dtype) -> str:

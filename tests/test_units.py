@@ -205,3 +205,11 @@ def test_bad_flags_are_seen_before_anything_starts(flags, message):
 def test_groups_need_different_answers(flags):
     with pytest.raises(SystemExit, match="expected 2 or more samples above temperature 0"):
         driver.resolve(driver.Config(**flags), 0)
+
+
+def test_compiled_code_with_fp8_weights_can_be_stored():
+    """vLLM moves the inputs of what it stores to the meta device; `tests/bench_startup.py` shows what that saves."""
+    weight = Float8Tensor.from_hp(torch.randn(32, 64, dtype=torch.bfloat16), granularity=PerRow())
+    empty = torch.empty_like(weight, device="meta", pin_memory=False)
+    assert isinstance(empty, Float8Tensor) and empty.qdata.is_meta and empty.scale.is_meta
+    assert (empty.shape, empty.dtype, empty.block_size) == (weight.shape, weight.dtype, weight.block_size)
