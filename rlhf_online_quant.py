@@ -1180,8 +1180,9 @@ def compare_memory(config: Config, path: str, device: str) -> dict:
     Console().print(table)
     print(
         f"Saved on each rank: {bf16['weights_gib'] - fp8['weights_gib']:.4f} GiB of weights, of which linear layers "
-        f"{bf16['linear_gib'] - fp8['linear_gib']:.4f}; embeddings, output head and norms stay BF16. The KV cache, which "
-        f"takes what is left of --gpu-memory-utilization, holds {fp8['kv_cache_tokens'] - bf16['kv_cache_tokens']:+,} tokens"
+        f"{bf16['linear_gib'] - fp8['linear_gib']:.4f}; embeddings, output head and norms stay BF16. The KV cache "
+        f"({'what is left of --gpu-memory-utilization' if device == 'cuda' else 'of fixed size on the CPU'}) holds "
+        f"{fp8['kv_cache_tokens'] - bf16['kv_cache_tokens']:+,} tokens"
     )
     (config.output_dir / "memory.json").write_text(json.dumps(found, indent=2))
     return found

@@ -1,11 +1,15 @@
 """One Ray, one engine with its trainer, and the models: made once for all tests."""
 
 import contextlib
+import os
 from types import SimpleNamespace
 
 import pytest
 from harness import Remote, driver
 from random_models import build_random_model
+
+# Without a GPU the engine is not compiled but for one small function at TP > 1; finding a compiler takes each worker 3 s.
+os.environ["TORCH_COMPILE_DISABLE"] = "1"
 
 
 @pytest.fixture(scope="session")

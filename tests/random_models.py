@@ -1,11 +1,13 @@
 """Random models with a byte-level tokenizer, built on the spot: what the CPU run, the tests and the benchmarks need."""
 
+import copy
 from pathlib import Path
 
 import numpy as np
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, LlamaConfig, OPTConfig, PreTrainedTokenizerFast, Qwen3Config, set_seed
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 SPECIAL = ["<pad>", "<s>", "</s>"]
 IDS = dict(pad_token_id=0, bos_token_id=1, eos_token_id=2)
@@ -66,4 +68,13 @@ def build_random_model(folder: str | Path, shape: str = "tiny-opt", seed: int = 
             parameter.add_(torch.randn_like(parameter), alpha=0.1 if shape.startswith("tiny") else 0.01)
     model.save_pretrained(folder)
     byte_tokenizer(model.config.vocab_size).save_pretrained(folder)
+    return str(folder)
+
+
+def write_config(folder: str | Path, shape: str) -> str:
+    """Config and tokenizer alone, for engines with vLLM's `load_format="dummy"`; returns the folder."""
+    config = copy.deepcopy(SHAPES[shape])
+    config.architectures = [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[config.model_type]]
+    config.save_pretrained(folder)
+    byte_tokenizer(config.vocab_size).save_pretrained(folder)
     return str(folder)

@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 
+import bench_rollout
 import bench_weight_sync as weight_sync
 from harness import HERE
 
@@ -16,3 +17,15 @@ def test_weight_sync(tmp_path):
     ours = dict.fromkeys((weight_sync.SESSION, weight_sync.FIRST, weight_sync.OURS), True)
     assert equal == {weight_sync.RAW: None, **ours, weight_sync.PUBLISHED: False} and result["path"] == "replay"
     assert (tmp_path / "weight_sync.png").stat().st_size > 10_000
+
+
+def test_rollout(tmp_path):
+    flags = ["--batches", "1", "4", "--repeats", "1", "--output-dir", str(tmp_path)]
+    subprocess.run([sys.executable, HERE / "bench_rollout.py", *flags], check=True, timeout=200)
+    engines = json.loads((tmp_path / "rollout_tiny-opt.json").read_text())["engines"]
+    assert list(engines) == ["bf16", "fp8"] and set(engines) <= set(bench_rollout.ENGINES)
+    assert 0.6 < engines["fp8"]["weights_gib"] / engines["bf16"]["weights_gib"] < 0.9
+    for engine in engines.values():
+        assert list(engine["tokens_per_s"]) == ["16x32, batch 1", "16x32, batch 4"]
+        assert 1 < engine["tokens_per_s"]["16x32, batch 1"] < engine["tokens_per_s"]["16x32, batch 4"]
+    assert (tmp_path / "rollout_tiny-opt.png").stat().st_size > 10_000

@@ -131,9 +131,9 @@ def test_trainer_dies_before_during_and_after_a_broadcast(quick, models):
         next_trainer()
         assert sync(quick, pair.trainer, pair.actor)["verified"] and observe(pair.llm) == expected
         long = SamplingParams(max_tokens=400, ignore_eos=True)
-        generating = pair.actor.generate.remote(PROMPTS * 50, long, use_tqdm=False)
+        generating = pair.actor.generate.remote(PROMPTS * 400, long, use_tqdm=False)
         ray.kill(pair.trainer)  # of which nothing is asked now
-        with pytest.raises(RuntimeError, match=r"generating: trainer \(rank 0\) has died; no answer from engine"):
+        with pytest.raises(RuntimeError, match=r"generating: trainer \(rank 0\) has died"):
             driver.wait([generating], 30, "generating")
         ray.kill(pair.actor)
         with pytest.raises(RuntimeError, match=r"generating: engine \(rank 1, 2\): The actor"):

@@ -117,7 +117,7 @@ def test_it_learns(default_run):
 def test_resumed_run_gives_the_same_curve(default_run, tmp_path):
     """Model, optimizer, step, prompts and sampling all go on where they were; that also shows that a run repeats."""
     folder, _, rows, _ = default_run
-    _, resumed, _ = run("--resume", str(folder / "outputs" / "checkpoint-10"), cwd=tmp_path)
+    _, resumed, _ = run("--resume", str(folder / "outputs" / "checkpoint-10"), "--steps", "14", cwd=tmp_path)
     changing = {
         "rollout_s",
         "train_s",
@@ -128,8 +128,8 @@ def test_resumed_run_gives_the_same_curve(default_run, tmp_path):
         "trainer_gib",
         "weights_version",
     }
-    stable = [[{k: v for k, v in row.items() if k not in changing} for row in run[-10:]] for run in (rows, resumed)]
-    assert len(resumed) == 10 and len(stable[0][0]) > 10 and stable[0] == stable[1]
+    stable = [[{k: v for k, v in row.items() if k not in changing} for row in run] for run in (rows[10:14], resumed)]
+    assert len(resumed) == 4 and len(stable[0][0]) > 10 and stable[0] == stable[1]
 
 
 def test_checkpoint_is_a_model_for_others(default_run):
@@ -147,27 +147,22 @@ def test_checkpoint_is_a_model_for_others(default_run):
         assert expected == generated[0]
 
 
-def test_without_quantization_there_is_no_mismatch(tmp_path):
+def test_two_unquantized_engines_on_two_nodes_show_no_mismatch(tmp_path):
     """The control, with weights that stay as they are: what FP8 shows is quantization and not a broken sync.
 
-    Not at temperature 1, so that both sides must mean the distribution that is sampled from.
+    Not at temperature 1, so that both sides must mean the distribution that is sampled from. Each engine has a bundle of
+    its own, both are in one group; actors on another node find the modules; nothing stays reserved.
     """
-    flags = ("--quantization", "none", "--learning-rate", "0", "--temperature", "0.7", "--steps", "3")
-    summary, rows, _ = run(*flags, cwd=tmp_path)
-    assert summary["fp8_linear_layers"] == 0 and len(rows) == 3
-    assert all(row["mismatch_kl"] < 1e-4 for row in rows)
-
-
-def test_two_engines_on_two_nodes(tmp_path):
-    """Each engine on its own bundle, both in one group; actors on another node find the modules; nothing stays reserved."""
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
     try:
         cluster.add_node(num_cpus=2)
-        flags = ("--num-engines", "2", "--tensor-parallel-size", "1", "--steps", "2", "--verify")
-        summary, rows, printed = run("--ray-address", cluster.address, *flags, cwd=tmp_path)
+        flags = ["--ray-address", cluster.address, "--num-engines", "2", "--tensor-parallel-size", "1", "--verify"]
+        control = ["--quantization", "none", "--learning-rate", "0", "--temperature", "0.7", "--steps", "2"]
+        summary, rows, printed = run(*flags, *control, cwd=tmp_path)
         assert summary["world_size"] == 3 and len(summary["ranks"]) == 2 and "engine rank 1:" in printed
-        assert summary["sync"]["compared_tensors"] == 72 and rows[-1]["weights_version"] == 3
-        assert rows[0]["mismatch_kl"] < driver.USUAL_KL["fp8"]
+        assert summary["fp8_linear_layers"] == 0 and summary["sync"]["compared_tensors"] == 40
+        assert len(rows) == 2 and rows[-1]["weights_version"] == 3
+        assert all(row["mismatch_kl"] < 1e-4 for row in rows)
         look = "import ray, sys; ray.init(sys.argv[1]); print([g['state'] for g in ray.util.placement_group_table().values()])"
         states = subprocess.run(
             [sys.executable, "-c", look, cluster.address], capture_output=True, text=True, check=True
@@ -191,8 +186,8 @@ def end(program: Program, how: str) -> None:
     [
         ("Starting trainer", "SIGINT"),
         ("engine rank 1", "SIGTERM"),
-        ("engine rank 1", "ray::MyLLM"),
-        ("engine rank 1", "SIGKILL"),
+        ("Starting trainer", "ray::MyLLM"),
+        ("Starting trainer", "SIGKILL"),
     ],
 )
 def test_nothing_is_left_behind(tmp_path, after, how):

@@ -1,0 +1,141 @@
+"""Does FP8 pay? Sampled tokens per second of several engines of one model shape, beside BF16, in one run.
+
+    python tests/bench_rollout.py --shape qwen3-8b --tensor-parallel-size 1 --batches 1 16 64 256 512 \
+        --contexts 128x128 4096x128 --engines bf16 fp8 fp8-kv vllm-fp8 bf16-eager fp8-eager [any flag of the driver]
+
+The engines start one after another from random weights, with the same settings; each generates batches of random prompts
+to their full length, asked as the loop asks. Prints tokens/s and the ratio to BF16, writes
+OUTPUT_DIR/rollout_SHAPE.json and draws rollout_SHAPE.png.
+"""
+
+import contextlib
+import dataclasses
+import json
+import os
+import statistics
+import tempfile
+import time
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import torch
+import tyro
+from harness import HERE, Remote, driver
+from random_models import write_config
+from rich.console import Console
+from rich.table import Table
+from vllm import SamplingParams
+
+# Name -> what it changes in the program's settings, and in vLLM's arguments.
+ENGINES = {
+    "bf16": ({"quantization": "none"}, {}),
+    "fp8": ({}, {}),
+    "fp8-kv": ({"kv_cache_dtype": "fp8"}, {}),
+    "vllm-fp8": ({"quantization": "none"}, {"quantization": "fp8"}),  # vLLM's own online quantization
+    "bf16-eager": ({"quantization": "none", "enforce_eager": True}, {}),
+    "fp8-eager": ({"enforce_eager": True}, {}),
+}
+
+
+@dataclasses.dataclass
+class Benchmark(driver.Config):
+    """One shape."""
+
+    shape: str = "tiny-opt"
+    """A key of SHAPES in random_models.py."""
+    engines: tuple[str, ...] = ("bf16", "fp8")
+    """Keys of ENGINES; the first is what the others are compared with."""
+    batches: tuple[int, ...] = (1, 16)
+    """Sequences at a time."""
+    contexts: tuple[str, ...] = ("16x32",)
+    """Tokens of a prompt x tokens of its completion."""
+    repeats: int = 3
+    """Of each measurement, after one to warm up; the median counts."""
+    tensor_parallel_size: int = 1
+    """GPUs of an engine."""
+    trainer_device: str = "cpu"
+    """There is none."""
+
+
+def random_prompts(batch: int, length: int, repeat: int) -> list[dict]:
+    """Token ids, other ones each time, so that no prompt is in the prefix cache."""
+    ids = torch.randint(3, 250, (batch, length), generator=torch.Generator().manual_seed(1000 * batch + repeat))
+    return [{"prompt_token_ids": row} for row in ids.tolist()]
+
+
+def measure(config: Benchmark, llm: Remote) -> dict[str, float]:
+    """Tokens per second for each context and batch."""
+    result = {}
+    for context in config.contexts:
+        length, new = map(int, context.split("x"))
+        params = SamplingParams(max_tokens=new, ignore_eos=True, logprobs=0, flat_logprobs=True)
+        for batch in config.batches:
+            seconds = []
+            for repeat in range(1 + config.repeats):
+                start = time.perf_counter()
+                outputs = llm.generate(random_prompts(batch, length, repeat), params, use_tqdm=False)
+                seconds.append(time.perf_counter() - start)
+                assert all(len(output.outputs[0].token_ids) == new for output in outputs)
+            result[f"{context}, batch {batch}"] = batch * new / statistics.median(seconds[1:])
+    return result
+
+
+def main(config: Benchmark) -> dict:
+    """Start every engine in turn, measure, write and print."""
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(HERE.parent), os.environ.get("PYTHONPATH", "")])
+    engine_arguments, found = driver.engine_arguments, {}
+    longest = max(sum(map(int, context.split("x"))) for context in config.contexts)
+    with contextlib.ExitStack() as cleanup:
+        path = write_config(cleanup.enter_context(tempfile.TemporaryDirectory()), config.shape)
+        config, device = driver.resolve(config, driver.connect(config, cleanup))
+        for name in config.engines:
+            settings, arguments = ENGINES[name]
+            own = dataclasses.replace(config, max_model_len=longest, **settings)
+            more = {"load_format": "dummy"} | arguments
+            driver.engine_arguments = lambda *which, more=more: engine_arguments(*which) | more
+            with contextlib.ExitStack() as stop:
+                actor, start = driver.start_engine(own, path, device, stop), time.perf_counter()
+                [ranks] = driver.wait([actor.collective_rpc.remote("inspect_quantization")], 900, f"starting {name}")
+                found[name] = {
+                    "startup_s": time.perf_counter() - start,
+                    "weights_gib": max(rank["weights_gib"] for rank in ranks),
+                    "kv_cache_tokens": min(rank["kv_cache_tokens"] for rank in ranks),
+                    "tokens_per_s": measure(own, Remote(actor, 900)),
+                }
+            print(name, found[name])
+    result = {
+        "shape": config.shape,
+        "layout": f"TP={config.tensor_parallel_size}",
+        "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
+        "quantization": config.quantization,
+        "engines": found,
+    }
+    config.output_dir.mkdir(parents=True, exist_ok=True)
+    (config.output_dir / f"rollout_{config.shape}.json").write_text(json.dumps(result, indent=2))
+    report(result, config.output_dir / f"rollout_{config.shape}.png")
+    return result
+
+
+def report(result: dict, picture: Path) -> None:
+    """Print tokens/s and ratios, and draw the ratios."""
+    engines, title = result["engines"], f"{result['shape']}, {result['layout']}, {result['device']}"
+    rates = {name: engine["tokens_per_s"] for name, engine in engines.items()}
+    base = next(iter(rates.values()))
+    table = Table("tokens/s (ratio)", *engines, title=f"{title}, fp8 is {result['quantization']}")
+    for case in base:
+        table.add_row(case, *(f"{rate[case]:.0f} ({rate[case] / base[case]:.2f})" for rate in rates.values()))
+    for key in ("weights_gib", "kv_cache_tokens", "startup_s"):
+        table.add_row(key, *(f"{engine[key]:,.2f}" for engine in engines.values()))
+    Console(width=140).print(table)
+    plt.figure(figsize=(9, 4), layout="constrained")
+    for name, rate in rates.items():
+        plt.plot([rate[case] / base[case] for case in base], "o-", label=name)
+    plt.xticks(range(len(base)), list(base), rotation=30, ha="right", fontsize="small")
+    plt.ylabel(f"tokens/s, ratio to {next(iter(rates))}")
+    plt.title(title)
+    plt.legend()
+    plt.savefig(picture, dpi=120)
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Benchmark))
