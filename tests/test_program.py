@@ -172,41 +172,39 @@ def test_two_unquantized_engines_on_two_nodes_show_no_mismatch(tmp_path):
         cluster.shutdown()
 
 
-def end(program: Program, how: str) -> None:
-    """Send the driver a signal, or kill an actor."""
-    if how.startswith("SIG"):
-        program.process.send_signal(getattr(signal, how))
-    else:
-        [victim] = [pid for pid, command in program.processes().items() if re.match(how, command)]
-        os.kill(victim, signal.SIGKILL)
+def signal_actor(program: Program, name: str, how: int) -> None:
+    """Send a signal to an actor's process as soon as there is one."""
+    deadline = time.monotonic() + 60
+    while not (found := [pid for pid, command in program.processes().items() if command.startswith(name)]):
+        assert time.monotonic() < deadline, program.processes()
+        time.sleep(0.2)
+    os.kill(found[0], how)
 
 
 @pytest.mark.parametrize(
-    ("after", "how"),
+    ("after", "to_actor", "to_driver"),
     [
-        ("Starting trainer", "SIGINT"),
-        ("engine rank 1", "SIGTERM"),
-        ("Starting trainer", "ray::MyLLM"),
-        ("Starting trainer", "SIGKILL"),
+        ("Starting trainer", None, signal.SIGINT),
+        ("engine rank 1", None, signal.SIGTERM),
+        ("Starting trainer", ("ray::MyLLM", signal.SIGKILL), None),
+        ("Starting trainer", ("ray::Trainer", signal.SIGSTOP), signal.SIGKILL),  # what is stopped cannot see the end
     ],
 )
-def test_nothing_is_left_behind(tmp_path, after, how):
+def test_nothing_is_left_behind(tmp_path, after, to_actor, to_driver):
     """Ctrl-C, a termination, a killed actor or driver ends the program with an error and takes every process along."""
     program = Program("--max-tokens", "400", cwd=tmp_path)
     try:
         program.wait_until_printed(after)
-        if how.startswith("ray::"):
-            deadline = time.monotonic() + 60
-            while not any(re.match(how, command) for command in program.processes().values()):
-                assert time.monotonic() < deadline, program.processes()
-                time.sleep(0.2)
+        if to_actor:
+            signal_actor(program, *to_actor)
         time.sleep(1)
-        end(program, how)
+        if to_driver:
+            program.process.send_signal(to_driver)
         began = time.monotonic()
         assert program.process.wait(30) != 0
         program.assert_nothing_left()
-        print(f"FAULT {how} after {after!r}: all gone {time.monotonic() - began:.1f} s later")
-        if how.startswith("ray::"):
+        print(f"FAULT {to_actor} {to_driver!r} after {after!r}: all gone {time.monotonic() - began:.1f} s later")
+        if not to_driver:
             assert re.search(r"^FAILED: .*engine \(rank 1, 2\)(: The actor| has) died", program.printed(), re.MULTILINE)
             assert "Traceback" not in program.printed().partition("FAILED:")[2].partition("... ")[0]
     finally:
