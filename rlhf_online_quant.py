@@ -1083,7 +1083,7 @@ def main(config: Config) -> dict:
         startup = {"imports": imported_at() - began}
         config, device = resolve(config, connect(config, cleanup))
         startup["Ray"] = time.time() - imported_at()
-        signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # Ray's own handler would kill the cluster at once
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # Ray's own handler would kill the cluster at once
         torchao_config(config.quantization)  # what is wrong with it should show before anything starts
         scratch = cleanup.enter_context(tempfile.TemporaryDirectory())
         path = find_model(config.model, scratch, config.seed)

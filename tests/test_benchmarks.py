@@ -1,12 +1,14 @@
 """The benchmarks in their small form, so that they go on working."""
 
+import dataclasses
 import json
 import subprocess
 import sys
 
 import bench_rollout
 import bench_weight_sync as weight_sync
-from harness import HERE
+import pytest
+from harness import HERE, driver
 
 
 def test_weight_sync(tmp_path):
@@ -29,3 +31,17 @@ def test_rollout(tmp_path):
         assert list(engine["tokens_per_s"]) == ["16x32, batch 1", "16x32, batch 4"]
         assert 1 < engine["tokens_per_s"]["16x32, batch 1"] < engine["tokens_per_s"]["16x32, batch 4"]
     assert (tmp_path / "rollout_tiny-opt.png").stat().st_size > 10_000
+
+
+def test_compare_memory(config, models, tmp_path, capsys):
+    """FP8 halves the linear layers and nothing else; each engine is gone before the next one starts."""
+    config = dataclasses.replace(config, tensor_parallel_size=1, output_dir=tmp_path)
+    found = driver.compare_memory(config, models("tiny-llama")[0], "cpu")
+    assert found == json.loads((tmp_path / "memory.json").read_text())
+    bf16, fp8 = found.values()
+    assert 0.5 < fp8["linear_gib"] / bf16["linear_gib"] < 0.53, "bytes, and a scale of 4 for each row"
+    assert bf16["weights_gib"] - fp8["weights_gib"] == pytest.approx(bf16["linear_gib"] - fp8["linear_gib"])
+    assert bf16["kv_cache_tokens"] > 10_000 and min(bf16.values()) > 0
+    assert "Saved on each rank: 0.0003 GiB of weights, of which linear layers 0.0003" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="expected what BF16 is to be compared with"):
+        driver.compare_memory(dataclasses.replace(config, quantization="none"), "", "cpu")
