@@ -71,23 +71,15 @@ from rlhf_utils import (
 
 HERE = Path(__file__).resolve().parent
 ACTORS = {}  # Ray's id of an actor -> its name in messages
-RUN = "RLHF_ONLINE_QUANT_RUN"  # environment variable that marks the processes of a run
-# A process that outlives the driver, however that ends, and kills what is still there 4 s later: what carries the run's mark,
-# and the descendants of that (Ray's agents write their titles over their environment, where the mark is).
+# A process of its own that knows all descendants of this one, waits until it has ended, however that happens, gives them 4 s
+# and kills those that are left: what is stopped or stuck in a collective does not end by itself.
 REAPER = """
 import contextlib, select, sys, psutil
-def marked(process):
-    try:
-        return process.environ().get(sys.argv[2]) == sys.argv[3]
-    except psutil.Error:  # it has ended, or is somebody else's
-        return False
 seen = set()
-while not select.select([sys.stdin], [], [], 1)[0]:  # readable when the driver's end of the pipe is closed
+while not select.select([sys.stdin], [], [], 0.5)[0]:  # readable when the driver's end of the pipe is closed
     with contextlib.suppress(psutil.Error):
-        for process in filter(marked, psutil.Process(int(sys.argv[1])).children()):
-            seen.update([process, *process.children(recursive=True)])
-psutil.wait_procs(seen.union(filter(marked, psutil.process_iter())), timeout=4)
-for process in seen.union(filter(marked, psutil.process_iter())):
+        seen.update(psutil.Process(int(sys.argv[1])).children(recursive=True))
+for process in psutil.wait_procs(seen - {psutil.Process()}, timeout=4)[1]:
     with contextlib.suppress(psutil.Error):
         process.kill()  # not another process with the same number
 """
@@ -935,9 +927,8 @@ def actor_environment() -> dict[str, str]:
 def connect(config: Config, cleanup: contextlib.ExitStack) -> int:
     """Connect to Ray or start a private cluster, of which `cleanup` leaves nothing; returns the number of GPUs."""
     os.environ.setdefault("RAY_process_group_cleanup_enabled", "true")  # a killed actor takes its children along
-    os.environ[RUN] = f"{os.getpid()} {time.time()}"  # every process of a private cluster inherits it
-    reaper = [sys.executable, "-c", REAPER, str(os.getpid()), RUN, os.environ[RUN]]
-    cleanup.enter_context(subprocess.Popen(reaper, stdin=subprocess.PIPE, env={}, start_new_session=True))
+    reaper = [sys.executable, "-c", REAPER, str(os.getpid())]
+    cleanup.enter_context(subprocess.Popen(reaper, stdin=subprocess.PIPE, start_new_session=True))
     cleanup.callback(ray.shutdown)  # it kills the raylet after a second and may orphan the others
     private = {} if config.ray_address else {"num_cpus": 1 + config.world_size, "include_dashboard": False}
     modules = [str(HERE / "rlhf_online_quant.py"), str(HERE / "rlhf_utils.py")]  # imported by actors on any node
