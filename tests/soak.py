@@ -8,6 +8,7 @@ until every process was gone. Fails if anything drifts or stays.
 
 import dataclasses
 import random
+import re
 import signal
 import statistics
 import tempfile
@@ -38,7 +39,7 @@ def usage(program: Program) -> dict[str, tuple[float, int]]:
     for process in (psutil.Process(pid) for pid in program.processes()):
         name = " ".join(process.cmdline())
         if name.startswith(("ray::Trainer", "ray::MyLLM", "VLLM::Worker")):
-            found[name.split(".")[0]] = (process.memory_info().rss / 2**20, process.num_fds())
+            found[re.split("[. ]", name)[0]] = (process.memory_info().rss / 2**20, process.num_fds())
     return found
 
 
