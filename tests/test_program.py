@@ -187,7 +187,7 @@ def signal_actor(program: Program, name: str, how: int) -> None:
         ("Starting trainer", None, signal.SIGINT),
         ("engine rank 1", None, signal.SIGTERM),
         ("Starting trainer", ("ray::MyLLM", signal.SIGKILL), None),
-        ("Starting trainer", ("ray::Trainer", signal.SIGSTOP), signal.SIGKILL),  # what is stopped cannot see the end
+        ("engine rank 1", ("VLLM::Worker_TP1", signal.SIGSTOP), signal.SIGKILL),  # what is stopped cannot see the end
     ],
 )
 def test_nothing_is_left_behind(tmp_path, after, to_actor, to_driver):
