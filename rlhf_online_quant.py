@@ -71,8 +71,9 @@ from rlhf_utils import (
 
 HERE = Path(__file__).resolve().parent
 ACTORS = {}  # Ray's id of an actor -> its name in messages
-# A process of its own that knows all descendants of this one, waits until it has ended, however that happens, gives them 4 s
-# and kills those that are left: what is stopped or stuck in a collective does not end by itself.
+# A process of its own that knows all descendants of this one, whoever started them, waits for the driver's clean-up or its end,
+# gives them 4 s and kills those that are left: what is stopped or stuck in a collective does not end by itself. In a
+# program with children of its own, which are to live on, restrict it to those of Ray.
 REAPER = """
 import contextlib, select, sys, psutil
 seen = set()
@@ -122,7 +123,7 @@ class Config:
     gpu_memory_utilization: float = 0.8
     """Share of each engine GPU that vLLM may fill with weights and KV cache."""
     kv_cache_dtype: Literal["auto", "fp8"] = "auto"
-    """`fp8` holds twice the tokens in the KV cache, at some precision; `auto` is BF16."""
+    """`fp8`: one byte for each element of the KV cache, at a cost in precision; `auto` is BF16."""
     compare_memory: bool = False
     """Only measure what the engine's memory holds, in BF16 and with `--quantization`, one after the other."""
 
@@ -1059,7 +1060,7 @@ def one_message() -> Iterator[None]:
 
 
 def main(config: Config) -> dict:
-    """Run once and return what summary.json holds."""
+    """Run once and return what summary.json (with `--compare-memory`: memory.json) holds."""
     began = psutil.Process().create_time()
     prompts = read_prompts(config.prompts_file)
     load_reward(config.reward)
@@ -1126,20 +1127,23 @@ def main(config: Config) -> dict:
 
 
 def measure_inference_memory(
-    model_name: str, use_quantization: bool = False, config: Config | None = None, device: str = "cuda"
+    model_name: str, use_quantization: bool = False, config: Config | None = None, device: str | None = None
 ) -> dict[str, float]:
     """What an engine holds with `config`, or with the same config in BF16; it and a trainer start for this and end.
 
-    Returns, each the most of all engine ranks: `weights_gib`; `linear_gib`, of linear layers alone; `kv_cache_tokens`;
-    and the most GiB of GPU memory (on the CPU resident memory) in `startup_gib`, `sync_gib` and `generation_gib`.
+    Without `config` and `device` it uses the defaults and connects to Ray itself. Returns, each the most of all engine
+    ranks: `weights_gib`; `linear_gib`, of linear layers alone; `kv_cache_tokens`; and the most GiB of GPU memory that
+    torch had allocated (CPU: resident at the end) in `startup_gib` (since vLLM's own reset), `sync_gib`, `generation_gib`.
     """
-    config = config or resolve(Config(), int(ray.cluster_resources().get("GPU", 0)))[0]
-    config = dataclasses.replace(config, quantization=config.quantization if use_quantization else "none")
     with contextlib.ExitStack() as cleanup:
+        if config is None:
+            config, device = resolve(Config(), connect(Config(), cleanup))
+        config = dataclasses.replace(config, quantization=config.quantization if use_quantization else "none")
         trainer, engines, ranks, _ = start(config, model_name, device, cleanup)
         memory = {key: max(rank[key] for rank in ranks) for key in ("weights_gib", "linear_gib", "kv_cache_tokens")}
 
         def peak() -> float:
+            """Of all ranks, since the last call."""
             calls = [llm.collective_rpc.remote("peak_memory_gib") for llm in engines]
             return max(sum(wait(calls, config.timeout_s, "reading the memory"), []))
 

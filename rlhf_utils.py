@@ -729,19 +729,16 @@ def inspect_linear_layers(model: torch.nn.Module) -> dict:
             unquantized.setdefault("quantization is off for it", []).append(name)
 
     def gib(weights: Iterable[torch.Tensor]) -> float:
+        """As stored; what is hidden counts as BF16."""
         return (sum(t.nbytes for w in weights for t in plain_tensors(w).values()) + 2 * hidden) / 2**30
-
-    def bf16_gib(weights: Iterable[torch.Tensor]) -> float:
-        return 2 * (sum(w.numel() for w in weights) + hidden) / 2**30
 
     return {
         "fp8_linear_layers": fp8,
         "unquantized_linear_layers": sum(map(len, unquantized.values())),
         "unquantized": unquantized,
         "weights_gib": gib(model.parameters()),
-        "bf16_weights_gib": bf16_gib(model.parameters()),
+        "bf16_weights_gib": 2 * (sum(p.numel() for p in model.parameters()) + hidden) / 2**30,
         "linear_gib": gib(linear),
-        "bf16_linear_gib": bf16_gib(linear),
     }
 
 
@@ -886,12 +883,12 @@ class WorkerExtension:
             "rank": self.rank,
             "zero_rows_repaired": repaired,
             "kv_cache_tokens": cache.num_gpu_blocks * cache.block_size,
-            "imported_at": IMPORTED_AT,
+            "imported_at": imported_at(),
             "compilation_s": self.vllm_config.compilation_config.compilation_time,
         }
 
     def peak_memory_gib(self) -> float:
-        """Most GPU memory that torch has allocated here since the last call; on the CPU resident memory now."""
+        """Most GPU memory that torch has allocated since the last call or vLLM's own reset; on the CPU resident now."""
         if self.device.type == "cpu":
             return psutil.Process().memory_info().rss / 2**30
         peak = torch.cuda.max_memory_allocated(self.device) / 2**30
@@ -1017,7 +1014,10 @@ def as_bytes(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def imported_at() -> float:
-    """When this process had done its imports, in seconds since the epoch: this module is the last of them."""
+    """When this process had done its imports, in seconds since the epoch: this module is the last of them.
+
+    A function, because Ray sends the constants of a program's main file along: they would be the driver's.
+    """
     return IMPORTED_AT
 
 

@@ -11,7 +11,6 @@ OUTPUT_DIR/rollout_SHAPE.json and draws rollout_SHAPE.png.
 import contextlib
 import dataclasses
 import json
-import os
 import statistics
 import tempfile
 import time
@@ -20,7 +19,7 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import torch
 import tyro
-from harness import HERE, Remote, driver
+from harness import Remote, driver
 from random_models import write_config
 from rich.console import Console
 from rich.table import Table
@@ -82,7 +81,6 @@ def measure(config: Benchmark, llm: Remote) -> dict[str, float]:
 
 def main(config: Benchmark) -> dict:
     """Start every engine in turn, measure, write and print."""
-    os.environ["PYTHONPATH"] = os.pathsep.join([str(HERE.parent), os.environ.get("PYTHONPATH", "")])
     engine_arguments, found = driver.engine_arguments, {}
     longest = max(sum(map(int, context.split("x"))) for context in config.contexts)
     with contextlib.ExitStack() as cleanup:
