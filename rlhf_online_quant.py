@@ -90,6 +90,9 @@ PROMPTS = [
     "The capital of France is",
     "The future of AI is",
 ]
+# Log-probabilities of the sampled tokens alone. vLLM would decode every token, and every log-probability's, as it comes: at
+# 256 sequences that takes longer than the GPU.
+ROLLOUT = dict(logprobs=0, flat_logprobs=True, detokenize=False)
 # Mismatch KL (nats per token) that is nothing to worry about. "none" is BF16's rounding of the trainer's FP32 weights.
 USUAL_KL = {"none": 5e-3, "fp8": 5e-2}
 LINE_OF_STEP = (
@@ -224,10 +227,13 @@ class MyLLM(LLM):
         return results
 
     def generate(self, *args, **kwargs):
-        """LLM.generate, unless the weights are torn."""
+        """LLM.generate, unless the weights are torn; decodes each answer at its end if vLLM did not token by token."""
         if self.torn:
             raise RuntimeError(f"refusing to generate: {self.torn}; sync a complete set of weights first")
-        return super().generate(*args, **kwargs)
+        outputs, tokenizer = super().generate(*args, **kwargs), self.get_tokenizer()
+        for completion in (completion for output in outputs for completion in output.outputs):
+            completion.text = completion.text or tokenizer.decode(completion.token_ids, skip_special_tokens=True)
+        return outputs
 
     def get_weights_version(self) -> int:
         """How many complete updates the weights have had; 0 means as loaded at start-up."""
@@ -734,8 +740,7 @@ def sync_weights_to_quantized_engine(
 
 def generate(engines: list, prompts: list[str], config: Config, seeds: list[int], **sampling) -> list:
     """One vLLM RequestOutput per prompt, in order; each engine generates for an equal share of them."""
-    same = dict(max_tokens=config.max_tokens, logprobs=0, flat_logprobs=True, **sampling)
-    params = [SamplingParams(seed=seed, **same) for seed in seeds]
+    params = [SamplingParams(seed=seed, max_tokens=config.max_tokens, **ROLLOUT, **sampling) for seed in seeds]
     share = -(-len(prompts) // len(engines))
     calls = [
         llm.generate.remote(prompts[i : i + share], params[i : i + share], use_tqdm=False)
