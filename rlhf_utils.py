@@ -33,6 +33,7 @@ import torch.distributed as dist
 import triton
 import triton.language as tl
 from torchao.quantization import Float8Tensor
+from torchao.quantization.quantize_.workflows.float8 import float8_tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.overrides import TorchFunctionMode
 
@@ -1006,6 +1007,38 @@ def plain_tensors(tensor: torch.Tensor) -> dict[str, torch.Tensor]:
 def empty_like(function, types, args, kwargs):
     """torchao 0.18 lacks it; vLLM then cannot store what it has compiled, and every start of an engine compiles anew."""
     return args[0]._apply_fn_to_data(lambda tensor: function(tensor, **kwargs))
+
+
+def scaled_mm(a_data, a_scale, b_data, b_scale, output_dtype, output_scale=None, bias=None, use_fast_accum=False):
+    """torchao's FP8 product of activations (M, K) and weights (K, N), scales (M, 1) and (1, N): (M, N).
+
+    For a scale per row, cuBLAS has one tile, 128 x 128, which leaves most of a GPU idle in a decoding step; vLLM's CUTLASS
+    kernels have smaller ones. On an H200 they are faster up to 128 rows, and slower beyond (`tests/bench_rollout.py`).
+    """
+    output = a_data.new_empty(a_data.shape[0], b_data.shape[1], dtype=output_dtype)
+    fastest_scaled_mm(output, a_data, b_data, a_scale, b_scale, bias, use_fast_accum)
+    return output
+
+
+@torch.library.custom_op("rlhf_online_quant::fastest_scaled_mm", mutates_args=("output",))
+def fastest_scaled_mm(
+    output: torch.Tensor,
+    a: torch.Tensor,
+    b: torch.Tensor,
+    a_scale: torch.Tensor,
+    b_scale: torch.Tensor,
+    bias: torch.Tensor | None,
+    use_fast_accum: bool,
+) -> None:
+    """An operator of its own, because a compiled model does not know the number of rows until it runs."""
+    if a.is_cuda and a.shape[0] <= 128:
+        torch.ops._C.cutlass_scaled_mm(output, a, b, a_scale, b_scale, bias)  # vLLM's
+    else:
+        options = dict(bias=bias, out_dtype=output.dtype, use_fast_accum=use_fast_accum, out=output)
+        torch._scaled_mm(a, b, a_scale, b_scale, **options)
+
+
+float8_tensor.addmm_float8_unwrapped_inference = scaled_mm  # in every process that imports this module
 
 
 def as_bytes(tensor: torch.Tensor) -> torch.Tensor:

@@ -11,6 +11,7 @@ OUTPUT_DIR/rollout_SHAPE.json and draws rollout_SHAPE.png.
 import contextlib
 import dataclasses
 import json
+import os
 import statistics
 import tempfile
 import time
@@ -19,7 +20,7 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import torch
 import tyro
-from harness import Remote, driver
+from harness import HERE, Remote, driver
 from random_models import write_config
 from rich.console import Console
 from rich.table import Table
@@ -29,6 +30,7 @@ from vllm import SamplingParams
 ENGINES = {
     "bf16": ({"quantization": "none"}, {}),
     "fp8": ({}, {}),
+    "fp8-as-shipped": ({}, {"worker_extension_cls": "as_shipped.AsShipped"}),  # torchao's own product
     "fp8-kv": ({"kv_cache_dtype": "fp8"}, {}),
     "vllm-fp8": ({"quantization": "none"}, {"quantization": "fp8"}),  # vLLM's own online quantization
     "bf16-eager": ({"quantization": "none", "enforce_eager": True}, {}),
@@ -67,7 +69,7 @@ def measure(config: Benchmark, llm: Remote) -> dict[str, float]:
     result = {}
     for context in config.contexts:
         length, new = map(int, context.split("x"))
-        params = SamplingParams(max_tokens=new, ignore_eos=True, logprobs=0, flat_logprobs=True)
+        params = SamplingParams(max_tokens=new, ignore_eos=True, **driver.ROLLOUT)
         for batch in config.batches:
             seconds = []
             for repeat in range(1 + config.repeats):
@@ -81,6 +83,7 @@ def measure(config: Benchmark, llm: Remote) -> dict[str, float]:
 
 def main(config: Benchmark) -> dict:
     """Start every engine in turn, measure, write and print."""
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(HERE), str(HERE.parent), os.environ.get("PYTHONPATH", "")])
     engine_arguments, found = driver.engine_arguments, {}
     longest = max(sum(map(int, context.split("x"))) for context in config.contexts)
     with contextlib.ExitStack() as cleanup:
