@@ -71,19 +71,6 @@ from rlhf_utils import (
 
 HERE = Path(__file__).resolve().parent
 ACTORS = {}  # Ray's id of an actor -> its name in messages
-# A process of its own that knows all descendants of this one, whoever started them, waits for the driver's clean-up or its end,
-# gives them 4 s and kills those that are left: what is stopped or stuck in a collective does not end by itself. In a
-# program with children of its own, which are to live on, restrict it to those of Ray.
-REAPER = """
-import contextlib, select, sys, psutil
-seen = set()
-while not select.select([sys.stdin], [], [], 0.5)[0]:  # readable when the driver's end of the pipe is closed
-    with contextlib.suppress(psutil.Error):
-        seen.update(psutil.Process(int(sys.argv[1])).children(recursive=True))
-for process in psutil.wait_procs(seen - {psutil.Process()}, timeout=4)[1]:
-    with contextlib.suppress(psutil.Error):
-        process.kill()  # not another process with the same number
-"""
 PROMPTS = [
     "Hello, my name is",
     "The president of the United States is",
@@ -313,6 +300,7 @@ class Trainer:
                 setattr(model_config, name, 0.0)
 
         def load(folder: str | Path) -> torch.nn.Module:
+            """A model without dropout, in training mode so that it can recompute activations."""
             options = dict(config=model_config, dtype=config.trainer_dtype)
             return transformers.AutoModelForCausalLM.from_pretrained(folder, **options).to(self.device).train()
 
@@ -602,6 +590,7 @@ def compute_rewards(outputs: list, reward: Callable = letters, timeout_s: float 
     answer = queue.Queue()
 
     def ask() -> None:
+        """In a thread of its own, which may hang."""
         try:
             answer.put(([float(value) for value in reward(prompts, completions)], None))
         except Exception as error:  # raised below
@@ -697,9 +686,11 @@ def sync_weights_to_quantized_engine(
     engines = quantized_llm if isinstance(quantized_llm, list) else [quantized_llm]
 
     def on_every_engine(method: str, *args) -> list:
+        """Handles of the calls."""
         return [llm.collective_rpc.remote(method, args=args) for llm in engines]
 
     def broadcast_to(method: str) -> tuple[dict, list[dict], float]:
+        """What sender and ranks returned, and seconds."""
         start = time.perf_counter()
         calls = [train_model.send_weights.remote(bucket_bytes), *on_every_engine(method)]
         sent, *ranks = wait(calls, timeout_s, f"broadcasting weights to {method}")
@@ -928,6 +919,23 @@ def actor_environment() -> dict[str, str]:
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
     }
     return {name: os.environ.get(name, value) for name, value in environment.items()}
+
+
+# A process of its own that knows Ray's processes below the driver, waits for the driver's clean-up or its end, gives them
+# 4 s and kills those that are left: what is stopped or stuck in a collective does not end by itself.
+REAPER = """
+import contextlib, select, sys, psutil
+seen = set()
+while not select.select([sys.stdin], [], [], 0.5)[0]:  # readable when the driver's end of the pipe is closed
+    with contextlib.suppress(psutil.Error):
+        for child in psutil.Process(int(sys.argv[1])).children():
+            with contextlib.suppress(psutil.Error):
+                if "/ray/" in " ".join(child.cmdline()):
+                    seen.update([child, *child.children(recursive=True)])
+for process in psutil.wait_procs(seen - {psutil.Process()}, timeout=4)[1]:
+    with contextlib.suppress(psutil.Error):
+        process.kill()  # not another process with the same number
+"""
 
 
 def connect(config: Config, cleanup: contextlib.ExitStack) -> int:

@@ -306,7 +306,7 @@ def digest(tensor: torch.Tensor) -> torch.Tensor:
     The sum over i of (2i + 1) word_i modulo 2^64, of the bytes as 64-bit words. Any one changed word changes it, and so do
     two swapped ones unless distance times difference is a multiple of 2^63. It is meant for accidents, not attackers.
     """
-    data = as_bytes(tensor)
+    data = as_bytes(tensor.contiguous())
     if data.numel() % 8:
         data = torch.nn.functional.pad(data, (0, -data.numel() % 8))
     words = data.view(torch.int64)
@@ -605,7 +605,8 @@ def bind(copy: Copy, piece: Piece, view: torch.Tensor, parameter: torch.Tensor) 
     copy is one of rectangles, and of whole rows for an FP8 parameter.
     """
 
-    def rectangle(view: tuple, width: int) -> tuple[int, int, int, int]:  # first row, rows, first column, columns
+    def rectangle(view: tuple, width: int) -> tuple[int, int, int, int]:
+        """First row, rows, first column, columns."""
         offset, shape, stride = view
         rows, columns = (shape[0], math.prod(shape[1:])) if shape else (1, 1)
         dense = [math.prod(shape[i + 1 :]) for i in range(1, len(shape))]

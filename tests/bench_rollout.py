@@ -10,7 +10,6 @@ OUTPUT_DIR/rollout_SHAPE.json and draws rollout_SHAPE.png.
 
 import contextlib
 import dataclasses
-import json
 import os
 import statistics
 import tempfile
@@ -20,7 +19,7 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import torch
 import tyro
-from harness import HERE, Remote, driver
+from harness import HERE, Remote, driver, write_result
 from random_models import write_config
 from rich.console import Console
 from rich.table import Table
@@ -104,22 +103,14 @@ def main(config: Benchmark) -> dict:
                     "tokens_per_s": measure(own, Remote(actor, 900)),
                 }
             print(name, found[name])
-    result = {
-        "shape": config.shape,
-        "layout": f"TP={config.tensor_parallel_size}",
-        "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
-        "quantization": config.quantization,
-        "engines": found,
-    }
-    config.output_dir.mkdir(parents=True, exist_ok=True)
-    (config.output_dir / f"rollout_{config.shape}.json").write_text(json.dumps(result, indent=2))
+    result = write_result(config, device, "rollout", engines=found)
     report(result, config.output_dir / f"rollout_{config.shape}.png")
     return result
 
 
 def report(result: dict, picture: Path) -> None:
     """Print tokens/s and ratios, and draw the ratios."""
-    engines, title = result["engines"], f"{result['shape']}, {result['layout']}, {result['device']}"
+    engines, title = result["engines"], f"{result['shape']}, {result['layout'].partition(',')[0]}, {result['device']}"
     rates = {name: engine["tokens_per_s"] for name, engine in engines.items()}
     base = next(iter(rates.values()))
     table = Table("tokens/s (ratio)", *engines, title=f"{title}, fp8 is {result['quantization']}")

@@ -10,14 +10,13 @@ OUTPUT_DIR/startup_SHAPE.json.
 import contextlib
 import dataclasses
 import importlib
-import json
 import os
 import tempfile
 from pathlib import Path
 
 import torch
 import tyro
-from harness import HERE, Remote, driver, generate
+from harness import HERE, Remote, driver, generate, write_result
 from random_models import build_random_model
 from rich.console import Console
 from rich.table import Table
@@ -76,15 +75,7 @@ def main(config: Benchmark) -> dict:
                 outputs.append(generate(Remote(llm)))
             starts[name]["all of these"] = sum(starts[name].values()) - starts[name]["of which compilation"]
     assert outputs[0] == outputs[1], "what was stored computes something else"
-    result = {
-        "shape": config.shape,
-        "layout": f"TP={config.tensor_parallel_size}, trainer {config.trainer_device}",
-        "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
-        "quantization": config.quantization,
-        "seconds": starts,
-    }
-    config.output_dir.mkdir(parents=True, exist_ok=True)
-    (config.output_dir / f"startup_{config.shape}.json").write_text(json.dumps(result, indent=2))
+    result = write_result(config, device, "startup", seconds=starts)
     table = Table("seconds", *starts, "ratio", title=f"{config.shape}, {result['layout']}, {result['device']}")
     for phase, (first, second) in zip(starts["first start"], zip(*(start.values() for start in starts.values()))):
         table.add_row(phase, f"{first:.1f}", f"{second:.1f}", f"{second / first:.2f}" if first else "-")

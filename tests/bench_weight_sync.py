@@ -21,7 +21,7 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import torch
 import tyro
-from harness import HERE, Remote, checksums, driver, fresh_engine, generate, sync
+from harness import HERE, Remote, checksums, driver, fresh_engine, generate, sync, write_result
 from random_models import build_random_model
 from rich.console import Console
 from rich.table import Table
@@ -180,9 +180,7 @@ def main(config: Benchmark) -> dict:
         fresh = cleanup.enter_context(fresh_engine(config, path, device, gpus))
         driver.join_group(config, device, trainer, [actor])
         driver.prove_fp8([actor], config)
-        result = measure(config, device, trainer, actor, fresh())
-    config.output_dir.mkdir(parents=True, exist_ok=True)
-    (config.output_dir / f"weight_sync_{config.shape}.json").write_text(json.dumps(result, indent=2))
+        result = write_result(config, device, "weight_sync", **measure(config, device, trainer, actor, fresh()))
     draw(config.output_dir)
     report(result)
     return result
@@ -263,10 +261,6 @@ def measure(config: Benchmark, device: str, trainer, actor, expected: dict) -> d
         row["gb_per_s"] = last[-1]["bytes"] / row["seconds"] / 1e9
         row["ratio"] = row["seconds"] / rows[RAW]["seconds"]
     return {
-        "shape": config.shape,
-        "layout": f"TP={config.tensor_parallel_size}, trainer {config.trainer_device} {config.trainer_dtype}",
-        "mode": "eager" if config.enforce_eager or device == "cpu" else "compiled, CUDA graphs",
-        "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
         "bytes": last[-1]["bytes"],
         "bucket_mib": config.bucket_mib,
         "buckets": last[-1]["sender"]["buckets"],

@@ -36,6 +36,21 @@ class Remote:
         return call
 
 
+def write_result(config, device: str, name: str, **found) -> dict:
+    """What a benchmark found and on what, which it also writes to OUTPUT_DIR/NAME_SHAPE.json."""
+    result = {
+        "shape": config.shape,
+        "layout": f"TP={config.tensor_parallel_size}, trainer {config.trainer_device} {config.trainer_dtype}",
+        "mode": "eager" if config.enforce_eager or device == "cpu" else "compiled, CUDA graphs",
+        "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
+        "quantization": config.quantization,
+        **found,
+    }
+    config.output_dir.mkdir(parents=True, exist_ok=True)
+    (config.output_dir / f"{name}_{config.shape}.json").write_text(json.dumps(result, indent=2))
+    return result
+
+
 def generate(llm, prompts=PROMPTS, max_tokens: int = 16) -> list:
     """Greedy [token ids, log-probabilities of the five likeliest tokens a step] per prompt; LLM or Remote."""
     params = SamplingParams(temperature=0, max_tokens=max_tokens, logprobs=5, ignore_eos=True)

@@ -3,13 +3,19 @@
 import doctest
 import json
 import math
+import subprocess
+import sys
+import time
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 import triton
 from harness import driver
+from torchao.float8.inference import Float8MMConfig, addmm_float8_unwrapped_inference
 from torchao.quantization import Float8Tensor, PerRow
+from torchao.quantization.quantize_.workflows.float8.float8_tensor import QuantizeTensorToFloat8Kwargs
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -30,7 +36,7 @@ def test_digest_sees_order_and_single_bits():
     swapped_rows, swapped_words, flipped = data.flip(0), data.clone(), data.clone()
     swapped_words.view(-1)[[0, 2]] = data.view(-1)[[2, 0]]
     flipped.view(torch.int32)[-1, -1] ^= 1
-    values = {digest(t.contiguous()).item() for t in (data, swapped_rows, swapped_words, flipped)}
+    values = {digest(t).item() for t in (data, swapped_rows, swapped_words, flipped)}
     assert len(values) == 4 and digest(data.clone()).item() in values
     assert digest(torch.zeros(0)).item() == 0 and digest(torch.ones(3, dtype=torch.uint8)).item() != 0
 
@@ -97,6 +103,28 @@ def test_digest_is_its_formula(size, device):
     assert digest(data.to(device)).item() % 2**64 == expected
 
 
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("rows", [1, 128, 129])
+@pytest.mark.parametrize("bias", [False, True])
+def test_scaled_mm_is_torchaos(rows, device, bias, monkeypatch):
+    """Both kernels, as they are and compiled, against torchao's own product and the full-precision one."""
+    torch.manual_seed(0)
+    kwargs = {"act_quant_kwargs": QuantizeTensorToFloat8Kwargs(granularity=PerRow()), "granularity": PerRow()}
+    full, x = torch.randn(64, 96, device=device).bfloat16(), torch.randn(rows, 96, device=device).bfloat16()
+    weight = Float8Tensor.from_hp(full, mm_config=Float8MMConfig(use_fast_accum=True), **kwargs)
+    bias = torch.randn(64, device=device).bfloat16() if bias else None
+    products = {}
+    for ours in (False, True):
+        product = rlhf_utils.scaled_mm if ours else addmm_float8_unwrapped_inference
+        monkeypatch.setattr(rlhf_utils.float8_tensor, "addmm_float8_unwrapped_inference", product)
+        torch.compiler.reset()
+        compiled = torch.compile(torch.nn.functional.linear, dynamic=True, fullgraph=True)
+        products[ours] = [linear(x, weight, bias) for linear in (torch.nn.functional.linear, compiled)]
+    torch.testing.assert_close(products[True], products[False], rtol=2**-7, atol=2**-7)
+    error = products[True][0] - torch.nn.functional.linear(x, full, bias)
+    assert error.float().norm() < 0.06 * (x @ full.t()).float().norm()
+
+
 def test_zero_rows_are_repaired():
     """torchao 0.18 gives NaN for a zero row, and 448 for a row whose scale underflows to 0."""
     weight = torch.randn(32, 64, dtype=torch.bfloat16)
@@ -107,6 +135,21 @@ def test_zero_rows_are_repaired():
     expected[[3, 7]] = 0
     assert repair_zero_rows([torch.randn(3), broken]) == 2
     assert torch.equal(broken.dequantize(), expected) and (broken.scale > 0).all()
+
+
+def test_the_reaper_kills_what_is_rays():
+    """A driver's own children, a tracker's service for example, live on."""
+    sleep = "[sys.executable, '-c', 'import time; time.sleep(60)', mark]"
+    start = f"import subprocess, sys, time; print([subprocess.Popen({sleep}).pid for mark in ('/ray/', 'mine')], flush=True)"
+    command = [sys.executable, "-c", f"{start}; time.sleep(60)"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as parent:
+        rays, mine = map(psutil.Process, json.loads(parent.stdout.readline()))
+        with subprocess.Popen([sys.executable, "-c", driver.REAPER, str(parent.pid)], stdin=subprocess.PIPE):
+            time.sleep(2)
+        statuses = rays.status(), mine.status()
+        mine.kill()
+        parent.kill()
+    assert statuses[0] == psutil.STATUS_ZOMBIE and statuses[1] != psutil.STATUS_ZOMBIE
 
 
 def test_zero_activation_rows_stay_finite():
