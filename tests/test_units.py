@@ -38,6 +38,7 @@ def test_digest_sees_order_and_single_bits():
     flipped.view(torch.int32)[-1, -1] ^= 1
     values = {digest(t).item() for t in (data, swapped_rows, swapped_words, flipped)}
     assert len(values) == 4 and digest(data.clone()).item() in values
+    assert digest(data.t()).item() == digest(data.t().contiguous()).item() not in values
     assert digest(torch.zeros(0)).item() == 0 and digest(torch.ones(3, dtype=torch.uint8)).item() != 0
 
 
