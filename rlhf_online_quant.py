@@ -77,8 +77,8 @@ PROMPTS = [
     "The capital of France is",
     "The future of AI is",
 ]
-# Log-probabilities of the sampled tokens alone. vLLM would decode every token, and every log-probability's, as it comes: at
-# 256 sequences that takes longer than the GPU.
+# Log-probabilities of the sampled tokens alone. vLLM would decode every token, and every log-probability's, as it comes,
+# and make the GPU wait at hundreds of sequences; `MyLLM.generate` decodes at the end.
 ROLLOUT = dict(logprobs=0, flat_logprobs=True, detokenize=False)
 # Mismatch KL (nats per token) that is nothing to worry about. "none" is BF16's rounding of the trainer's FP32 weights.
 USUAL_KL = {"none": 5e-3, "fp8": 5e-2}
@@ -218,8 +218,9 @@ class MyLLM(LLM):
         if self.torn:
             raise RuntimeError(f"refusing to generate: {self.torn}; sync a complete set of weights first")
         outputs, tokenizer = super().generate(*args, **kwargs), self.get_tokenizer()
-        for completion in (completion for output in outputs for completion in output.outputs):
-            completion.text = completion.text or tokenizer.decode(completion.token_ids, skip_special_tokens=True)
+        for output in outputs:
+            for answer in output.outputs:
+                answer.text = answer.text or decode(tokenizer, output.prompt_token_ids, answer.token_ids)
         return outputs
 
     def get_weights_version(self) -> int:
@@ -233,6 +234,12 @@ class MyLLM(LLM):
     def shutdown(self) -> None:
         """Stop the engine's processes."""
         self.llm_engine.engine_core.shutdown()
+
+
+def decode(tokenizer, prompt: list[int], answer: list[int]) -> str:
+    """An answer's text as it follows its prompt; decoded alone, some tokenizers would drop its first space."""
+    options = dict(skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    return tokenizer.decode([*prompt[-1:], *answer], **options)[len(tokenizer.decode(prompt[-1:], **options)) :]
 
 
 def torchao_config(quantization: str) -> AOBaseConfig | None:

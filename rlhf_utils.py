@@ -1011,10 +1011,11 @@ def empty_like(function, types, args, kwargs):
 
 
 def scaled_mm(a_data, a_scale, b_data, b_scale, output_dtype, output_scale=None, bias=None, use_fast_accum=False):
-    """torchao's FP8 product of activations (M, K) and weights (K, N), scales (M, 1) and (1, N): (M, N).
+    """In place of torchao's own FP8 product: activations (M, K) by weights (K, N), scales (M, 1) and (1, N); BF16 (M, N).
 
-    For a scale per row, cuBLAS has one tile, 128 x 128, which leaves most of a GPU idle in a decoding step; vLLM's CUTLASS
-    kernels have smaller ones. On an H200 they are faster up to 128 rows, and slower beyond (`tests/bench_rollout.py`).
+    For a scale per row, cuBLAS took one tile of 128 x 128 throughout, which leaves most of a GPU idle in a decoding step.
+    vLLM's CUTLASS kernels have smaller ones; on an H200, with the layers of Qwen3-8B, they were faster at up to 128 rows and
+    slower from 256 on. `tests/bench_rollout.py` compares whole engines.
     """
     output = a_data.new_empty(a_data.shape[0], b_data.shape[1], dtype=output_dtype)
     fastest_scaled_mm(output, a_data, b_data, a_scale, b_scale, bias, use_fast_accum)

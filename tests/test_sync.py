@@ -95,6 +95,17 @@ def test_recording_is_made_anew_when_it_no_longer_fits(config, models, capfd):
         assert paths(bucket_bytes=100_000) == ["replay", "replay"] and observe(llm) == expected
 
 
+def test_answers_read_as_vllm_decodes_them(pair):
+    """Decoded at their end, all of them; letters and spaces only, because vLLM drops half a character at the end."""
+    letters = pair.llm.get_tokenizer()("abc xyz.").input_ids
+    same = dict(max_tokens=12, seed=0, n=3, allowed_token_ids=letters)
+    answers = [
+        [answer.text for output in pair.llm.generate(PROMPTS, params, use_tqdm=False) for answer in output.outputs]
+        for params in (SamplingParams(**same), SamplingParams(**same | driver.ROLLOUT))
+    ]
+    assert answers[0] == answers[1] and len(set(answers[0])) > 6 and all(len(text) == 12 for text in answers[0])
+
+
 def test_prefix_cache_is_reset(config, pair):
     """The same prompt before and after: old keys and values would answer for the new weights."""
     params = SamplingParams(temperature=0, max_tokens=1)

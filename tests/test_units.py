@@ -13,9 +13,11 @@ import pytest
 import torch
 import triton
 from harness import driver
+from tokenizers import Tokenizer, decoders, models
 from torchao.float8.inference import Float8MMConfig, addmm_float8_unwrapped_inference
 from torchao.quantization import Float8Tensor, PerRow
 from torchao.quantization.quantize_.workflows.float8.float8_tensor import QuantizeTensorToFloat8Kwargs
+from transformers import PreTrainedTokenizerFast
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -136,6 +138,15 @@ def test_zero_rows_are_repaired():
     expected[[3, 7]] = 0
     assert repair_zero_rows([torch.randn(3), broken]) == 2
     assert torch.equal(broken.dequantize(), expected) and (broken.scale > 0).all()
+
+
+def test_answers_keep_their_first_space():
+    """As vLLM decodes them token by token; a tokenizer of words with a mark for spaces drops the first one."""
+    words = Tokenizer(models.WordLevel({"▁What": 0, "▁is": 1, "▁4": 2, "▁.": 3, "</s>": 4}, unk_token="</s>"))
+    words.decoder = decoders.Metaspace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, eos_token="</s>", clean_up_tokenization_spaces=True)
+    assert driver.decode(tokenizer, [0, 1], [2, 3, 4]) == " 4 ."
+    assert driver.decode(tokenizer, [], [2]) == driver.decode(tokenizer, [4], [2]) == "4"
 
 
 def test_the_reaper_kills_what_is_rays():
