@@ -13,8 +13,8 @@ that runs beside training (every answer comes from the newest weights).
 Two things differ from the example that is usually copied:
 
 - `quantization="torchao"` is passed beside the torchao config. The config alone is ignored and the engine stays BF16.
-- A sync is one reload session, or a replay of one. `load_weights` once per parameter leaves a quantized engine with
-  uninitialized memory.
+- A sync is one reload session, or a replay of the copies that it would make. `load_weights` once per parameter leaves a
+  quantized engine with uninitialized memory.
 
 Without a GPU the same processes run on the CPU (gloo, weight-only FP8, a tiny random model).
 
@@ -623,12 +623,12 @@ def compute_rewards(outputs: list, reward: Callable = letters, timeout_s: float 
 # ----- The sync ------------------------------------------------------------------------------------------------------
 
 
-def wait(refs: list, timeout_s: float, doing: str) -> list:
+def wait(refs: list, timeout_s: float, doing: str, patience_s: float = 0.0) -> list:
     """`ray.get(refs)` with a time limit, whose one error names every actor that failed, died or did not answer.
 
     Raises:
-        RuntimeError: an actor failed or died. The others have had 4 more seconds, because what fails first is not always
-            the cause.
+        RuntimeError: an actor failed or died. The others have had 4 more seconds, and `patience_s` from the start on,
+            because what fails first is not always the cause.
         TimeoutError: it took longer than `timeout_s` seconds.
     """
     start, pending, results, failures = time.monotonic(), list(refs), {}, []
@@ -645,7 +645,7 @@ def wait(refs: list, timeout_s: float, doing: str) -> list:
         if not done and not failures:  # an actor that nothing is asked of at the moment may have died as well
             failures = [f"{name} has died" for actor, name in ACTORS.items() if actor_state(actor) == "DEAD"]
         if failures:
-            deadline = min(deadline, time.monotonic() + 4)
+            deadline = min(deadline, max(time.monotonic() + 4, start + patience_s))
         elif time.monotonic() > next_sign:
             next_sign += 10
             print(f"... {doing}: {time.monotonic() - start:.0f} s", file=sys.stderr)
@@ -672,8 +672,8 @@ def sync_weights_to_quantized_engine(
 ) -> dict:
     """Bring engines to the trainer's weights: broadcast, quantization on arrival, digests, cache reset.
 
-    The first sync (and any after the trainer's weights, or `bucket_bytes`, have been replaced) agrees on the manifest
-    and is a reload session, which is recorded; later ones replay it, each with one call to either side.
+    The first sync (and any after the trainer's weights, or `bucket_bytes`, have been replaced) agrees on the manifest and
+    learns what vLLM would copy. Every sync replays these copies, with one call to either side.
 
     Args:
         train_model, quantized_llm: handles of the `Trainer` actor and of the `MyLLM` actor (or a list of them), which
@@ -682,8 +682,8 @@ def sync_weights_to_quantized_engine(
 
     Returns:
         `bytes` on the wire, `seconds` from the first byte to the reset prefix cache, `gb_per_s` (1e9), `verified` (on
-        every rank, the digest of every bucket equals the sender's), `changed` (on any rank), `path` ("session" or
-        "replay"), `no_replay` (after a session: why it cannot be replayed, or None), and per-rank details.
+        every rank, the digest of every bucket equals the sender's), `changed` (on any rank), `path` ("replay", or
+        "session" for a model that cannot be replayed), and per-rank details.
 
     Raises:
         RuntimeError: what is wrong with which weight on which rank, or who died; with `verify`, the tensors that differ.
@@ -700,14 +700,17 @@ def sync_weights_to_quantized_engine(
         """What sender and ranks returned, and seconds."""
         start = time.perf_counter()
         calls = [train_model.send_weights.remote(bucket_bytes), *on_every_engine(method)]
-        sent, *ranks = wait(calls, timeout_s, f"broadcasting weights to {method}")
+        patience_s = timeout_s / 2 + 2  # a rank whose peer has died knows after half the limit in which bucket that was
+        sent, *ranks = wait(calls, timeout_s, f"broadcasting weights to {method}", patience_s)
         return sent, sum(ranks, []), time.perf_counter() - start
 
     sent, ranks, seconds = broadcast_to("receive_weights")
     if sent is None:  # the first time, or the model has been replaced since: nothing was sent
         [manifest] = wait([train_model.weight_manifest.remote()], timeout_s, "listing the trainer's weights")
-        print(f"Agreeing on {len(manifest)} weights; the next weight sync is a reload session, which is recorded")
-        wait(on_every_engine("agree_on_weights", manifest, bucket_bytes), timeout_s, "checking the manifest")
+        asked = on_every_engine("agree_on_weights", manifest, bucket_bytes)
+        reasons = set(sum(wait(asked, timeout_s, "checking the manifest"), [])) - {None}
+        how = f"reload sessions, because {'; '.join(sorted(reasons))}" if reasons else "replays of what vLLM would copy"
+        print(f"Agreed on {len(manifest)} weights; weight syncs are {how}")
         wait([train_model.agree_on_weights.remote(bucket_bytes)], timeout_s, "preparing to send")
         sent, ranks, seconds = broadcast_to("receive_weights")
     result = {
@@ -717,7 +720,6 @@ def sync_weights_to_quantized_engine(
         "verified": all(rank["buckets_matched"] == sent["buckets"] for rank in ranks),
         "changed": any(rank["changed"] for rank in ranks),
         "path": ranks[0]["path"],
-        "no_replay": next((rank["no_replay"] for rank in ranks if rank["no_replay"]), None),
         "weights_version": ranks[0]["weights_version"],
         "sender": sent,
         "ranks": ranks,
@@ -1111,8 +1113,6 @@ def main(config: Config) -> dict:
         sync = sync_weights_to_quantized_engine(
             trainer, engines, bucket_bytes=bucket_bytes, verify=config.verify, timeout_s=config.timeout_s
         )
-        reason = sync["no_replay"]
-        print(f"Later weight syncs are {f'reload sessions, because {reason}' if reason else 'replays of this one'}")
         startup |= seconds | {"first sync": sync["seconds"], "all": time.time() - began}
         print(f"Start-up: {', '.join(f'{phase} {s:.1f} s' for phase, s in startup.items())}")
         samples = prompts_of_step(config, prompts, 0)[:4]
@@ -1168,10 +1168,9 @@ def measure_inference_memory(
             return max(sum(wait(calls, config.timeout_s, "reading the memory"), []))
 
         memory["startup_gib"] = peak()
-        for _ in range(2):  # a session and, if the model allows it, a replay
-            sync_weights_to_quantized_engine(
-                trainer, engines, bucket_bytes=config.bucket_mib * 2**20, timeout_s=config.timeout_s
-            )
+        sync_weights_to_quantized_engine(
+            trainer, engines, bucket_bytes=config.bucket_mib * 2**20, timeout_s=config.timeout_s
+        )
         memory["sync_gib"] = peak()
         generate(engines, PROMPTS, config, [0] * len(PROMPTS), n=config.samples_per_prompt, temperature=1.0)
         memory["generation_gib"] = peak()

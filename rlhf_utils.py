@@ -6,8 +6,8 @@
 vLLM adds `WorkerExtension` to each of its workers (`worker_extension_cls="rlhf_utils.WorkerExtension"`); its methods
 are called by name with `collective_rpc`. Four rules decide the code:
 
-1. One reload session for a whole update, or a replay of its copies. `model.load_weights` outside a session rebuilds
-   every layer that it touches from uninitialized memory, so a call per parameter destroys a quantized model.
+1. One reload session for a whole update, or a replay of the copies that it would make. `model.load_weights` outside a
+   session rebuilds every layer that it touches from uninitialized memory: a call per parameter destroys a quantized model.
 2. A rank never leaves a broadcast early (`use_all`). Whatever fails while loading is kept until the last bucket
    has come in; otherwise the sender waits for ever.
 3. All ranks agree on errors (`agreed`). One reply too many in vLLM's executor is taken for the answer to the next call.
@@ -25,6 +25,7 @@ import socket
 import time
 from collections.abc import Callable, Iterable, Iterator
 from datetime import timedelta
+from types import NoneType
 from typing import NamedTuple
 
 import psutil
@@ -34,7 +35,6 @@ import triton
 import triton.language as tl
 from torchao.quantization import Float8Tensor
 from torchao.quantization.quantize_.workflows.float8 import float8_tensor
-from torch.multiprocessing.reductions import StorageWeakRef
 from torch.overrides import TorchFunctionMode
 
 logger = logging.getLogger(__name__)
@@ -65,6 +65,9 @@ class GlooGroup:
         host = data.cpu()  # `data` itself if that is on the CPU
         self.gloo.broadcast([host], options).wait()
         data.copy_(host)
+
+    def destroy(self) -> None:
+        """As NCCL's: end what has been begun. Here nothing outlives its call."""
 
 
 def stateless_init_process_group(
@@ -336,6 +339,8 @@ def digest_kernel(words, count, total, BLOCK: tl.constexpr):
 
 def broadcast(group, tensor: torch.Tensor, what: str, stream=None) -> None:
     """Broadcast from rank 0; an error of gloo's, which waits here, says where it happened."""
+    if getattr(group, "disabled", False):  # vLLM's communicator would do nothing, silently
+        raise ConnectionError(f"rank {group.rank}, {what}: this group was given up after an error; join a new one")
     try:
         group.broadcast(tensor, src=0, stream=stream)
     except RuntimeError as error:
@@ -347,6 +352,7 @@ def wait_on_host(event, group, what: str) -> None:
     deadline = time.monotonic() + group.timeout_s
     while not event.query():
         if time.monotonic() > deadline:
+            group.destroy()  # NCCL's kernels would keep the GPU busy for ever
             raise TimeoutError(f"rank {group.rank}, {what}: no progress for {group.timeout_s:g} s")
         time.sleep(1e-4)
 
@@ -452,7 +458,6 @@ class ReloadSession:
         self.parameters = {name for name, _ in self.model.named_parameters()}
         self.received: Manifest = []
         self.loaded: set[str] = set()
-        self.recorder = CopyRecorder(self.model)
         with self._vllm_config():
             initialize_layerwise_reload(self.model)
 
@@ -464,8 +469,7 @@ class ReloadSession:
     def load(self, weights: Weights) -> None:
         """Give checkpoint tensors (full shapes, any float dtype) to vLLM's loaders, which slice, fuse and quantize."""
         self.received += [[name, dtype_name(weight.dtype), list(weight.shape)] for name, weight in weights]
-        self.recorder.watch(weights)
-        with self._vllm_config(), self.recorder:
+        with self._vllm_config():
             self.loaded |= self.model.load_weights(weights)
 
     def close(self, complete: bool = True) -> None:
@@ -474,7 +478,7 @@ class ReloadSession:
 
         # It warns of layers without weights in any checkpoint, such as tied heads; `stale` below finds real gaps.
         logging.getLogger("vllm.model_executor.model_loader.reload.layerwise").setLevel(logging.ERROR)
-        with self._vllm_config(), self.recorder:
+        with self._vllm_config():
             finalize_layerwise_reload(self.model, self.worker.model_config)
         repack_heads(self.model)
         repair_zero_rows(self.model.parameters())
@@ -503,50 +507,48 @@ class Copy(NamedTuple):
 
 
 class CopyRecorder(TorchFunctionMode):
-    """While active, writes down every copy that vLLM's loaders make from a watched weight into a parameter.
+    """While active, every `copy_` from one of `weights` into one of `parameters` is written down instead of done."""
 
-    At that time a layer's parameters are in full precision, in memory of the session's; they are quantized afterwards.
-    """
-
-    def __init__(self, model: torch.nn.Module):
+    def __init__(self, weights: Iterable[tuple[str, torch.Tensor]], parameters: Iterable[tuple[str, torch.Tensor]]):
         super().__init__()
-        self.copies, self.watched, self.latest = [], {}, 0
-        self.modules = [item for item in model.named_modules() if item[1]._parameters]
-
-    def watch(self, weights: Weights) -> None:
-        """Recognize these tensors, each in memory of its own, as sources."""
-        for name, weight in weights:
-            storage = weight.untyped_storage()
-            self.watched[storage.data_ptr()] = (name, StorageWeakRef(storage))
+        self.weights, self.parameters = (
+            {tensor.untyped_storage()._cdata: name for name, tensor in named} for named in (weights, parameters)
+        )
+        self.copies: list[Copy] = []
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
-        if function is torch.Tensor.copy_ and not any(t.is_meta or isinstance(t, Float8Tensor) for t in args[:2]):
-            self._record(*args[:2])
+        if function is torch.Tensor.copy_:
+            target, source = args[:2]
+            weight = self.weights.get(source.untyped_storage()._cdata)
+            parameter = self.parameters.get(target.untyped_storage()._cdata)
+            if weight and parameter:
+                views = [(view.storage_offset(), tuple(view.shape), view.stride()) for view in (source, target)]
+                self.copies.append(Copy(weight, views[0], parameter, views[1]))
+                return target
         return function(*args, **kwargs or {})
 
-    def _record(self, target: torch.Tensor, source: torch.Tensor) -> None:
-        name, memory = self.watched.get(source.untyped_storage().data_ptr(), (None, None))
-        if name is None or memory.expired():  # addresses are used again
-            return
-        if parameter := self._parameter_at(target.untyped_storage().data_ptr()):
-            views = [(view.storage_offset(), tuple(view.shape), view.stride()) for view in (source, target)]
-            self.copies.append(Copy(name, views[0], parameter, views[1]))
 
-    def _parameter_at(self, address: int) -> str | None:
-        """Its name; layers are loaded one after another, so the search begins where the last one ended."""
-        for step in range(len(self.modules)):
-            number = (self.latest + step) % len(self.modules)
-            path, module = self.modules[number]
-            for name, p in module._parameters.items():
-                plain = p is not None and not (p.is_meta or isinstance(p, Float8Tensor))
-                if plain and p.untyped_storage().data_ptr() == address:
-                    self.latest = number
-                    return f"{path}.{name}"
-        return None
+def record_copies(worker, manifest: Manifest) -> list[Copy]:
+    """What a reload session would copy from the manifest's weights, learned from weights that have a shape and no memory.
+
+    To vLLM it is a session in which no weight came: it puts the live tensors back as they were. Raises ValueError if the
+    loaders want to see the weights themselves.
+    """
+    weights = [(name, torch.empty(shape, dtype=getattr(torch, dtype), device="meta")) for name, dtype, shape in manifest]
+    session = ReloadSession(worker)  # the parameters are in full precision and on the meta device now, but for biases
+    recorder = CopyRecorder(weights, session.model.named_parameters())
+    try:
+        with recorder:
+            session.load(weights)
+    except RuntimeError as error:
+        raise ValueError(f"vLLM's loaders of this model do more than copy: {error}") from error
+    finally:
+        session.close(complete=False)
+    return recorder.copies
 
 
 class Replay:
-    """A session's copies, done again without vLLM's loaders: rows are quantized straight into the live tensors.
+    """A session's copies without vLLM's loaders: rows are quantized straight into the live tensors.
 
     Raises:
         ValueError: why this model or torchao config cannot be replayed exactly.
@@ -568,8 +570,10 @@ class Replay:
                 raise ValueError(f"vLLM's CPU backend has packed {name} out of sight")
             if covered.get(name, 0) != needed:
                 raise ValueError(f"copies cover {covered.get(name, 0)} of {needed} elements of {name}")
+        check_post_processing(model)
         check_quantizer(model)
         self.live, self.on_gpu, self.graphs = live_addresses(model), buckets.digests.is_cuda, {}
+        self.capturing = buckets.streams.Stream()
         self.steps = []  # for each bucket: arguments of quantize_rows, and of _foreach_copy_
         for pieces in buckets.pieces:
             bound = [
@@ -586,9 +590,12 @@ class Replay:
             return self.graphs[number].replay()
         self._quantize_and_copy(number)
         if self.on_gpu:
-            self.graphs[number] = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self.graphs[number], capture_error_mode="thread_local"):
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.stream(self.capturing):  # torch.cuda.graph() would wait for the device, without a limit
+                graph.capture_begin(capture_error_mode="thread_local")
                 self._quantize_and_copy(number)
+                graph.capture_end()
+            self.graphs[number] = graph
 
     def _quantize_and_copy(self, number: int) -> None:
         rows, plain = self.steps[number]
@@ -669,6 +676,23 @@ def quantize_rows_kernel(source, source_stride, qdata, scale, columns, BLOCK: tl
     quotient = tl.where(dead, 0.0, tl.clamp(quotient, -448.0, 448.0, propagate_nan=tl.PropagateNan.ALL))
     tl.store(qdata + row * columns + column, quotient.to(tl.float8e4nv), mask=inside)
     tl.store(scale + row, tl.where(dead, 1.0, row_scale))
+
+
+def check_post_processing(model: torch.nn.Module) -> None:
+    """Raise ValueError if vLLM derives more from loaded weights than FP8 rows: a replay would leave that as it was."""
+    from vllm.model_executor.layers.attention import Attention
+    from vllm.model_executor.layers.linear import UnquantizedLinearMethod
+    from vllm.model_executor.layers.quantization.torchao import TorchAOLinearMethod
+    from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod
+    from vllm.v1.attention.backend import AttentionImplBase
+
+    nothing_else = (NoneType, TorchAOLinearMethod, UnquantizedLinearMethod, UnquantizedEmbeddingMethod)
+    for name, module in model.named_modules():
+        doer = module.impl if type(module) is Attention else module
+        derive = getattr(type(doer), "process_weights_after_loading", None)
+        method = type(getattr(module, "quant_method", None))
+        if derive not in (None, AttentionImplBase.process_weights_after_loading) or method not in nothing_else:
+            raise ValueError(f"vLLM derives more than FP8 rows from the weights of {name} ({type(doer).__name__})")
 
 
 def check_quantizer(model: torch.nn.Module) -> None:
@@ -898,52 +922,55 @@ class WorkerExtension:
         return peak
 
     @agreed
-    def agree_on_weights(self, manifest: Manifest, bucket_bytes: int = BUCKET_BYTES) -> None:
-        """Raise one ValueError with all that is wrong, before a byte moves; otherwise prepare for these weights."""
+    def agree_on_weights(self, manifest: Manifest, bucket_bytes: int = BUCKET_BYTES) -> str | None:
+        """Raise one ValueError with all that is wrong, before a byte moves; otherwise prepare for these weights.
+
+        Returns why updates have to be reload sessions, or None if they can be replays.
+        """
         check_manifest(manifest, self.expected_weights)
-        self.buckets, self.replay = Buckets(manifest, bucket_bytes, self.weight_group, self.device), None
+        self.manifest, self.buckets = manifest, Buckets(manifest, bucket_bytes, self.weight_group, self.device)
+        self._know_what_is_stored()
+        return self._prepare_replay()
+
+    def _prepare_replay(self) -> str | None:
+        self.replay = None
+        self._abandon_update()
+        try:
+            self.replay = Replay(self.get_model(), record_copies(self, self.manifest), self.buckets)
+        except ValueError as error:
+            return str(error)
 
     @agreed
     def receive_weights(self) -> dict | None:
-        """Receive a complete set of weights, as agreed on; None if rank 0 has none to send. Blocks until it has sent.
-
-        The first time it is a reload session, whose copies are recorded; from then on they are replayed if they can be.
-        """
+        """Receive a complete set of weights, as agreed on; None if rank 0 has none to send. Blocks until it has sent."""
         if self.replay and self.replay.live != live_addresses(self.get_model()):
-            logger.warning("the engine's tensors have moved: this weight sync is a reload session and is recorded anew")
-            self.replay = None
+            logger.warning("the engine's tensors have moved: what vLLM copies is recorded anew")
+            self._prepare_replay()
         if not announce(self.weight_group, self.device):
             return None
-        reason, path = None, "replay" if self.replay else "session"
-        if self.reload_session is not None:  # a per-parameter update that was never ended
-            self._end_update(complete=False)
+        self._abandon_update()
         if self.replay:
-            known, self.wire_digests, self.stored_digests = self.wire_digests, None, None
+            wire, stored = self.wire_digests, self.stored_digests
+            self.wire_digests = self.stored_digests = None
             matched = use_all(self.buckets.receive(), self.replay)
             if self.device.type == "cpu":
                 repack_heads(self.get_model())
             self.wire_digests = self.buckets.digests.clone()
-            self.weights_changed = known is None or not torch.equal(known, self.wire_digests)
+            if wire is not None:
+                self.weights_changed = not torch.equal(wire, self.wire_digests)
+            else:
+                self.stored_digests = self._digests()
+                self.weights_changed = stored is None or not torch.equal(stored, self.stored_digests)
         else:
             self._begin_update()
             try:
                 matched = use_all(self.buckets.receive(), WholeWeights(self.buckets, self.reload_session.load))
             except Exception:
-                self._end_update(complete=False)
+                self._abandon_update()
                 raise
-            copies = self.reload_session.recorder.copies
             self._end_update()
-            self.wire_digests = self.buckets.digests.clone()
-            try:
-                self.replay = Replay(self.get_model(), copies, self.buckets)
-            except ValueError as error:
-                self.replay, reason = None, str(error)
-        return {
-            "buckets_matched": matched,
-            "changed": self.weights_changed,
-            "path": path,
-            "no_replay": reason,
-        }
+        path = "replay" if self.replay else "session"
+        return {"buckets_matched": matched, "changed": self.weights_changed, "path": path}
 
     @agreed
     def verify_weights(self) -> dict | None:
@@ -965,7 +992,7 @@ class WorkerExtension:
         try:
             self.reload_session.load([(name, weight)])
         except Exception:
-            self._end_update(complete=False)
+            self._abandon_update()
             raise
 
     @agreed
@@ -979,13 +1006,20 @@ class WorkerExtension:
         return self.weights_changed
 
     def _begin_update(self) -> None:
+        self._know_what_is_stored()
+        self.reload_session = ReloadSession(self)
+
+    def _abandon_update(self) -> None:
+        if self.reload_session is not None:
+            self._end_update(complete=False)
+
+    def _know_what_is_stored(self) -> None:
+        self.wire_digests = None
         if self.stored_digests is None:
             self.stored_digests = self._digests()
-        self.reload_session = ReloadSession(self)
 
     def _end_update(self, complete: bool = True) -> None:
         session, self.reload_session = self.reload_session, None
-        self.wire_digests = None
         session.close(complete)
         digests = self._digests()
         self.weights_changed = not torch.equal(digests, self.stored_digests)

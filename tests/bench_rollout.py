@@ -10,7 +10,6 @@ OUTPUT_DIR/rollout_SHAPE.json and draws rollout_SHAPE.png.
 
 import contextlib
 import dataclasses
-import os
 import statistics
 import tempfile
 import time
@@ -19,7 +18,7 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import torch
 import tyro
-from harness import HERE, Remote, driver, write_result
+from harness import Remote, connect, driver, vllm_arguments, write_result
 from random_models import write_config
 from rich.console import Console
 from rich.table import Table
@@ -82,18 +81,16 @@ def measure(config: Benchmark, llm: Remote) -> dict[str, float]:
 
 def main(config: Benchmark) -> dict:
     """Start every engine in turn, measure, write and print."""
-    os.environ["PYTHONPATH"] = os.pathsep.join([str(HERE), str(HERE.parent), os.environ.get("PYTHONPATH", "")])
-    engine_arguments, found = driver.engine_arguments, {}
+    found = {}
     longest = max(sum(map(int, context.split("x"))) for context in config.contexts)
     with contextlib.ExitStack() as cleanup:
         path = write_config(cleanup.enter_context(tempfile.TemporaryDirectory()), config.shape)
-        config, device = driver.resolve(config, driver.connect(config, cleanup))
+        config, device = driver.resolve(config, connect(config, cleanup))
         for name in config.engines:
             settings, arguments = ENGINES[name]
             own = dataclasses.replace(config, max_model_len=longest, **settings)
-            more = {"load_format": "dummy"} | arguments
-            driver.engine_arguments = lambda *which, more=more: engine_arguments(*which) | more
             with contextlib.ExitStack() as stop:
+                stop.enter_context(vllm_arguments(load_format="dummy", **arguments))
                 actor, start = driver.start_engine(own, path, device, stop), time.perf_counter()
                 [ranks] = driver.wait([actor.collective_rpc.remote("inspect_quantization")], 900, f"starting {name}")
                 found[name] = {

@@ -10,13 +10,12 @@ OUTPUT_DIR/startup_SHAPE.json.
 import contextlib
 import dataclasses
 import importlib
-import os
 import tempfile
 from pathlib import Path
 
 import torch
 import tyro
-from harness import HERE, Remote, driver, generate, write_result
+from harness import Remote, connect, driver, generate, write_result
 from random_models import build_random_model
 from rich.console import Console
 from rich.table import Table
@@ -58,7 +57,6 @@ class CompilingOnCPU(driver.MyLLM):
 
 def main(config: Benchmark) -> dict:
     """Start twice, write and print."""
-    os.environ["PYTHONPATH"] = os.pathsep.join([str(HERE), str(HERE.parent), os.environ.get("PYTHONPATH", "")])
     starts, outputs = {}, []
     actor_environment = driver.actor_environment
     with contextlib.ExitStack() as cleanup:
@@ -66,7 +64,7 @@ def main(config: Benchmark) -> dict:
         path = build_random_model(folder / "model", config.shape)
         torch.cuda.empty_cache()
         driver.actor_environment = lambda: actor_environment() | {"VLLM_CACHE_ROOT": str(folder / "cache")}
-        config, device = driver.resolve(config, driver.connect(config, cleanup))
+        config, device = driver.resolve(config, connect(config, cleanup))
         if device == "cpu":
             driver.MyLLM = importlib.import_module("bench_startup").CompilingOnCPU  # by its name, not as __main__'s
         for name in ("first start", "second start"):

@@ -10,7 +10,6 @@ log-probability. Writes OUTPUT_DIR/weight_sync_SHAPE.json and draws weight_sync.
 import contextlib
 import dataclasses
 import json
-import os
 import statistics
 import sys
 import tempfile
@@ -21,7 +20,7 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import torch
 import tyro
-from harness import HERE, Remote, checksums, driver, fresh_engine, generate, sync, write_result
+from harness import Extension, Remote, checksums, connect, driver, fresh_engine, generate, sync, vllm_arguments, write_result
 from random_models import build_random_model
 from rich.console import Console
 from rich.table import Table
@@ -30,7 +29,7 @@ import rlhf_utils
 from rlhf_utils import agreed, announce, named_weights
 
 RAW, PUBLISHED, VLLM = "raw broadcast", "per-parameter calls, as published", "vLLM's NCCL weight transfer, packed"
-SESSION, FIRST, OURS = "reload session", "ours, first (records)", "ours, later (replays)"
+SESSION, FIRST, OURS = "reload session", "ours, first (agrees, records)", "ours, later"
 
 
 @dataclasses.dataclass
@@ -77,26 +76,38 @@ def allocated_gib(device: torch.device, peak: bool = False) -> float:
     return (torch.cuda.max_memory_allocated if peak else torch.cuda.memory_allocated)(device) / 2**30
 
 
-class NoRecorder(contextlib.nullcontext):
-    """In the place of CopyRecorder: a session that only loads."""
-
-    def __init__(self, model):
-        super().__init__()
-        self.copies = []
-
-    def watch(self, weights) -> None:
-        pass
+STAMPS = []  # of this process: when the last sync reached what
 
 
-class BenchmarkExtension(rlhf_utils.WorkerExtension):
+def stamp_syncs() -> None:
+    """In the trainer and in the workers: write down when a sync had been announced and when all of it had been issued."""
+    plain_announce, plain_wait = rlhf_utils.announce, rlhf_utils.Buckets.wait_on_host
+
+    def announce(*args) -> bool:
+        STAMPS[:] = [time.time()]
+        announced = plain_announce(*args)
+        STAMPS.append(time.time())
+        return announced
+
+    def wait_on_host(buckets, number: int) -> None:
+        STAMPS.extend([time.time()] * (number == 0))
+        plain_wait(buckets, number)
+
+    rlhf_utils.announce, rlhf_utils.Buckets.wait_on_host = announce, wait_on_host
+
+
+class BenchmarkExtension(Extension):
     """What the benchmark needs of a worker besides."""
+
+    def stamp_syncs(self) -> None:
+        stamp_syncs()
+
+    def receive_weights(self) -> dict | None:
+        result = super().receive_weights()
+        return result and result | {"stamps": [*STAMPS, time.time()]}
 
     def broadcast_raw(self, repeats: int) -> list[float]:
         return broadcast_raw(self.buckets, repeats)
-
-    def forget_recording(self, record: bool) -> None:
-        self.replay = None
-        rlhf_utils.CopyRecorder = RECORDER if record else NoRecorder
 
     def published_update_weight(self, name: str, dtype_name: str, shape: list[int]) -> None:
         weight = torch.empty(shape, dtype=getattr(torch, dtype_name), device=self.device)
@@ -109,9 +120,6 @@ class BenchmarkExtension(rlhf_utils.WorkerExtension):
 
     def allocated_gib(self, peak: bool) -> float:
         return allocated_gib(self.device, peak)
-
-
-RECORDER = rlhf_utils.CopyRecorder
 
 
 def send_as_published(trainer: driver.Trainer, llm) -> None:
@@ -155,27 +163,18 @@ def join_vllm(trainer: driver.Trainer, llm, world_size: int) -> None:
 
 def main(config: Benchmark) -> dict:
     """Start everything, measure every method, write and print."""
-    os.environ["PYTHONPATH"] = os.pathsep.join([str(HERE), str(HERE.parent), os.environ.get("PYTHONPATH", "")])
-    engine_arguments = driver.engine_arguments
-
-    def arguments(*which) -> dict:
-        extension = {"worker_extension_cls": "bench_weight_sync.BenchmarkExtension"}
-        kv_cache = {"kv_cache_memory_bytes": int(config.kv_cache_gib * 2**30)} if which[2] == "cuda" else {}
-        return engine_arguments(*which) | extension | kv_cache
-
-    def arguments_of_synced(*which) -> dict:
-        transfer = {"weight_transfer_config": {"backend": "nccl"}} if which[2] == "cuda" else {}
-        return arguments(*which) | {"load_format": "dummy"} | transfer
-
     with contextlib.ExitStack() as cleanup:
         folder = Path(cleanup.enter_context(tempfile.TemporaryDirectory()))
         path = build_random_model(folder / "model", config.shape)
         torch.cuda.empty_cache()
-        config, device = driver.resolve(config, driver.connect(config, cleanup))
+        config, device = driver.resolve(config, connect(config, cleanup))
+        if device == "cuda":  # little memory, because two engines and a trainer may share a GPU
+            small = dict(kv_cache_memory_bytes=int(config.kv_cache_gib * 2**30), max_num_batched_tokens=2048)
+            cleanup.enter_context(vllm_arguments(**small))
         trainer = driver.start_trainer(config, path, cleanup)
-        driver.engine_arguments = arguments_of_synced
-        actor = driver.start_engine(config, path, device, cleanup)
-        driver.engine_arguments = arguments
+        own = {"worker_extension_cls": "bench_weight_sync.BenchmarkExtension", "load_format": "dummy"}
+        with vllm_arguments(**own, **({"weight_transfer_config": {"backend": "nccl"}} if device == "cuda" else {})):
+            actor = driver.start_engine(config, path, device, cleanup)
         gpus = config.fresh_gpus or ",".join(map(str, range(config.tensor_parallel_size)))
         fresh = cleanup.enter_context(fresh_engine(config, path, device, gpus))
         driver.join_group(config, device, trainer, [actor])
@@ -202,9 +201,19 @@ def measure(config: Benchmark, device: str, trainer, actor, expected: dict) -> d
         syncs.append(sync(config, trainer, actor, verify=False))
         return syncs[-1]["seconds"]
 
-    def session(record: bool = False) -> float:
-        llm.collective_rpc("forget_recording", args=(record,))
+    def stamped_sync() -> list[float]:
+        start = time.time()
+        result = sync(config, trainer, actor, verify=False)
+        stamps = [start, *max(rank["stamps"] for rank in result["ranks"]), time.time()]
+        return [end - begin for begin, end in zip(stamps, stamps[1:])]
+
+    def session() -> float:
+        llm.collective_rpc("forget_replay")
         return our_sync()
+
+    def first() -> float:
+        on_trainer(lambda trainer: setattr(trainer, "sender", None))
+        return timed(our_sync)
 
     def memory_gib(peak: bool) -> list[float]:  # of the trainer and the engine's ranks
         own = on_trainer(lambda trainer: allocated_gib(trainer.device, peak))
@@ -228,7 +237,7 @@ def measure(config: Benchmark, device: str, trainer, actor, expected: dict) -> d
         }
         print(method, rows[method], file=sys.stderr)
 
-    session(record=True)  # agrees on the weights; what it costs once is not measured here
+    our_sync()
     buckets = on_trainer(lambda trainer: {b.data_ptr(): b.nbytes for b in trainer.sender.buckets.buckets[:2]})
     buckets_gib = sum(buckets.values()) / 2**30 if device == "cuda" else 0.0
     handle = actor.collective_rpc.remote("broadcast_raw", args=(config.repeats,))
@@ -241,13 +250,15 @@ def measure(config: Benchmark, device: str, trainer, actor, expected: dict) -> d
         "extra_gib": [0.0] * (1 + len(received)),
     }
     add(SESSION, session, config.repeats)
-    add(FIRST, lambda: session(record=True), config.repeats)
+    add(FIRST, first, config.repeats)
     add(OURS, our_sync, config.repeats)
     last = syncs[-config.repeats :]
-    breakdown = {
-        "empty_call_s": statistics.median(timed(llm.collective_rpc, "do_nothing") for _ in range(20)),
-        "sender_s": statistics.median(s["sender"]["seconds"] for s in last),
-    }
+    breakdown = {"empty call": statistics.median(timed(llm.collective_rpc, "do_nothing") for _ in range(20))}
+    on_trainer(lambda trainer: stamp_syncs())
+    llm.collective_rpc("stamp_syncs")
+    stamps = [stamped_sync() for _ in range(config.repeats)]
+    phases = ("call reaches the worker", "announced", "issued", "waited", "answered")
+    breakdown |= {phase: statistics.median(times[i] for times in stamps) for i, phase in enumerate(phases)}
     if config.trainer_device == device == "cuda":
         on_trainer(join_vllm, actor, config.world_size)
         add(VLLM, lambda: timed(on_trainer, lambda trainer: trainer.vllm_sender.send_weights()), config.repeats)
@@ -265,7 +276,6 @@ def measure(config: Benchmark, device: str, trainer, actor, expected: dict) -> d
         "bucket_mib": config.bucket_mib,
         "buckets": last[-1]["sender"]["buckets"],
         "path": last[-1]["path"],
-        "no_replay": syncs[0]["no_replay"],
         "breakdown": breakdown,
         "rows": rows,
     }

@@ -11,7 +11,7 @@ import json
 import tempfile
 from pathlib import Path
 
-from harness import driver, seed_demonstration, seed_group, sync_versus_cold_start
+from harness import connect, driver, seed_demonstration, seed_group, sync_versus_cold_start, vllm_arguments
 from random_models import build_random_model
 
 import torch
@@ -39,13 +39,12 @@ class Check(driver.Config):
 
 
 def main(check: Check) -> None:
-    arguments, kv_cache = driver.engine_arguments, {"kv_cache_memory_bytes": int(check.kv_cache_gib * 2**30)}
-    driver.engine_arguments = lambda *which: arguments(*which) | kv_cache
     with contextlib.ExitStack() as cleanup:
+        cleanup.enter_context(vllm_arguments(kv_cache_memory_bytes=int(check.kv_cache_gib * 2**30)))
         folder = Path(cleanup.enter_context(tempfile.TemporaryDirectory()))
         old, new = build_random_model(folder / "old", check.shape), str(folder / "new")
         torch.cuda.empty_cache()
-        config, device = driver.resolve(check, driver.connect(check, cleanup))
+        config, device = driver.resolve(check, connect(check, cleanup))
         own_device = torch.device("cuda:0" if config.trainer_device == "cuda" else "cpu")
 
         def demonstrate(llm, path: str) -> dict:
@@ -73,7 +72,7 @@ def main(check: Check) -> None:
         f"FP8 layers {rank['fp8_linear_layers']}, weights/rank {rank['weights_gib']:.3f} GiB (BF16 "
         f"{rank['bf16_weights_gib']:.3f}); start-up {result['startup_s']:.1f} s; {first['bytes'] / 1e9:.3f} GB, "
         f"first sync {first['seconds']:.4f} s, again {result['again_s']:.4f} s = "
-        f"{first['bytes'] / result['again_s'] / 1e9:.1f} GB/s (sender {result['sender_s']:.4f} s), then {result['second']['path']}; "
+        f"{first['bytes'] / result['again_s'] / 1e9:.1f} GB/s (sender {result['sender_s']:.4f} s), by {first['path']}; "
         f"{result.get('then', '')}"
     )
 

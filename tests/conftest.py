@@ -1,11 +1,12 @@
 """One Ray, one engine with its trainer, and the models: made once for all tests."""
 
 import contextlib
+import dataclasses
 import os
 from types import SimpleNamespace
 
 import pytest
-from harness import Remote, driver
+from harness import DEVICE, Remote, connect, driver
 from random_models import build_random_model
 
 # Without a GPU the engine is not compiled but for one small function at TP > 1; finding a compiler takes each worker 3 s.
@@ -31,10 +32,9 @@ def models(tmp_path_factory):
 def config():
     """The program's defaults on this machine, connected to a private Ray."""
     with contextlib.ExitStack() as cleanup:
-        config, device = driver.resolve(
-            driver.Config(verify=True), driver.connect(driver.Config(num_engines=3), cleanup)
-        )
-        assert device == "cpu", "the tests are written for a machine without a GPU"
+        on_gpus = dict(tensor_parallel_size=1, enforce_eager=True, gpu_memory_utilization=0.1) if DEVICE == "cuda" else {}
+        wanted = driver.Config(verify=True, **on_gpus)
+        config, _ = driver.resolve(wanted, connect(dataclasses.replace(wanted, num_engines=3), cleanup))
         yield config
 
 

@@ -18,9 +18,43 @@ import transformers  # noqa: E402
 from vllm import LLM, SamplingParams  # noqa: E402
 
 import rlhf_online_quant as driver  # noqa: E402
-from rlhf_utils import stateless_init_process_group  # noqa: E402
+from rlhf_utils import WorkerExtension, stateless_init_process_group  # noqa: E402
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 PROMPTS = ["Hello, my name is", "The capital of France is", "a", "0123456789" * 30]
+
+
+class Extension(WorkerExtension):
+    """What tests need of a worker besides."""
+
+    def forget_replay(self) -> None:
+        """The next update is a reload session."""
+        self.replay = None
+
+    def get_pid(self) -> int:
+        """Of the worker's process."""
+        return os.getpid()
+
+
+def connect(config: driver.Config, cleanup: contextlib.ExitStack) -> int:
+    """The driver's `connect`, with this folder's modules for the actors."""
+    before = os.environ.get("PYTHONPATH", "")
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(HERE), str(HERE.parent), before])
+    try:
+        return driver.connect(config, cleanup)
+    finally:
+        os.environ["PYTHONPATH"] = before
+
+
+@contextlib.contextmanager
+def vllm_arguments(**more):
+    """Engines that are started meanwhile get these arguments of vLLM's as well."""
+    plain = driver.engine_arguments
+    driver.engine_arguments = lambda *which: plain(*which) | more
+    try:
+        yield
+    finally:
+        driver.engine_arguments = plain
 
 
 class Remote:
@@ -126,7 +160,8 @@ def sync_versus_cold_start(
     result, start = {}, time.perf_counter()
     with contextlib.ExitStack() as cleanup:
         trainer = driver.start_trainer(config, old, cleanup)
-        actor = driver.start_engine(config, old, device, cleanup)
+        with vllm_arguments(worker_extension_cls="harness.Extension"):
+            actor = driver.start_engine(config, old, device, cleanup)
         rollouts = [
             {"prompt": [3, 4, 5], "completion": [6 + i, 7, 8], "logprobs": [-5.0] * 3, "advantage": i - 1.5}
             for i in range(4)
@@ -143,15 +178,18 @@ def sync_versus_cold_start(
         assert result["sync"]["verified"] and result["sync"]["changed"]
         synced = observe(llm)
         assert synced["outputs"] != before
-        for _ in range(1 + (device == "cuda")):  # on a GPU the second replay is a CUDA graph
-            llm.collective_rpc("reset_weights")  # vLLM's own: every byte and scale zero: what a replay skips would show
-            result["second"] = sync(config, trainer, actor)
-            assert observe(llm) == synced
+        llm.collective_rpc("reset_weights")  # vLLM's own: every byte and scale zero: what a replay skips would show
+        result["again"] = sync(config, trainer, actor)  # on a GPU now as CUDA graphs
+        assert observe(llm) == synced
         again = [sync(config, trainer, actor, verify=False) for _ in range(more_syncs)]
         if again:
             assert not any(s["changed"] for s in again) and observe(llm) == synced
             result["again_s"] = statistics.median(s["seconds"] for s in again)
             result["sender_s"] = statistics.median(s["sender"]["seconds"] for s in again)
+        llm.collective_rpc("reset_weights")
+        llm.collective_rpc("forget_replay")
+        result["session"] = sync(config, trainer, actor)
+        assert observe(llm) == synced
         if then is not None:
             result["then"] = then(llm, new)
         assert_same(synced, fresh())

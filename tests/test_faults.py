@@ -1,4 +1,7 @@
-"""What goes wrong, with the real processes: who is named, how long it takes, and that no engine serves half a version."""
+"""What goes wrong, with the real processes: who is named, how long it takes, and that no engine serves half a version.
+
+With 2 GPUs the deaths can be had over NCCL as well: `python -m pytest -rP tests/test_faults.py -k "dies or never"`.
+"""
 
 import contextlib
 import dataclasses
@@ -18,11 +21,12 @@ import psutil
 import pytest
 import ray
 import torch
-from harness import PROMPTS, Remote, driver, generate, observe, sync
+from harness import DEVICE, PROMPTS, Remote, driver, generate, observe, sync, vllm_arguments
 from rlhf_utils import stateless_init_process_group
 from vllm import SamplingParams
 
 CPU = torch.device("cpu")
+SHAPE, BUCKET_BYTES = {"cpu": ("tiny-opt", 100_000), "cuda": ("opt-125m", 32 * 2**20)}[DEVICE]  # a sync takes 8 buckets
 ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # actors cannot import this file
 
 
@@ -31,18 +35,19 @@ def on(actor, function, *args):
     return ray.get(actor.__ray_call__.remote(function, *args))
 
 
-def start(config, models, cleanup, shape: str = "tiny-opt"):
+def start(config, models, cleanup, shape: str = SHAPE):
     """An engine from one checkpoint and a trainer with another, joined, of which a test may kill what it likes."""
     old, new = models(shape)
     trainer = driver.start_trainer(config, new, cleanup)
-    actor = driver.start_engine(config, old, "cpu", cleanup)
-    driver.join_group(config, "cpu", trainer, [actor])
+    with vllm_arguments(worker_extension_cls="harness.Extension"):
+        actor = driver.start_engine(config, old, DEVICE, cleanup)
+    driver.join_group(config, DEVICE, trainer, [actor])
     return SimpleNamespace(trainer=trainer, actor=actor, llm=Remote(actor), new=new)
 
 
 @pytest.fixture
 def quick(config):
-    """The program's settings with a limit of 10 s, and buckets so small that a sync takes several."""
+    """The program's settings with a limit of 10 s."""
     return dataclasses.replace(config, timeout_s=10.0, verify=False)
 
 
@@ -53,6 +58,7 @@ def act_before_bucket(trainer, number: int, pid: int | None, how: int) -> None:
     def send(pack):
         def pack_or_act(i):
             if i == number:
+                time.sleep(0.2)  # the buckets before have arrived
                 os.kill(pid or os.getpid(), how)
                 time.sleep(0.2)
             pack(i)
@@ -66,7 +72,7 @@ def failing_sync(config, pair, error=RuntimeError) -> str:
     """The message of a sync that has to fail within the limit."""
     began = time.monotonic()
     with pytest.raises(error) as caught:
-        sync(config, pair.trainer, pair.actor, bucket_bytes=100_000)
+        sync(config, pair.trainer, pair.actor, bucket_bytes=BUCKET_BYTES)
     seconds = time.monotonic() - began
     print(f"FAULT after {seconds:.1f} s of at most {config.timeout_s:g}: {caught.value}")
     assert seconds < config.timeout_s
@@ -111,19 +117,19 @@ def test_trainer_dies_before_during_and_after_a_broadcast(quick, models):
     """The engine outlives it, serves only complete versions, and is right again with the next trainer's first sync."""
     with contextlib.ExitStack() as cleanup:
         pair = start(quick, models, cleanup)
-        sync(quick, pair.trainer, pair.actor, bucket_bytes=100_000)
+        sync(quick, pair.trainer, pair.actor, bucket_bytes=BUCKET_BYTES)
         expected = observe(pair.llm)
 
         def next_trainer() -> None:
             driver.ACTORS.pop(pair.trainer._actor_id)
             pair.trainer = driver.start_trainer(quick, pair.new, cleanup)
-            driver.join_group(quick, "cpu", pair.trainer, [pair.actor])
+            driver.join_group(quick, DEVICE, pair.trainer, [pair.actor])
 
         ray.kill(pair.trainer)  # after a sync, before the next
         assert observe(pair.llm) == expected
         assert "trainer (rank 0): The actor" in failing_sync(quick, pair)
         next_trainer()
-        sync(quick, pair.trainer, pair.actor, bucket_bytes=100_000)
+        sync(quick, pair.trainer, pair.actor, bucket_bytes=BUCKET_BYTES)
         on(pair.trainer, act_before_bucket, 3, None, signal.SIGKILL)
         message = failing_sync(quick, pair)
         assert "trainer (rank 0): The actor" in message and "rank 1, bucket 4 of 8 (" in message
@@ -134,7 +140,7 @@ def test_trainer_dies_before_during_and_after_a_broadcast(quick, models):
         generating = pair.actor.generate.remote(PROMPTS * 400, long, use_tqdm=False)
         for actor, message in (
             (pair.trainer, r"generating: trainer \(rank 0\) has died"),  # of which nothing is asked now
-            (pair.actor, r"generating: engine \(rank 1, 2\): The actor"),
+            (pair.actor, r"generating: engine \(rank [12, ]+\): The actor"),
         ):
             ray.kill(actor)
             began = time.monotonic()
@@ -148,15 +154,14 @@ def test_worker_dies_or_stalls_in_a_sync(quick, models, how):
     """Named are the bucket, its weights and the engine, within the limit; afterwards nothing of it is left."""
     with contextlib.ExitStack() as cleanup:
         pair = start(quick, models, cleanup)
-        sync(quick, pair.trainer, pair.actor, bucket_bytes=100_000)
-        workers = on(pair.actor, lambda llm: [process.pid for process in psutil.Process().children(recursive=True)])
-        names = {pid: " ".join(psutil.Process(pid).cmdline()) for pid in workers}
-        [victim] = [pid for pid, name in names.items() if "Worker-1" in name or "Worker_TP1" in name]
-        on(pair.trainer, act_before_bucket, 3, victim, how)
+        sync(quick, pair.trainer, pair.actor, bucket_bytes=BUCKET_BYTES)
+        workers = pair.llm.collective_rpc("get_pid")
+        on(pair.trainer, act_before_bucket, 3, workers[-1], how)
         message = failing_sync(quick, pair)
-        assert re.search(r"rank 0, bucket [45] of 8 \(.*\.weight \.\. .*\.weight\)", message)
-        assert "engine (rank 1, 2)" in message
-        assert how == signal.SIGKILL or "Ranks 1 failed" in message, "of those that live, the engine names who does not"
+        assert re.search(r"rank 0, bucket \d of 8 \(.*\.(weight|bias) \.\. .*\.(weight|bias)\)", message)
+        assert driver.ACTORS[pair.actor._actor_id] in message
+        if how == signal.SIGSTOP and len(workers) > 1:
+            assert "Ranks 1 failed" in message, "of those that live, the engine names who does not"
     deadline = time.monotonic() + 20
     while any(psutil.pid_exists(pid) for pid in workers):
         assert time.monotonic() < deadline, [psutil.Process(pid) for pid in workers if psutil.pid_exists(pid)]
@@ -170,7 +175,7 @@ def join(rank: int, port: int, timeout_s: float, results: dict, **settings) -> t
     def call() -> None:
         try:
             results[rank] = stateless_init_process_group(
-                "127.0.0.1", port, rank, 3, CPU, timeout_s=timeout_s, **settings
+                "127.0.0.1", port, rank, 3, torch.device(DEVICE), timeout_s=timeout_s, **settings
             )
         except (TimeoutError, OSError) as error:
             results[rank] = error
@@ -311,8 +316,10 @@ def test_failed_loads_and_resets_leave_a_torn_engine_until_a_sync_succeeds(quick
         on(pair.actor, break_loader)
         assert "OutOfMemoryError: no memory left for this test" in failing_sync(config, pair) and refuses(pair)
         on(pair.actor, mend_loader)
-        assert sync(config, pair.trainer, pair.actor, bucket_bytes=100_000)["path"] == "session"
+        assert sync(config, pair.trainer, pair.actor, bucket_bytes=BUCKET_BYTES)["path"] == "session"
         expected = observe(pair.llm)
+        driver.join_group(config, "cpu", pair.trainer, [pair.actor])  # both ends agree anew
+        assert sync(config, pair.trainer, pair.actor, bucket_bytes=BUCKET_BYTES)["path"] == "replay"
         for break_it, mend_it, message in (
             (break_replay, mend_replay, "receive_weights failed. engine rank 0:"),
             (break_reset, mend_reset, "vLLM refused to reset the prefix cache"),
@@ -320,7 +327,7 @@ def test_failed_loads_and_resets_leave_a_torn_engine_until_a_sync_succeeds(quick
             on(pair.actor, break_it)
             assert message in failing_sync(config, pair) and refuses(pair)
             on(pair.actor, mend_it)
-            sync(config, pair.trainer, pair.actor, bucket_bytes=100_000)
+            sync(config, pair.trainer, pair.actor, bucket_bytes=BUCKET_BYTES)
             assert observe(pair.llm) == expected
         on(pair.trainer, lambda trainer: setattr(trainer.model, "forward", fail))
         step = pair.trainer.train_step.remote(
@@ -335,7 +342,7 @@ def test_calls_during_a_sync_wait_for_its_end(quick, pair):
     driver.join_group(quick, "cpu", pair.trainer, [pair.actor])
     sync(quick, pair.trainer, pair.actor)
     expected, results = observe(pair.llm)["outputs"], []
-    on(pair.trainer, act_before_bucket, 0, None, signal.SIGCONT)  # a signal that does nothing, and 0.2 s
+    on(pair.trainer, act_before_bucket, 0, None, signal.SIGCONT)  # a signal that does nothing, and 0.4 s
     pair.llm.collective_rpc("reset_weights")
     syncing = threading.Thread(target=sync, args=(quick, pair.trainer, pair.actor))
     syncing.start()
