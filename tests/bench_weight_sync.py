@@ -259,11 +259,11 @@ def measure(config: Benchmark, device: str, trainer, actor, expected: dict) -> d
     stamps = [stamped_sync() for _ in range(config.repeats)]
     phases = ("call reaches the worker", "announced", "issued", "waited", "answered")
     breakdown |= {phase: statistics.median(times[i] for times in stamps) for i, phase in enumerate(phases)}
+    if config.slow_repeats:
+        add(PUBLISHED, lambda: timed(on_trainer, send_as_published, actor), config.slow_repeats, warm_up=0)
     if config.trainer_device == device == "cuda":
         on_trainer(join_vllm, actor, config.world_size)
         add(VLLM, lambda: timed(on_trainer, lambda trainer: trainer.vllm_sender.send_weights()), config.repeats)
-    if config.slow_repeats:
-        add(PUBLISHED, lambda: timed(on_trainer, send_as_published, actor), config.slow_repeats, warm_up=0)
     our_sync()
     assert equals_cold_start(), "a sync of ours repairs what the calls before it did"
     for method in (RAW, SESSION, FIRST, OURS):
