@@ -106,6 +106,8 @@ class Config:
     """Engines that share the prompts of a step; each has its own tensor-parallel group."""
     quantization: str = "auto"
     """`fp8-dynamic` (`auto` on GPUs), `fp8-weight-only` (`auto` on CPU), `none`, or a torchao config's JSON file."""
+    quantize_head: bool = False
+    """Also quantize the output head, which vLLM leaves in BF16, unless it is tied: less memory, a larger mismatch."""
     enforce_eager: bool = False
     """Start faster and generate much more slowly: no compilation, no CUDA graphs. Always so on the CPU."""
     max_model_len: int = 512
@@ -289,7 +291,8 @@ def engine_arguments(config: Config, path: str, device: str) -> dict:
     )
     if quantization := torchao_config(config.quantization):
         as_json = json.dumps(config_to_dict(quantization))
-        arguments |= dict(quantization="torchao", hf_overrides={"quantization_config_dict_json": as_json})
+        overrides = {"quantization_config_dict_json": as_json, "quantize_lm_head": config.quantize_head}
+        arguments |= dict(quantization="torchao", hf_overrides=overrides)
     return arguments
 
 

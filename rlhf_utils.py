@@ -22,6 +22,7 @@ import functools
 import logging
 import math
 import socket
+import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from datetime import timedelta
@@ -269,9 +270,11 @@ class Buckets:
         for number, bucket in enumerate(self.buckets):
             if number > 1:
                 self.events[number - 2].wait()  # it had the same memory
+            if number > 0:  # between them, so that packing does not take the GPU just when the next broadcast starts
+                self.digests[number - 1] = digest(self.buckets[number - 1])
             pack(number)
             self.broadcast(number, bucket)
-            self.digests[number] = digest(bucket)
+        self.digests[-1] = digest(bucket)
         self.broadcast(len(self.buckets), self.digests)
         for number in range(len(self.events)):
             self.wait_on_host(number)
@@ -493,7 +496,7 @@ def repack_heads(model: torch.nn.Module) -> None:
     from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
 
     for module in model.modules():
-        if isinstance(module, VocabParallelEmbedding) and hasattr(module, "weight"):
+        if isinstance(module, VocabParallelEmbedding) and not isinstance(module.weight, Float8Tensor):
             module.quant_method.process_weights_after_loading(module)
 
 
@@ -748,7 +751,7 @@ def inspect_linear_layers(model: torch.nn.Module) -> dict:
         if isinstance(weight, Float8Tensor):
             fp8 += 1
         elif isinstance(module, ParallelLMHead):
-            unquantized.setdefault("vLLM quantizes no output heads with torchao", []).append(name)
+            unquantized.setdefault("it is an output head, tied or without --quantize-head", []).append(name)
         elif any(size % 16 for size in weight.shape):
             unquantized.setdefault("a shard dimension is no multiple of 16", []).append(f"{name} {tuple(weight.shape)}")
         else:
@@ -1042,6 +1045,28 @@ def plain_tensors(tensor: torch.Tensor) -> dict[str, torch.Tensor]:
 def empty_like(function, types, args, kwargs):
     """torchao 0.18 lacks it; vLLM then cannot store what it has compiled, and every start of an engine compiles anew."""
     return args[0]._apply_fn_to_data(lambda tensor: function(tensor, **kwargs))
+
+
+def allow_fp8_heads() -> None:
+    """Let vLLM's torchao quantize an untied output head as well, if `hf_overrides` has `quantize_lm_head`."""
+    from vllm.config import get_current_vllm_config
+    from vllm.model_executor.layers.quantization.torchao import TorchAOConfig, TorchAOLinearMethod
+    from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
+
+    plain = TorchAOConfig.get_quant_method
+
+    def get_quant_method(self, layer: torch.nn.Module, prefix: str):
+        if isinstance(layer, ParallelLMHead):
+            config = get_current_vllm_config().model_config.hf_config
+            if getattr(config, "quantize_lm_head", False) and not config.tie_word_embeddings:
+                return TorchAOLinearMethod(self)
+        return plain(self, layer, prefix)
+
+    TorchAOConfig.get_quant_method = get_quant_method
+
+
+if "vllm" in sys.modules:  # an engine's worker imports this module before it builds the model
+    allow_fp8_heads()
 
 
 def scaled_mm(a_data, a_scale, b_data, b_scale, output_dtype, output_scale=None, bias=None, use_fast_accum=False):

@@ -8,6 +8,7 @@ A second engine, fresh from the trainer's checkpoint, starts beside the synced o
 import contextlib
 import dataclasses
 import json
+import os
 import tempfile
 from pathlib import Path
 
@@ -39,6 +40,7 @@ class Check(driver.Config):
 
 
 def main(check: Check) -> None:
+    os.environ["TORCHINDUCTOR_DETERMINISTIC"] = "1"  # two compilations of one model choose the same kernels
     with contextlib.ExitStack() as cleanup:
         cleanup.enter_context(vllm_arguments(kv_cache_memory_bytes=int(check.kv_cache_gib * 2**30)))
         folder = Path(cleanup.enter_context(tempfile.TemporaryDirectory()))

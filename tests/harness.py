@@ -18,7 +18,7 @@ import transformers  # noqa: E402
 from vllm import LLM, SamplingParams  # noqa: E402
 
 import rlhf_online_quant as driver  # noqa: E402
-from rlhf_utils import WorkerExtension, stateless_init_process_group  # noqa: E402
+from rlhf_utils import WorkerExtension, repair_zero_rows, stateless_init_process_group  # noqa: E402
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 PROMPTS = ["Hello, my name is", "The capital of France is", "a", "0123456789" * 30]
@@ -31,9 +31,18 @@ class Extension(WorkerExtension):
         """The next update is a reload session."""
         self.replay = None
 
+    def zero_weights(self) -> None:
+        """Every byte zero and every scale 1, as padding rows have it."""
+        self.reset_weights()  # vLLM's own
+        repair_zero_rows(self.get_model().parameters())
+
     def get_pid(self) -> int:
         """Of the worker's process."""
         return os.getpid()
+
+    def tensor_digests(self) -> list[int]:
+        """64 bits of every tensor of this rank; `checksums` takes seconds for a large model, this takes none."""
+        return self._digests().tolist()
 
 
 def connect(config: driver.Config, cleanup: contextlib.ExitStack) -> int:
@@ -106,8 +115,9 @@ def fresh_engine(config: driver.Config, path: str, device: str, visible_gpus: st
 
     It is no part of any group and knows nothing of a sync: outputs and checksums of what vLLM and torchao load.
     """
-    arguments = driver.engine_arguments(config, path, device)
-    arguments["distributed_executor_backend"] = "mp" if config.tensor_parallel_size > 1 else "uni"
+    executor = "mp" if config.tensor_parallel_size > 1 else "uni"
+    own = dict(distributed_executor_backend=executor, worker_extension_cls="harness.Extension")
+    arguments = driver.engine_arguments(config, path, device) | own
     environment = os.environ | driver.actor_environment()
     environment["OMP_NUM_THREADS"] = "1"  # as Ray sets it for the engine: the count changes the last bits on the CPU
     if device == "cuda":
@@ -178,7 +188,7 @@ def sync_versus_cold_start(
         assert result["sync"]["verified"] and result["sync"]["changed"]
         synced = observe(llm)
         assert synced["outputs"] != before
-        llm.collective_rpc("reset_weights")  # vLLM's own: every byte and scale zero: what a replay skips would show
+        llm.collective_rpc("zero_weights")  # what a replay skips would show
         result["again"] = sync(config, trainer, actor)  # on a GPU now as CUDA graphs
         assert observe(llm) == synced
         again = [sync(config, trainer, actor, verify=False) for _ in range(more_syncs)]
@@ -186,7 +196,7 @@ def sync_versus_cold_start(
             assert not any(s["changed"] for s in again) and observe(llm) == synced
             result["again_s"] = statistics.median(s["seconds"] for s in again)
             result["sender_s"] = statistics.median(s["sender"]["seconds"] for s in again)
-        llm.collective_rpc("reset_weights")
+        llm.collective_rpc("zero_weights")
         llm.collective_rpc("forget_replay")
         result["session"] = sync(config, trainer, actor)
         assert observe(llm) == synced
@@ -241,4 +251,5 @@ def seed_demonstration(llm, group, path: str, device: torch.device, dtype: torch
 
 if __name__ == "__main__":  # fresh_engine's process
     engine = LLM(**json.loads(sys.argv[1]))
-    print("\n" + json.dumps(observe(engine)))
+    engine.collective_rpc("inspect_quantization")  # repairs zero rows, which an engine of ours does at its start
+    print("\n" + json.dumps(observe(engine) | {"digests": engine.collective_rpc("tensor_digests")}))

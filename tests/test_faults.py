@@ -39,7 +39,8 @@ def start(config, models, cleanup, shape: str = SHAPE):
     """An engine from one checkpoint and a trainer with another, joined, of which a test may kill what it likes."""
     old, new = models(shape)
     trainer = driver.start_trainer(config, new, cleanup)
-    with vllm_arguments(worker_extension_cls="harness.Extension"):
+    kv_cache = {"kv_cache_memory_bytes": 2**30} if DEVICE == "cuda" else {}
+    with vllm_arguments(worker_extension_cls="harness.Extension", **kv_cache):
         actor = driver.start_engine(config, old, DEVICE, cleanup)
     driver.join_group(config, DEVICE, trainer, [actor])
     return SimpleNamespace(trainer=trainer, actor=actor, llm=Remote(actor), new=new)
@@ -75,7 +76,7 @@ def failing_sync(config, pair, error=RuntimeError) -> str:
         sync(config, pair.trainer, pair.actor, bucket_bytes=BUCKET_BYTES)
     seconds = time.monotonic() - began
     print(f"FAULT after {seconds:.1f} s of at most {config.timeout_s:g}: {caught.value}")
-    assert seconds < config.timeout_s
+    assert seconds < config.timeout_s + 0.5
     return str(caught.value)
 
 
@@ -157,8 +158,11 @@ def test_worker_dies_or_stalls_in_a_sync(quick, models, how):
         sync(quick, pair.trainer, pair.actor, bucket_bytes=BUCKET_BYTES)
         workers = pair.llm.collective_rpc("get_pid")
         on(pair.trainer, act_before_bucket, 3, workers[-1], how)
-        message = failing_sync(quick, pair)
-        assert re.search(r"rank 0, bucket \d of 8 \(.*\.(weight|bias) \.\. .*\.(weight|bias)\)", message)
+        if DEVICE == "cuda" and how == signal.SIGSTOP:  # its GPU goes on and takes in all; its host does not answer
+            message = failing_sync(quick, pair, TimeoutError)
+        else:
+            message = failing_sync(quick, pair)
+            assert re.search(r"rank 0, bucket \d of 8 \(.*\.(weight|bias) \.\. .*\.(weight|bias)\)", message)
         assert driver.ACTORS[pair.actor._actor_id] in message
         if how == signal.SIGSTOP and len(workers) > 1:
             assert "Ranks 1 failed" in message, "of those that live, the engine names who does not"

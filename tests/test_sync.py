@@ -44,8 +44,9 @@ def compare(pair, model, group) -> list[dict]:
 def test_sync_equals_cold_start(config, models, tmp_path, shape, tensor_parallel_size):
     """Guards against stale, swapped, half-loaded or twice-rounded weights, and a tied head's packed old copy."""
     config = dataclasses.replace(config, tensor_parallel_size=tensor_parallel_size, bucket_mib=1, learning_rate=1e-2)
-    if (shape, tensor_parallel_size) == ("tiny-llama", 1):  # an option that one of the cases may as well have
-        config = dataclasses.replace(config, kv_cache_dtype="fp8")
+    if shape == "tiny-llama":  # options that these cases may as well have
+        option = {"kv_cache_dtype": "fp8"} if tensor_parallel_size == 1 else {"quantize_head": True}
+        config = dataclasses.replace(config, **option)
     result = sync_versus_cold_start(config, models(shape)[0], str(tmp_path), "cpu", more_syncs=1)
     assert result["sync"]["compared_tensors"] == result["tensors"]  # --verify looked at every tensor of every rank
     assert [result[which]["path"] for which in ("sync", "again", "session")] == ["replay", "replay", "session"]
