@@ -931,6 +931,7 @@ class WorkerExtension:
         Returns why updates have to be reload sessions, or None if they can be replays.
         """
         check_manifest(manifest, self.expected_weights)
+        self.buckets = self.replay = None  # their memory is free before new buckets take theirs
         self.manifest, self.buckets = manifest, Buckets(manifest, bucket_bytes, self.weight_group, self.device)
         self._know_what_is_stored()
         return self._prepare_replay()

@@ -315,26 +315,18 @@ def draw(folder: Path) -> None:
     """Bars of every method by shape; and how the cost grows with the bytes."""
     results = [json.loads(file.read_text()) for file in folder.glob("weight_sync_*.json")]
     results.sort(key=lambda result: result["bytes"])
-    figure, (bars, growth) = plt.subplots(1, 2, figsize=(13, 4.5), layout="constrained")
+    figure, (bars, growth) = plt.subplots(1, 2, figsize=(13, 5), layout="constrained")
     methods = [method for method in (RAW, OURS, FIRST, SESSION, VLLM, PUBLISHED) if method in results[-1]["rows"]]
+    width = 0.8 / len(methods)
     for i, method in enumerate(methods):
-        chosen = [
-            (x, result["rows"][method]["seconds"]) for x, result in enumerate(results) if method in result["rows"]
-        ]
-        bars.bar(
-            [x + 0.8 * i / len(methods) for x, _ in chosen],
-            [1e3 * s for _, s in chosen],
-            0.8 / len(methods),
-            label=method,
-        )
-        if method in (RAW, OURS, SESSION, VLLM):
-            points = [(r["bytes"] / 1e9, 1e3 * r["rows"][method]["seconds"]) for r in results if method in r["rows"]]
-            growth.plot(*zip(*points), "o-", label=method)
+        chosen = [(x, r["bytes"] / 1e9, 1e3 * r["rows"][method]["seconds"]) for x, r in enumerate(results) if method in r["rows"]]
+        positions, gigabytes, milliseconds = zip(*chosen)
+        bars.bar([x + (i - len(methods) / 2 + 0.5) * width for x in positions], milliseconds, width, label=method)
+        growth.plot(gigabytes, milliseconds, "o-")
     bars.set(yscale="log", ylabel="ms a sync", xticks=range(len(results)), xticklabels=[r["shape"] for r in results])
     growth.set(xscale="log", yscale="log", xlabel="GB on the wire", ylabel="ms a sync")
-    bars.legend(fontsize="small")
-    growth.legend(fontsize="small")
-    figure.savefig(folder / "weight_sync.png", dpi=120)
+    figure.legend(loc="outside upper center", ncols=3, fontsize="small")
+    figure.savefig(folder / "weight_sync.png", dpi=100)
 
 
 if __name__ == "__main__":

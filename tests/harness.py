@@ -97,6 +97,7 @@ def write_result(config, device: str, name: str, **found) -> dict:
 def generate(llm, prompts=PROMPTS, max_tokens: int = 16) -> list:
     """Greedy [token ids, log-probabilities of the five likeliest tokens a step] per prompt; LLM or Remote."""
     params = SamplingParams(temperature=0, max_tokens=max_tokens, logprobs=5, ignore_eos=True)
+    llm.reset_prefix_cache()  # on GPUs the last bits depend on how much of a prompt was cached
     completions = [output.outputs[0] for output in llm.generate(prompts, params, use_tqdm=False)]
     return [
         [list(c.token_ids), [[[t, lp.logprob] for t, lp in sorted(step.items())] for step in c.logprobs]]
