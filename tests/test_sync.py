@@ -63,7 +63,7 @@ def test_unquantized_sync_equals_cold_start(config, models, tmp_path, capfd):
 
 
 def test_recording_is_made_anew_when_it_no_longer_fits(config, models, capfd):
-    """New parameters in the trainer, tensors that moved in the engine, another size of buckets."""
+    """New parameters in the trainer, tensors that moved in the engine, another size of buckets; and when it must not be."""
     config, (old, new) = dataclasses.replace(config, tensor_parallel_size=1, verify=False), models("tiny-llama")
 
     def replace_a_weight(trainer):
@@ -74,6 +74,13 @@ def test_recording_is_made_anew_when_it_no_longer_fits(config, models, capfd):
         worker = llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker
         norm = worker.get_model().model.norm
         norm.weight.data = norm.weight.data.clone()
+
+    def derive_from_a_weight(llm):
+        class Method:
+            """As a quantization method that makes something of its own of the loaded weight."""
+
+        worker = llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker
+        worker.get_model().model.norm.quant_method = Method()
 
     with contextlib.ExitStack() as cleanup:
         trainer = driver.start_trainer(config, new, cleanup)
@@ -94,6 +101,9 @@ def test_recording_is_made_anew_when_it_no_longer_fits(config, models, capfd):
         ray.get(actor.__ray_call__.remote(move_a_tensor))
         assert sync_twice(0) == expected
         assert sync_twice(1, bucket_bytes=100_000) == expected
+        ray.get(actor.__ray_call__.remote(derive_from_a_weight))
+        assert sync(config, trainer, actor)["path"] == "session" and observe(llm) == expected
+        assert "because vLLM derives more than FP8 rows from the weights of model.norm" in capfd.readouterr().out
 
 
 def test_answers_read_as_vllm_decodes_them(pair):

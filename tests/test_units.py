@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
@@ -126,6 +127,16 @@ def test_scaled_mm_is_torchaos(rows, device, bias, monkeypatch):
     torch.testing.assert_close(products[True], products[False], rtol=2**-7, atol=2**-7)
     error = products[True][0] - torch.nn.functional.linear(x, full, bias)
     assert error.float().norm() < 0.06 * (x @ full.t()).float().norm()
+
+
+def test_a_broadcast_that_does_not_end_is_aborted():
+    """NCCL would spin for ever, and vLLM's communicator would then do nothing, silently, when it is asked again."""
+    group = SimpleNamespace(rank=1, timeout_s=0.05, disabled=False)
+    group.destroy = lambda: setattr(group, "disabled", True)
+    with pytest.raises(TimeoutError, match="rank 1, bucket 3: no progress for 0.05 s"):
+        rlhf_utils.wait_on_host(SimpleNamespace(query=lambda: False), group, "bucket 3")
+    with pytest.raises(ConnectionError, match="rank 1, bucket 4: this group was given up after an error"):
+        rlhf_utils.broadcast(group, torch.zeros(2), "bucket 4")
 
 
 def test_zero_rows_are_repaired():
