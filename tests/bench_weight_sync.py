@@ -2,9 +2,10 @@
 
     python tests/bench_weight_sync.py --shape qwen3-8b --tensor-parallel-size 1 [any flag of the driver]
 
-The engine starts from random weights of vLLM's (`load_format="dummy"`), the trainer from others. Each method begins with an engine whose weights are all zero, and
-the result is compared with a fresh engine that was started from the trainer's checkpoint: every tensor, token and
-log-probability. Writes OUTPUT_DIR/weight_sync_SHAPE.json and draws weight_sync.png from all such files there.
+The engine starts from random weights of vLLM's (`load_format="dummy"`), the trainer from others. Each method begins with an
+engine whose weights are all zero, and the result is compared with a fresh engine that was started from the trainer's
+checkpoint: every tensor, token and log-probability. Writes OUTPUT_DIR/weight_sync_SHAPE.json and draws weight_sync.png from
+all such files there.
 """
 
 import contextlib
@@ -304,7 +305,7 @@ def report(result: dict) -> None:
     for method, row in result["rows"].items():
         extra = ", ".join(f"{gib:.2f}" for gib in row["extra_gib"])
         figures = [f"{1e3 * row['seconds']:.2f}", f"{row['gb_per_s']:.2f}", f"{row['ratio']:.2f}"]
-        equal = [{True: "yes", False: "no"}[row["equal"][key]] for key in ("tensors", "outputs")] if "equal" in row else []
+        equal = [("no", "yes")[row["equal"][key]] for key in ("tensors", "outputs") if "equal" in row]
         table.add_row(method, *figures, extra, ", ".join(equal))
     Console(width=150).print(table)
     split = ", ".join(f"{name} {1e3 * seconds:.2f} ms" for name, seconds in result["breakdown"].items())
@@ -319,8 +320,9 @@ def draw(folder: Path) -> None:
     methods = [method for method in (RAW, OURS, FIRST, SESSION, VLLM, PUBLISHED) if method in results[-1]["rows"]]
     width = 0.8 / len(methods)
     for i, method in enumerate(methods):
-        chosen = [(x, r["bytes"] / 1e9, 1e3 * r["rows"][method]["seconds"]) for x, r in enumerate(results) if method in r["rows"]]
-        positions, gigabytes, milliseconds = zip(*chosen)
+        chosen = [(x, result) for x, result in enumerate(results) if method in result["rows"]]
+        positions, gigabytes = [x for x, _ in chosen], [result["bytes"] / 1e9 for _, result in chosen]
+        milliseconds = [1e3 * result["rows"][method]["seconds"] for _, result in chosen]
         bars.bar([x + (i - len(methods) / 2 + 0.5) * width for x in positions], milliseconds, width, label=method)
         growth.plot(gigabytes, milliseconds, "o-")
     bars.set(yscale="log", ylabel="ms a sync", xticks=range(len(results)), xticklabels=[r["shape"] for r in results])

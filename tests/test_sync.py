@@ -51,6 +51,7 @@ def test_sync_equals_cold_start(config, models, tmp_path, shape, tensor_parallel
     assert result["sync"]["compared_tensors"] == result["tensors"]  # --verify looked at every tensor of every rank
     assert [result[which]["path"] for which in ("sync", "again", "session")] == ["replay", "replay", "session"]
     assert result["sync"]["weights_version"] == 1 and result["again"]["weights_version"] == 2
+    assert [rank["fp8_linear_layers"] for rank in result["ranks"]] == [8 + config.quantize_head] * tensor_parallel_size
 
 
 def test_unquantized_sync_equals_cold_start(config, models, tmp_path, capfd):
