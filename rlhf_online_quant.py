@@ -836,13 +836,16 @@ def resolve(config: Config, gpus: int) -> tuple[Config, str]:
     """Fill in every `auto` for a cluster with that many GPUs; returns the config and the engines' device.
 
     Raises:
-        SystemExit: too few GPUs; the message has the count found, the count needed and the command that fits.
+        SystemExit: flags that contradict each other; too few GPUs, with the count found, the count needed and the command
+            that fits.
     """
     if config.samples_per_prompt < 2 or config.temperature <= 0:
         raise SystemExit(
             f"Found --samples-per-prompt {config.samples_per_prompt} --temperature {config.temperature:g}; expected 2 or "
             "more samples above temperature 0, because advantages compare different answers to one prompt"
         )
+    if config.quantize_head and config.quantization == "none":
+        raise SystemExit("Found --quantize-head --quantization none; expected a quantization for the head, or neither")
     device = "cuda" if gpus else "cpu"
     trainer_device = device if config.trainer_device == "auto" else config.trainer_device
     needed = (config.world_size - 1) * (device == "cuda") + (trainer_device == "cuda")

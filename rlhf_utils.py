@@ -233,7 +233,7 @@ class Buckets:
     """
 
     def __init__(self, manifest: Manifest, bucket_bytes: int, group, device: torch.device):
-        self.plan, self.group = plan_buckets(manifest, bucket_bytes), group
+        self.manifest, self.plan, self.group = manifest, plan_buckets(manifest, bucket_bytes), group
         largest = max(size for size, _ in self.plan)
         memory = [torch.empty(largest, dtype=torch.uint8, device=device) for _ in self.plan[:2]]
         self.buckets = [memory[i % 2][:size] for i, (size, _) in enumerate(self.plan)]
@@ -351,7 +351,7 @@ def broadcast(group, tensor: torch.Tensor, what: str, stream=None) -> None:
 
 
 def wait_on_host(event, group, what: str) -> None:
-    """Until a broadcast has ended; raises TimeoutError, where NCCL would wait for ever for a rank that has died."""
+    """Until a broadcast has ended; aborts and raises TimeoutError, where NCCL would wait for ever for a dead rank."""
     deadline = time.monotonic() + group.timeout_s
     while not event.query():
         if time.monotonic() > deadline:
@@ -682,7 +682,10 @@ def quantize_rows_kernel(source, source_stride, qdata, scale, columns, BLOCK: tl
 
 
 def check_post_processing(model: torch.nn.Module) -> None:
-    """Raise ValueError if vLLM derives more from loaded weights than FP8 rows: a replay would leave that as it was."""
+    """Raise ValueError if vLLM derives more from loaded weights than FP8 rows: a replay would leave that as it was.
+
+    Examples are MLA's split projections, and the attention sinks of which some backends (FlashInfer) keep an FP32 copy.
+    """
     from vllm.model_executor.layers.attention import Attention
     from vllm.model_executor.layers.linear import UnquantizedLinearMethod
     from vllm.model_executor.layers.quantization.torchao import TorchAOLinearMethod
@@ -692,9 +695,9 @@ def check_post_processing(model: torch.nn.Module) -> None:
     nothing_else = (NoneType, TorchAOLinearMethod, UnquantizedLinearMethod, UnquantizedEmbeddingMethod)
     for name, module in model.named_modules():
         doer = module.impl if type(module) is Attention else module
-        derive = getattr(type(doer), "process_weights_after_loading", None)
-        method = type(getattr(module, "quant_method", None))
-        if derive not in (None, AttentionImplBase.process_weights_after_loading) or method not in nothing_else:
+        hook = getattr(type(doer), "process_weights_after_loading", None)
+        idle = hook in (None, AttentionImplBase.process_weights_after_loading) or getattr(doer, "_sinks_source", 0) is None
+        if not idle or type(getattr(module, "quant_method", None)) not in nothing_else:
             raise ValueError(f"vLLM derives more than FP8 rows from the weights of {name} ({type(doer).__name__})")
 
 
@@ -932,7 +935,7 @@ class WorkerExtension:
         """
         check_manifest(manifest, self.expected_weights)
         self.buckets = self.replay = None  # their memory is free before new buckets take theirs
-        self.manifest, self.buckets = manifest, Buckets(manifest, bucket_bytes, self.weight_group, self.device)
+        self.buckets = Buckets(manifest, bucket_bytes, self.weight_group, self.device)
         self._know_what_is_stored()
         return self._prepare_replay()
 
@@ -940,7 +943,7 @@ class WorkerExtension:
         self.replay = None
         self._abandon_update()
         try:
-            self.replay = Replay(self.get_model(), record_copies(self, self.manifest), self.buckets)
+            self.replay = Replay(self.get_model(), record_copies(self, self.buckets.manifest), self.buckets)
         except ValueError as error:
             return str(error)
 
@@ -948,8 +951,9 @@ class WorkerExtension:
     def receive_weights(self) -> dict | None:
         """Receive a complete set of weights, as agreed on; None if rank 0 has none to send. Blocks until it has sent."""
         if self.replay and self.replay.live != live_addresses(self.get_model()):
-            logger.warning("the engine's tensors have moved: what vLLM copies is recorded anew")
-            self._prepare_replay()
+            reason = self._prepare_replay()
+            now = f"updates are reload sessions, because {reason}" if reason else "what vLLM copies has been recorded anew"
+            logger.warning("the engine's tensors have moved: %s", now)
         if not announce(self.weight_group, self.device):
             return None
         self._abandon_update()
@@ -1057,6 +1061,7 @@ def allow_fp8_heads() -> None:
     plain = TorchAOConfig.get_quant_method
 
     def get_quant_method(self, layer: torch.nn.Module, prefix: str):
+        """vLLM's own, which knows linear layers only; and heads."""
         if isinstance(layer, ParallelLMHead):
             config = get_current_vllm_config().model_config.hf_config
             if getattr(config, "quantize_lm_head", False) and not config.tie_word_embeddings:

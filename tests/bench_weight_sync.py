@@ -10,6 +10,7 @@ all such files there.
 
 import contextlib
 import dataclasses
+import functools
 import json
 import os
 import statistics
@@ -188,38 +189,62 @@ def main(config: Benchmark) -> dict:
     return result
 
 
+def on_trainer(config: Benchmark, trainer, function: Callable, *args):
+    """What a function of the trainer's object returns in the trainer's process."""
+    return driver.wait([trainer.__ray_call__.remote(function, *args)], 10 * config.timeout_s, function.__name__)[0]
+
+
+def timed(call: Callable, *args) -> float:
+    """Seconds."""
+    start = time.perf_counter()
+    call(*args)
+    return time.perf_counter() - start
+
+
+def measure_raw(config: Benchmark, trainer, actor) -> list[float]:
+    """Seconds of each raw broadcast of the buckets that both ends have agreed on, of the slowest rank."""
+    handle = actor.collective_rpc.remote("broadcast_raw", args=(config.repeats,))
+    sent = on_trainer(config, trainer, lambda trainer: broadcast_raw(trainer.sender.buckets, config.repeats))
+    received = driver.wait([handle], config.timeout_s, "receiving")[0]
+    return [max(all_ranks) for all_ranks in zip(sent, *received)]
+
+
+def measure_phases(config: Benchmark, trainer, actor) -> dict[str, float]:
+    """Seconds of an empty call, and of each phase of a sync of ours; medians."""
+    llm = Remote(actor)
+    phases = {"empty call": statistics.median(timed(llm.collective_rpc, "do_nothing") for _ in range(20))}
+    on_trainer(config, trainer, lambda trainer: stamp_syncs())
+    llm.collective_rpc("stamp_syncs")
+    seconds = []
+    for _ in range(config.repeats):
+        start = time.time()
+        result = sync(config, trainer, actor, verify=False)
+        stamps = [start, *max(rank["stamps"] for rank in result["ranks"]), time.time()]
+        seconds.append([end - begin for begin, end in zip(stamps, stamps[1:])])
+    names = ("call reaches the worker", "announced", "issued", "waited", "answered")
+    return phases | dict(zip(names, map(statistics.median, zip(*seconds)), strict=True))
+
+
 def measure(config: Benchmark, device: str, trainer, actor, expected: dict) -> dict:
     """Every method: seconds, extra memory of both sides, and whether the engine then equals a cold start."""
     llm, rows, syncs, session_outputs = Remote(actor), {}, [], []
 
-    def on_trainer(function: Callable, *args):
-        return driver.wait([trainer.__ray_call__.remote(function, *args)], 10 * config.timeout_s, function.__name__)[0]
-
-    def timed(call: Callable, *args) -> float:
-        start = time.perf_counter()
-        call(*args)
-        return time.perf_counter() - start
+    ask_trainer = functools.partial(on_trainer, config, trainer)
 
     def our_sync() -> float:
         syncs.append(sync(config, trainer, actor, verify=False))
         return syncs[-1]["seconds"]
-
-    def stamped_sync() -> list[float]:
-        start = time.time()
-        result = sync(config, trainer, actor, verify=False)
-        stamps = [start, *max(rank["stamps"] for rank in result["ranks"]), time.time()]
-        return [end - begin for begin, end in zip(stamps, stamps[1:])]
 
     def session() -> float:
         llm.collective_rpc("forget_replay")
         return our_sync()
 
     def first() -> float:
-        on_trainer(lambda trainer: setattr(trainer, "sender", None))
+        ask_trainer(lambda trainer: setattr(trainer, "sender", None))
         return timed(our_sync)
 
     def memory_gib(peak: bool) -> list[float]:  # of the trainer and the engine's ranks
-        own = on_trainer(lambda trainer: allocated_gib(trainer.device, peak))
+        own = ask_trainer(lambda trainer: allocated_gib(trainer.device, peak))
         return [own, *llm.collective_rpc("allocated_gib", args=(peak,))]
 
     def equal() -> dict[str, bool]:
@@ -250,32 +275,20 @@ def measure(config: Benchmark, device: str, trainer, actor, expected: dict) -> d
         print(method, rows[method], file=sys.stderr)
 
     our_sync()
-    buckets = on_trainer(lambda trainer: {b.data_ptr(): b.nbytes for b in trainer.sender.buckets.buckets[:2]})
+    buckets = ask_trainer(lambda trainer: {b.data_ptr(): b.nbytes for b in trainer.sender.buckets.buckets[:2]})
     buckets_gib = sum(buckets.values()) / 2**30 if device == "cuda" else 0.0
-    handle = actor.collective_rpc.remote("broadcast_raw", args=(config.repeats,))
-    sent = on_trainer(lambda trainer: broadcast_raw(trainer.sender.buckets, config.repeats))
-    received = driver.wait([handle], config.timeout_s, "receiving")[0]
-    seconds = [max(all_ranks) for all_ranks in zip(sent, *received)]
-    rows[RAW] = {
-        "seconds": statistics.median(seconds),
-        "all_seconds": seconds,
-        "extra_gib": [0.0] * (1 + len(received)),
-    }
+    seconds, ranks = measure_raw(config, trainer, actor), 1 + config.tensor_parallel_size
+    rows[RAW] = {"seconds": statistics.median(seconds), "all_seconds": seconds, "extra_gib": [0.0] * ranks}
     add(SESSION, session, config.repeats)
     add(FIRST, first, config.repeats)
     add(OURS, our_sync, config.repeats)
     last = syncs[-config.repeats :]
-    breakdown = {"empty call": statistics.median(timed(llm.collective_rpc, "do_nothing") for _ in range(20))}
-    on_trainer(lambda trainer: stamp_syncs())
-    llm.collective_rpc("stamp_syncs")
-    stamps = [stamped_sync() for _ in range(config.repeats)]
-    phases = ("call reaches the worker", "announced", "issued", "waited", "answered")
-    breakdown |= {phase: statistics.median(times[i] for times in stamps) for i, phase in enumerate(phases)}
+    breakdown = measure_phases(config, trainer, actor)
     if config.slow_repeats:
-        add(PUBLISHED, lambda: timed(on_trainer, send_as_published, actor), config.slow_repeats, warm_up=0)
+        add(PUBLISHED, lambda: timed(ask_trainer, send_as_published, actor), config.slow_repeats, warm_up=0)
     if config.trainer_device == device == "cuda":
-        on_trainer(join_vllm, actor, config.world_size)
-        add(VLLM, lambda: timed(on_trainer, lambda trainer: trainer.vllm_sender.send_weights()), config.repeats)
+        ask_trainer(join_vllm, actor, config.world_size)
+        add(VLLM, lambda: timed(ask_trainer, lambda trainer: trainer.vllm_sender.send_weights()), config.repeats)
     our_sync()
     repaired = equal()
     assert repaired == rows[OURS]["equal"], f"a sync of ours must repair what the calls before it did: {repaired}"

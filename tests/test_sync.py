@@ -76,12 +76,18 @@ def test_recording_is_made_anew_when_it_no_longer_fits(config, models, capfd):
         norm = worker.get_model().model.norm
         norm.weight.data = norm.weight.data.clone()
 
-    def derive_from_a_weight(llm):
-        class Method:
-            """As a quantization method that makes something of its own of the loaded weight."""
-
+    def derive_in_attention(llm, sinks: bool):
+        """As FlashInfer's attention, which makes something of its own of sinks, if the model has any."""
         worker = llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker
-        worker.get_model().model.norm.quant_method = Method()
+        impl = worker.get_model().model.layers[0].self_attn.attn.impl
+        hook = {"process_weights_after_loading": lambda self, dtype: None}
+        impl.__class__ = type("Derives", (type(impl),), hook)
+        impl._sinks_source = torch.ones(4) if sinks else None
+
+    def derive_in_a_method(llm):
+        """As a quantization method that makes something of its own of the loaded weight."""
+        worker = llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker
+        worker.get_model().model.norm.quant_method = object()
 
     with contextlib.ExitStack() as cleanup:
         trainer = driver.start_trainer(config, new, cleanup)
@@ -102,9 +108,16 @@ def test_recording_is_made_anew_when_it_no_longer_fits(config, models, capfd):
         ray.get(actor.__ray_call__.remote(move_a_tensor))
         assert sync_twice(0) == expected
         assert sync_twice(1, bucket_bytes=100_000) == expected
-        ray.get(actor.__ray_call__.remote(derive_from_a_weight))
-        assert sync(config, trainer, actor)["path"] == "session" and observe(llm) == expected
-        assert "because vLLM derives more than FP8 rows from the weights of model.norm" in capfd.readouterr().out
+        ray.get(actor.__ray_call__.remote(derive_in_attention, False))
+        assert sync_twice(1) == expected
+        for number, (derive, name) in enumerate(
+            [((derive_in_attention, True), "model.layers.0.self_attn.attn"), ((derive_in_a_method,), "model.norm")]
+        ):
+            ray.get(actor.__ray_call__.remote(*derive))
+            assert sync(config, trainer, actor, bucket_bytes=10**6 + number)["path"] == "session"
+            assert f"because vLLM derives more than FP8 rows from the weights of {name}" in capfd.readouterr().out
+            assert observe(llm) == expected
+            ray.get(actor.__ray_call__.remote(derive_in_attention, False))
 
 
 def test_answers_read_as_vllm_decodes_them(pair):

@@ -267,6 +267,11 @@ def test_bad_flags_are_seen_before_anything_starts(flags, message):
         driver.main(driver.Config(**flags))
 
 
+def test_a_head_cannot_be_quantized_alone():
+    with pytest.raises(SystemExit, match="Found --quantize-head --quantization none; expected a quantization"):
+        driver.resolve(driver.Config(quantize_head=True, quantization="none"), 0)
+
+
 @pytest.mark.parametrize("flags", [dict(samples_per_prompt=1), dict(temperature=0.0)])
 def test_groups_need_different_answers(flags):
     with pytest.raises(SystemExit, match="expected 2 or more samples above temperature 0"):
