@@ -71,6 +71,7 @@ from rlhf_utils import (
 
 HERE = Path(__file__).resolve().parent
 ACTORS = {}  # Ray's id of an actor -> its name in messages
+SYNCING = threading.Lock()  # held while a weight sync runs
 PROMPTS = [
     "Hello, my name is",
     "The president of the United States is",
@@ -670,6 +671,18 @@ def who(ref: ray.ObjectRef) -> str:
     return ACTORS.get(ref.task_id().actor_id(), "Ray")
 
 
+@contextlib.contextmanager
+def one_at_a_time() -> Iterator[None]:
+    """Refuse a sync, instead of letting it wait, while another is running."""
+    if not SYNCING.acquire(blocking=False):
+        raise RuntimeError("refusing to sync: another weight sync is running; ask again when it has ended")
+    try:
+        yield
+    finally:
+        SYNCING.release()
+
+
+@one_at_a_time()
 def sync_weights_to_quantized_engine(
     train_model, quantized_llm, *, bucket_bytes: int = BUCKET_BYTES, verify: bool = False, timeout_s: float = 30.0
 ) -> dict:
@@ -690,7 +703,7 @@ def sync_weights_to_quantized_engine(
 
     Raises:
         RuntimeError: what is wrong with which weight on which rank, or who died; with `verify`, the tensors that differ.
-            Unless no byte has moved, the engine refuses to generate.
+            Unless no byte has moved, the engine refuses to generate. Or: another sync is running.
         TimeoutError: the group did not finish in `timeout_s` seconds.
     """
     engines = quantized_llm if isinstance(quantized_llm, list) else [quantized_llm]
@@ -742,7 +755,12 @@ def sync_weights_to_quantized_engine(
 
 
 def generate(engines: list, prompts: list[str], config: Config, seeds: list[int], **sampling) -> list:
-    """One vLLM RequestOutput per prompt, in order; each engine generates for an equal share of them."""
+    """One vLLM RequestOutput per prompt, in order; each engine generates for an equal share of them.
+
+    Raises RuntimeError while a weight sync is running. (A call to the actor itself waits for its turn.)
+    """
+    if SYNCING.locked():
+        raise RuntimeError("refusing to generate: a weight sync is running; ask again when it has ended")
     params = [SamplingParams(seed=seed, max_tokens=config.max_tokens, **ROLLOUT, **sampling) for seed in seeds]
     share = -(-len(prompts) // len(engines))
     calls = [

@@ -342,24 +342,23 @@ def test_failed_loads_and_resets_leave_a_torn_engine_until_a_sync_succeeds(quick
             driver.wait([step], 30, "training")
 
 
-def test_calls_during_a_sync_wait_for_its_end(quick, pair):
-    """Two more syncs, and a generation, which sees the complete new weights."""
+def test_generation_and_syncs_asked_for_during_a_sync(quick, pair):
+    """The driver's functions refuse; a call to the actor itself waits, and sees the complete new weights."""
     driver.join_group(quick, "cpu", pair.trainer, [pair.actor])
     sync(quick, pair.trainer, pair.actor)
     expected, results = observe(pair.llm)["outputs"], []
     on(pair.trainer, act_before_bucket, 0, None, signal.SIGCONT)  # a signal that does nothing, and 0.4 s
     pair.llm.collective_rpc("reset_weights")
-    syncing = threading.Thread(target=sync, args=(quick, pair.trainer, pair.actor))
+    syncing = threading.Thread(target=lambda: results.append(sync(quick, pair.trainer, pair.actor)))
     syncing.start()
     time.sleep(0.1)
+    with pytest.raises(RuntimeError, match="refusing to generate: a weight sync is running"):
+        driver.generate([pair.actor], PROMPTS, quick, [0] * len(PROMPTS))
+    with pytest.raises(RuntimeError, match="refusing to sync: another weight sync is running"):
+        sync(quick, pair.trainer, pair.actor)
     assert syncing.is_alive() and generate(pair.llm) == expected
     syncing.join()
-    threads = [threading.Thread(target=lambda: results.append(sync(quick, pair.trainer, pair.actor))) for _ in range(3)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(60)
-    assert len(results) == 3 and all(result["verified"] for result in results)
+    assert results[0]["verified"] and len(driver.generate([pair.actor], PROMPTS, quick, [0] * len(PROMPTS))) == 4
     assert sync(quick, pair.trainer, pair.actor, verify=True)["compared_tensors"] == 72
 
 
