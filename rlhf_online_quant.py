@@ -108,7 +108,8 @@ class Config:
     quantization: str = "auto"
     """`fp8-dynamic` (`auto` on GPUs), `fp8-weight-only` (`auto` on CPU), `none`, or a torchao config's JSON file."""
     quantize_head: bool = False
-    """Also quantize the output head, which vLLM leaves in BF16, unless it is tied: less memory, a larger mismatch."""
+    """Also quantize the output head, which vLLM leaves in BF16, unless it is tied: less memory and a larger mismatch, but
+    no faster."""
     enforce_eager: bool = False
     """Start faster and generate much more slowly: no compilation, no CUDA graphs. Always so on the CPU."""
     max_model_len: int = 512

@@ -134,7 +134,7 @@ def test_trainer_dies_before_during_and_after_a_broadcast(quick, models):
         sync(quick, pair.trainer, pair.actor, bucket_bytes=BUCKET_BYTES)
         on(pair.trainer, act_before_bucket, 3, None, signal.SIGKILL)
         message = failing_sync(quick, pair)
-        assert "trainer (rank 0): The actor" in message and re.search(r"rank 1, bucket [45] of 8 \(", message)
+        assert "trainer (rank 0): The actor" in message and "rank 1, bucket 4 of 8 (" in message
         assert refuses(pair)
         next_trainer()
         assert sync(quick, pair.trainer, pair.actor)["verified"] and observe(pair.llm) == expected
