@@ -16,6 +16,9 @@ Two things differ from the example that is usually copied:
 - A sync is one reload session, or a replay of the copies that it would make. `load_weights` once per parameter leaves a
   quantized engine with uninitialized memory.
 
+And one thing is added: before the first step, the engine is zeroed and synced, and must then be, byte for byte and answer for
+answer, the engine that had started from the checkpoint (`prove_sync`). Otherwise the run ends there.
+
 Without a GPU the same processes run on the CPU (gloo, weight-only FP8, a tiny random model).
 
 Names of dimensions: P prompts, G samples per prompt, B sequences of a micro-batch, T tokens, V vocabulary, N all sampled
@@ -34,7 +37,6 @@ import random
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -42,7 +44,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import psutil
 import ray
@@ -59,15 +61,7 @@ from torchao.core.config import AOBaseConfig, config_from_dict, config_to_dict
 from torchao.quantization import Float8DynamicActivationFloat8WeightConfig, Float8WeightOnlyConfig, PerRow
 from vllm import LLM, SamplingParams
 
-from rlhf_utils import (
-    BUCKET_BYTES,
-    WeightSender,
-    announce,
-    find_nonfinite,
-    imported_at,
-    make_manifest,
-    stateless_init_process_group,
-)
+from rlhf_utils import BUCKET_BYTES, WeightSender
 
 HERE = Path(__file__).resolve().parent
 ACTORS = {}  # Ray's id of an actor -> its name in messages
@@ -107,9 +101,6 @@ class Config:
     """Engines that share the prompts of a step; each has its own tensor-parallel group."""
     quantization: str = "auto"
     """`fp8-dynamic` (`auto` on GPUs), `fp8-weight-only` (`auto` on CPU), `none`, or a torchao config's JSON file."""
-    quantize_head: bool = False
-    """Also quantize the output head, which vLLM leaves in BF16, unless it is tied: less memory and a larger mismatch, but
-    no faster."""
     enforce_eager: bool = False
     """Start faster and generate much more slowly: no compilation, no CUDA graphs. Always so on the CPU."""
     max_model_len: int = 512
@@ -118,9 +109,6 @@ class Config:
     """Share of each engine GPU that vLLM may fill with weights and KV cache."""
     kv_cache_dtype: Literal["auto", "fp8"] = "auto"
     """`fp8`: one byte for each element of the KV cache, at a cost in precision; `auto` is BF16."""
-    compare_memory: bool = False
-    """Only measure what the engine's memory holds, in BF16 and with `--quantization`, one after the other."""
-
     steps: int = 20
     """Training steps: rollouts, rewards, optimizer, sync. 0 only starts, syncs and samples."""
     prompts_file: Path | None = None
@@ -168,10 +156,6 @@ class Config:
     """Of the tiny model's weights, of prompts and of sampling. The same seed gives the same curve on the CPU."""
     bucket_mib: int = 256
     """Weights travel in buckets of this size (MiB), two of which each side keeps; a weight may be cut between rows."""
-    verify: bool = False
-    """After the first sync, quantize the trainer's weights independently and compare every shard bit for bit."""
-    allow_nonfinite: bool = False
-    """Send weights that hold NaN or infinity, which are refused by default."""
     timeout_s: float = 30.0
     """Longest wait (seconds) for a weight sync, and for a reward function. Start-up, a generation, a training step and a
     checkpoint may take ten times as long."""
@@ -196,44 +180,72 @@ class MyLLM(LLM):
 
     weights_version = 0
     torn: str | None = None  # why the weights are not one complete version
+    torn_until: str | None = None  # the worker method that completes them
+    asked: tuple[list[str], int] = (PROMPTS, 32)  # what `answer` was last asked: prompts, tokens
 
-    def __repr__(self) -> str:  # LLM's own asks the workers, and Ray would put the answer before every log line
+    # What begins an update, and what ends it.
+    UPDATES = {
+        "update_weight": "check_weights_changed",
+        "receive_weights": "receive_weights",
+        "zero_weights": "receive_weights",
+        "reset_weights": "receive_weights",  # vLLM's own zeros
+    }
+
+    def __repr__(
+        self,
+    ) -> str:  # LLM's own asks the workers, and Ray would put the answer before every log line
         return "MyLLM"
 
     def collective_rpc(self, method, timeout=None, args=(), kwargs=None):
         """Call a method of every worker; keeps account of updates."""
-        was_torn = self.torn
-        if method in ("update_weight", "receive_weights"):
+        if method in self.UPDATES:
+            self.torn_until = self.UPDATES[method]
             self.torn = f"the weight update after version {self.weights_version} has not been completed"
         results = super().collective_rpc(method, timeout, args, kwargs)
-        if method == "receive_weights" and results[0] is None:
-            self.torn = was_torn  # nothing was sent
-        elif self.torn and method in ("check_weights_changed", "receive_weights"):
+        if self.torn and method == self.torn_until:
             if not self.reset_prefix_cache():
                 raise RuntimeError("vLLM refused to reset the prefix cache: requests are still running")
             self.weights_version += 1
-            self.torn = None
-        if method == "receive_weights":
-            results = [result and result | {"weights_version": self.weights_version} for result in results]
+            self.torn = self.torn_until = None
         return results
 
-    def generate(self, *args, **kwargs):
-        """LLM.generate, unless the weights are torn; decodes each answer at its end if vLLM did not token by token."""
+    def _refuse_if_torn(self) -> None:
         if self.torn:
             raise RuntimeError(f"refusing to generate: {self.torn}; sync a complete set of weights first")
+
+    def _add_request(self, *args, **kwargs):
+        """Every way to ask an LLM for something comes through here: generate, chat, enqueue, beam_search, encode, ..."""
+        self._refuse_if_torn()
+        return super()._add_request(*args, **kwargs)
+
+    def _run_engine(self, *args, **kwargs):
+        """... and every way to have it done through here, `wait_for_completion` of earlier requests included."""
+        self._refuse_if_torn()
+        return super()._run_engine(*args, **kwargs)
+
+    def generate(self, *args, **kwargs):
+        """LLM.generate; decodes each answer at its end if vLLM did not token by token."""
         outputs, tokenizer = super().generate(*args, **kwargs), self.get_tokenizer()
         for output in outputs:
             for answer in output.outputs:
                 answer.text = answer.text or decode(tokenizer, output.prompt_token_ids, answer.token_ids)
         return outputs
 
+    def answer(self, prompts: list[str] | None = None, max_tokens: int = 32) -> list[dict]:
+        """A greedy answer to each prompt: `prompt`, `text`, `token_ids`, `logprobs`. Without prompts: to the last ones again."""
+        self.asked = (prompts, max_tokens) if prompts else self.asked
+        self.reset_prefix_cache()  # on GPUs the last bits depend on how much of a prompt was cached
+        params = SamplingParams(temperature=0, max_tokens=self.asked[1], **ROLLOUT)
+        return [
+            {"prompt": output.prompt, "text": answer.text, "token_ids": list(answer.token_ids)}
+            | {"logprobs": list(answer.logprobs.logprobs)}
+            for output in self.generate(self.asked[0], params, use_tqdm=False)
+            for answer in output.outputs
+        ]
+
     def get_weights_version(self) -> int:
         """How many complete updates the weights have had; 0 means as loaded at start-up."""
         return self.weights_version
-
-    def get_import_time(self) -> float:
-        """When this process had imported all it needs, in seconds since the epoch."""
-        return imported_at()
 
     def shutdown(self) -> None:
         """Stop the engine's processes."""
@@ -243,7 +255,9 @@ class MyLLM(LLM):
 def decode(tokenizer, prompt: list[int], answer: list[int]) -> str:
     """An answer's text as it follows its prompt; decoded alone, some tokenizers would drop its first space."""
     options = dict(skip_special_tokens=True, clean_up_tokenization_spaces=False)
-    return tokenizer.decode([*prompt[-1:], *answer], **options)[len(tokenizer.decode(prompt[-1:], **options)) :]
+    return tokenizer.decode([*prompt[-1:], *answer], **options)[
+        len(tokenizer.decode(prompt[-1:], **options)) :
+    ]
 
 
 def torchao_config(quantization: str) -> AOBaseConfig | None:
@@ -293,35 +307,40 @@ def engine_arguments(config: Config, path: str, device: str) -> dict:
     )
     if quantization := torchao_config(config.quantization):
         as_json = json.dumps(config_to_dict(quantization))
-        overrides = {"quantization_config_dict_json": as_json, "quantize_lm_head": config.quantize_head}
-        arguments |= dict(quantization="torchao", hf_overrides=overrides)
+        arguments |= dict(quantization="torchao", hf_overrides={"quantization_config_dict_json": as_json})
     return arguments
 
 
 # ----- The trainer ---------------------------------------------------------------------------------------------------
 
 
-class Trainer:
-    """The full-precision side: model, optimizer, and rank 0 of the weight-update group."""
+class Trainer(WeightSender):
+    """The full-precision side: model, optimizer, and, by what it inherits, rank 0 of the weight-update group."""
 
     def __init__(self, config: Config, path: str):
-        self.config, self.path, self.device = config, path, torch.device(config.trainer_device)
+        self.config, self.path = config, path
         model_config = transformers.AutoConfig.from_pretrained(path)
-        for name in vars(model_config):  # the engine has no dropout: with it, trainer and engine would be two policies
+        for name in vars(
+            model_config
+        ):  # the engine has no dropout: with it, trainer and engine would be two policies
             if "dropout" in name or "layerdrop" in name:
                 setattr(model_config, name, 0.0)
 
         def load(folder: str | Path) -> torch.nn.Module:
             """A model without dropout, in training mode so that it can recompute activations."""
             options = dict(config=model_config, dtype=config.trainer_dtype)
-            return transformers.AutoModelForCausalLM.from_pretrained(folder, **options).to(self.device).train()
+            return (
+                transformers.AutoModelForCausalLM.from_pretrained(folder, **options)
+                .to(config.trainer_device)
+                .train()
+            )
 
-        self.model = load(config.resume or path)
+        super().__init__(load(config.resume or path), config.trainer_device)
         if config.gradient_checkpointing:
             self.model.gradient_checkpointing_enable()
         self.reference = load(path) if config.kl_coef else None
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=config.learning_rate)
-        self.step, self.nonfinite = 0, find_nonfinite(self.model)
+        self.step = 0
         if config.resume:
             state = torch.load(config.resume / "trainer.pt", map_location=self.device, weights_only=True)
             self.optimizer.load_state_dict(state["optimizer"])
@@ -358,7 +377,8 @@ class Trainer:
             grad_norm = float(torch.nn.utils.clip_grad_norm_(self.model.parameters(), config.max_grad_norm))
             self.optimizer.step()
             self.optimizer.zero_grad()
-        self.step, self.nonfinite = self.step + 1, find_nonfinite(self.model)
+        self.step += 1
+        self.scan_weights()
         old_N = torch.cat([batch["old_BT"][batch["mask_BT"]] for batch in batches])
         engine_N = torch.cat([batch["engine_BT"][batch["mask_BT"]] for batch in batches])
         on_gpu = self.device.type == "cuda"
@@ -391,52 +411,10 @@ class Trainer:
         tokens_BL = batch["tokens_BL"]
         output = model(input_ids=tokens_BL, attention_mask=batch["attend_BL"], use_cache=False)
         logits_BTV, targets_BT = output.logits[:, :-1].float() / self.config.temperature, tokens_BL[:, 1:]
-        losses = torch.nn.functional.cross_entropy(logits_BTV.flatten(0, 1), targets_BT.flatten(), reduction="none")
-        return -losses.view_as(targets_BT)
-
-    def open_rendezvous(self, address: str | None) -> tuple[str, int]:
-        """Hold a listening socket on `address` (None: this node's own) and a free port; returns both."""
-        address = address or ray.util.get_node_ip_address()
-        self.listen_socket = socket.create_server((address, 0))
-        return address, self.listen_socket.getsockname()[1]
-
-    def init_weight_update_group(self, address: str, port: int, world_size: int, backend: str, timeout_s: float):
-        """Join as rank 0, beside the workers' method of the same name."""
-        self.sender = None
-        self.group = stateless_init_process_group(
-            address, port, 0, world_size, self.device, backend, timeout_s, self.listen_socket
+        losses = torch.nn.functional.cross_entropy(
+            logits_BTV.flatten(0, 1), targets_BT.flatten(), reduction="none"
         )
-
-    def weight_manifest(self) -> list[list]:
-        """Names, wire dtype and shapes of the weights, in sending order."""
-        return make_manifest(self.model, torch.bfloat16)
-
-    def agree_on_weights(self, bucket_bytes: int) -> None:
-        """Prepare to send the weights as they are now, beside the workers' method of the same name."""
-        self.sender = WeightSender(self.model, self.weight_manifest(), self.group, self.device, bucket_bytes)
-
-    def send_weights(self, bucket_bytes: int) -> dict | None:
-        """Broadcast every weight, beside the workers' `receive_weights` or `verify_weights`; None if not agreed on.
-
-        Raises ValueError, and sends nothing, if a weight was not finite when it was loaded or after the last step.
-        """
-        start = time.perf_counter()
-        if self.nonfinite and not self.config.allow_nonfinite:
-            announce(self.group, self.device, sending=False)
-            raise ValueError(
-                f"{len(self.nonfinite)} weights hold NaN or infinity and were not sent: {', '.join(self.nonfinite[:8])}. "
-                "Go on from an earlier checkpoint with a lower --learning-rate; --allow-nonfinite sends them"
-            )
-        if self.sender is None or not self.sender.fits(self.model, bucket_bytes):
-            self.sender = None
-            announce(self.group, self.device, sending=False)
-            return None
-        buckets = self.sender.send()
-        return {
-            "bytes": sum(piece.nbytes for _, pieces in self.sender.buckets.plan for piece in pieces),
-            "buckets": buckets,
-            "seconds": time.perf_counter() - start,
-        }
+        return -losses.view_as(targets_BT)
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write model and tokenizer in Hugging Face format."""
@@ -507,7 +485,9 @@ def compute_ppo_loss(logprobs_BT: torch.Tensor, batch: dict[str, torch.Tensor], 
     weights_BT, corrected_BT = importance_weights(
         old_BT, batch["engine_BT"], mask_BT, config.correction, config.correction_cap
     )
-    reference_kl_BT = k3(batch["reference_BT"] - logprobs_BT) if config.kl_coef else torch.zeros_like(logprobs_BT)
+    reference_kl_BT = (
+        k3(batch["reference_BT"] - logprobs_BT) if config.kl_coef else torch.zeros_like(logprobs_BT)
+    )
     loss = (config.kl_coef * reference_kl_BT - weights_BT * gain_BT)[mask_BT].sum()
     return loss, {
         "loss": loss.detach(),
@@ -612,9 +592,13 @@ def compute_rewards(outputs: list, reward: Callable = letters, timeout_s: float 
     try:
         rewards, error = answer.get(timeout=timeout_s)
     except queue.Empty:
-        raise TimeoutError(f"reward function {reward.__name__} has not returned for {timeout_s:g} s") from None
+        raise TimeoutError(
+            f"reward function {reward.__name__} has not returned for {timeout_s:g} s"
+        ) from None
     if error:
-        raise RuntimeError(f"reward function {reward.__name__} failed: {type(error).__name__}: {error}") from error
+        raise RuntimeError(
+            f"reward function {reward.__name__} failed: {type(error).__name__}: {error}"
+        ) from error
     wrong = [f"{value} for {text!r}" for value, text in zip(rewards, completions) if not math.isfinite(value)]
     if wrong or len(rewards) != len(completions):
         raise RuntimeError(
@@ -683,73 +667,204 @@ def one_at_a_time() -> Iterator[None]:
         SYNCING.release()
 
 
-@one_at_a_time()
-def sync_weights_to_quantized_engine(
-    train_model, quantized_llm, *, bucket_bytes: int = BUCKET_BYTES, verify: bool = False, timeout_s: float = 30.0
-) -> dict:
-    """Bring engines to the trainer's weights: broadcast, quantization on arrival, digests, cache reset.
+def as_list(handles) -> list:
+    """One handle, or a list of them."""
+    return handles if isinstance(handles, list) else [handles]
 
-    The first sync (and any after the trainer's weights, or `bucket_bytes`, have been replaced) agrees on the manifest and
-    learns what vLLM would copy. Every sync replays these copies, with one call to either side.
+
+def on_workers(engines: list, method: str, *args) -> list:
+    """Handles of calls of a method of every worker of every engine."""
+    return [llm.collective_rpc.remote(method, args=args) for llm in engines]
+
+
+def agree_on_weights(trainers: list, engines: list, bucket_bytes: int, timeout_s: float) -> None:
+    """Check the trainer's weights; if they are others than those agreed on, or there are none yet, agree on them."""
+    preparing = [trainer.prepare_weights.remote(bucket_bytes) for trainer in trainers]
+    manifest = wait(preparing, timeout_s, "checking the trainer's weights")[0]
+    if manifest is None:
+        return
+    asked = on_workers(engines, "agree_on_weights", manifest, bucket_bytes)
+    replies = sum(wait(asked, timeout_s, "agreeing on the weights"), [])
+    manifest = replies[0][0]
+    if any(other != manifest for other, _ in replies):
+        raise RuntimeError(
+            "the workers want other dtypes for the same weights: start all engines the same way"
+        )
+    wait([trainers[0].agree_on_weights.remote(manifest, bucket_bytes)], timeout_s, "agreeing on the weights")
+    because = "; ".join(sorted({reason for _, reason in replies if reason}))
+    how = f"reload sessions, because {because}" if because else "replays of what vLLM would copy"
+    print(f"Agreed on {len(manifest)} weights; weight syncs are {how}")
+
+
+def broadcast_weights(
+    trainers: list, engines: list, timeout_s: float, by_session: bool = False
+) -> tuple[dict, list[dict]]:
+    """What the sender and each worker of each engine say of one broadcast of all weights."""
+    sending = [trainer.send_weights.remote() for trainer in trainers]
+    receiving = on_workers(engines, "receive_weights", by_session)
+    patience_s = (
+        timeout_s / 2 + 2
+    )  # a rank whose peer has died knows after half the limit in which bucket that was
+    results = wait([*sending, *receiving], timeout_s, "broadcasting weights", patience_s)
+    return results[0], sum(results[len(sending) :], [])
+
+
+class Observation(NamedTuple):
+    """What engines hold and say: digests of every stored tensor, by engine and worker; greedy answers, by engine."""
+
+    digests: list[list[dict[str, int]]]
+    answers: list[list[dict]]
+
+
+def observe(
+    engines: list, timeout_s: float, prompts: list[str] | None = None, max_tokens: int = 32
+) -> Observation:
+    """Look at engines; without `prompts` they are asked what they were asked the last time."""
+    digests = wait(on_workers(engines, "stored_digests"), timeout_s, "reading the engine's tensors")
+    asked = [llm.answer.remote(prompts, max_tokens) for llm in engines]
+    return Observation(digests, wait(asked, 10 * timeout_s, "asking the engine"))
+
+
+def differences(engines: list, expected: Observation, timeout_s: float) -> list[str]:
+    """Names of the tensors that are not as expected; if all are, the prompts that are answered differently."""
+    digests = wait(on_workers(engines, "stored_digests"), timeout_s, "reading the engine's tensors")
+    different = [
+        f"{name} (engine {i}, worker {j})"
+        for i, (engine, expected_engine) in enumerate(zip(digests, expected.digests, strict=True))
+        for j, (worker, expected_worker) in enumerate(zip(engine, expected_engine, strict=True))
+        for name in sorted(worker.keys() | expected_worker.keys())
+        if worker.get(name) != expected_worker.get(name)
+    ]
+    if different:
+        return different  # do not ask: wrong weights can leave NaN in the KV cache for ever
+    answers = wait([llm.answer.remote() for llm in engines], 10 * timeout_s, "asking the engine")
+    return [
+        f"the answer to {right['prompt']!r} (engine {i})"
+        for i, (given, expected_answers) in enumerate(zip(answers, expected.answers, strict=True))
+        for answer, right in zip(given, expected_answers, strict=True)
+        if answer != right
+    ]
+
+
+def some(names: list[str]) -> str:
+    """Names for a message, not too many of them."""
+    return ", ".join(names[:6]) + (f" and {len(names) - 6} more" if len(names) > 6 else "")
+
+
+@one_at_a_time()
+def prove_sync(
+    train_model,
+    quantized_llm,
+    prompts: list[str] | None = None,
+    max_tokens: int = 32,
+    bucket_bytes: int = BUCKET_BYTES,
+    timeout_s: float = 30.0,
+) -> dict:
+    """Prove, before the first step, that a sync makes an engine what vLLM's own loading makes it, or raise.
+
+    Trainer and engines have started from the same checkpoint. Every weight of the engines is set to zero, then synced: by
+    replay, and if that is not possible or gives something else, by a reload session, which then serves from now on. All
+    stored tensors and the greedy answers to `prompts` must be what they were before.
 
     Args:
-        train_model, quantized_llm: handles of the `Trainer` actor and of the `MyLLM` actor (or a list of them), which
-            have joined one group.
-        verify: broadcast a second time and compare every shard with an independent quantization, bit for bit.
+        train_model, quantized_llm: as for `sync_weights_to_quantized_engine`.
 
     Returns:
-        `bytes` on the wire, `seconds` from the first byte to the reset prefix cache, `gb_per_s` (1e9), `verified` (on
-        every rank, the digest of every bucket equals the sender's), `changed` (on any rank), `path` ("replay", or
-        "session" for a model that cannot be replayed), and per-rank details.
+        What the sync returns, and `verified`, `path` ("replay" or "session"), `because` (why it is no replay), `tensors` and
+        `answers` (how many were compared), and `before`, the first engine's answers.
 
     Raises:
-        RuntimeError: what is wrong with which weight on which rank, or who died; with `verify`, the tensors that differ.
-            Unless no byte has moved, the engine refuses to generate. Or: another sync is running.
-        TimeoutError: the group did not finish in `timeout_s` seconds.
+        RuntimeError: which tensors or answers differ after a session, or why there was none.
     """
-    engines = quantized_llm if isinstance(quantized_llm, list) else [quantized_llm]
-
-    def on_every_engine(method: str, *args) -> list:
-        """Handles of the calls."""
-        return [llm.collective_rpc.remote(method, args=args) for llm in engines]
-
-    def broadcast_to(method: str) -> tuple[dict, list[dict], float]:
-        """What sender and ranks returned, and seconds."""
+    trainers, engines, because = as_list(train_model), as_list(quantized_llm), None
+    cold = observe(engines, timeout_s, prompts or PROMPTS, max_tokens)
+    repeatable = not differences(engines, cold, timeout_s)
+    if not repeatable:
+        print("This engine does not answer the same twice: only its tensors are compared")
+    agree_on_weights(trainers, engines, bucket_bytes, timeout_s)
+    for by_session in (False, True):
+        wait(on_workers(engines, "zero_weights"), timeout_s, "setting the engine's weights to zero")
         start = time.perf_counter()
-        calls = [train_model.send_weights.remote(bucket_bytes), *on_every_engine(method)]
-        patience_s = timeout_s / 2 + 2  # a rank whose peer has died knows after half the limit in which bucket that was
-        sent, *ranks = wait(calls, timeout_s, f"broadcasting weights to {method}", patience_s)
-        return sent, sum(ranks, []), time.perf_counter() - start
+        try:
+            sent, ranks = broadcast_weights(trainers, engines, timeout_s, by_session)
+            seconds = time.perf_counter() - start
+            different = differences(engines, cold, timeout_s)
+            if not repeatable:
+                different = [name for name in different if not name.startswith("the answer")]
+            wrong = f"these are not as they were at the start: {some(different)}" if different else None
+        except RuntimeError as error:
+            wrong = str(error)
+        path = "session" if by_session or any(rank["path"] == "session" for rank in ranks) else "replay"
+        if wrong is None:
+            break
+        if path == "session":
+            raise RuntimeError(
+                "this model cannot be synced: after a reload session of vLLM's with the weights that the engine has "
+                f"started from, {wrong}" + (f". Before, {because}" if because else "")
+            )
+        because = f"after a replay {wrong}"
+        print(f"Weight syncs are reload sessions, because {because}")
+        wait(on_workers(engines, "trust_replay", because), timeout_s, "choosing sessions")
+    return {
+        **sync_result(sent, ranks, seconds),
+        "verified": wrong is None,
+        "path": path,
+        "because": because,
+        "tensors": sum(len(worker) for engine in cold.digests for worker in engine),
+        "answers": sum(map(len, cold.answers)) if repeatable else 0,
+        "before": cold.answers[0],
+    }
 
-    sent, ranks, seconds = broadcast_to("receive_weights")
-    if sent is None:  # the first time, or the model has been replaced since: nothing was sent
-        [manifest] = wait([train_model.weight_manifest.remote()], timeout_s, "listing the trainer's weights")
-        asked = on_every_engine("agree_on_weights", manifest, bucket_bytes)
-        reasons = set(sum(wait(asked, timeout_s, "checking the manifest"), [])) - {None}
-        how = f"reload sessions, because {'; '.join(sorted(reasons))}" if reasons else "replays of what vLLM would copy"
-        print(f"Agreed on {len(manifest)} weights; weight syncs are {how}")
-        wait([train_model.agree_on_weights.remote(bucket_bytes)], timeout_s, "preparing to send")
-        sent, ranks, seconds = broadcast_to("receive_weights")
-    result = {
+
+def sync_result(sent: dict, ranks: list[dict], seconds: float) -> dict:
+    """What a sync reports."""
+    return {
         "bytes": sent["bytes"],
         "seconds": seconds,
         "gb_per_s": sent["bytes"] / seconds / 1e9,
-        "verified": all(rank["buckets_matched"] == sent["buckets"] for rank in ranks),
-        "changed": any(rank["changed"] for rank in ranks),
         "path": ranks[0]["path"],
-        "weights_version": ranks[0]["weights_version"],
         "sender": sent,
         "ranks": ranks,
     }
-    if verify:
-        _, comparisons, _ = broadcast_to("verify_weights")
-        result["compared_tensors"] = sum(comparison["compared"] for comparison in comparisons)
-        result["hidden_tensors"] = [
-            f"rank {rank}: {name}" for rank, c in enumerate(comparisons) for name in c["hidden"]
-        ]
-        if different := [f"rank {rank}: {name}" for rank, c in enumerate(comparisons) for name in c["different"]]:
-            raise RuntimeError(f"{len(different)} tensors of the engine are not the trainer's: {', '.join(different)}")
-    return result
+
+
+@one_at_a_time()
+def sync_weights_to_quantized_engine(
+    train_model, quantized_llm, *, bucket_bytes: int = BUCKET_BYTES, timeout_s: float = 30.0
+) -> dict:
+    """Bring engines to the trainer's weights: broadcast, quantization on arrival, digests, cache reset.
+
+    The first replay that brings other weights than the engine held is followed by a reload session with the same ones: what
+    vLLM derives from weights and keeps elsewhere would be the old if replays leave it alone. Stored tensors and answers
+    must be the same after both; otherwise sessions serve from now on. Once a run.
+
+    Args:
+        train_model: handle of the trainer's actor, a `WeightSender`; of a sharded trainer all ranks, the sender first.
+        quantized_llm: handle of the `MyLLM` actor, or a list of them, which have joined one group with the sender.
+
+    Returns:
+        `bytes` on the wire, `seconds` from the call to the reset prefix cache, `gb_per_s` (1e9), `path` ("replay" or
+        "session"), `compared` (whether this was that sync), `sender` and per-rank details.
+
+    Raises:
+        RuntimeError: what is wrong with which weight on which rank, or who died. Unless no byte has moved, the engine refuses
+            to generate. Or: another sync is running.
+        TimeoutError: the group did not finish in `timeout_s` seconds.
+    """
+    trainers, engines, start = as_list(train_model), as_list(quantized_llm), time.perf_counter()
+    agree_on_weights(trainers, engines, bucket_bytes, timeout_s)
+    sent, ranks = broadcast_weights(trainers, engines, timeout_s)
+    compared = any(rank["compare"] for rank in ranks)
+    if compared:
+        replayed = observe(engines, timeout_s)
+        sent, ranks = broadcast_weights(trainers, engines, timeout_s, by_session=True)
+        if different := differences(engines, replayed, timeout_s):
+            because = f"a replay and a session of the same new weights differ in {some(different)}"
+            print(f"Weight syncs are reload sessions from now on, because {because}")
+            wait(on_workers(engines, "trust_replay", because), timeout_s, "choosing sessions")
+        else:
+            wait(on_workers(engines, "trust_replay"), timeout_s, "choosing replays")
+    return sync_result(sent, ranks, time.perf_counter() - start) | {"compared": compared}
 
 
 # ----- The loop -------------------------------------------------------------------------------------------------------
@@ -762,7 +877,9 @@ def generate(engines: list, prompts: list[str], config: Config, seeds: list[int]
     """
     if SYNCING.locked():
         raise RuntimeError("refusing to generate: a weight sync is running; ask again when it has ended")
-    params = [SamplingParams(seed=seed, max_tokens=config.max_tokens, **ROLLOUT, **sampling) for seed in seeds]
+    params = [
+        SamplingParams(seed=seed, max_tokens=config.max_tokens, **ROLLOUT, **sampling) for seed in seeds
+    ]
     share = -(-len(prompts) // len(engines))
     calls = [
         llm.generate.remote(prompts[i : i + share], params[i : i + share], use_tqdm=False)
@@ -776,7 +893,9 @@ def rlhf_training_iteration(
 ) -> tuple[list, list[list[float]], dict]:
     """Rollouts, rewards, one training step, sync. Returns vLLM's outputs, rewards (P, G), and the step's metrics."""
     start, samples = time.perf_counter(), config.samples_per_prompt
-    seeds = [(config.seed * 10**6 + step * len(prompts) + i) * samples for i in range(len(prompts))]  # + sample's index
+    seeds = [
+        (config.seed * 10**6 + step * len(prompts) + i) * samples for i in range(len(prompts))
+    ]  # + sample's index
     outputs = generate(quantized_llm, prompts, config, seeds, n=samples, temperature=config.temperature)
     rollout_s = time.perf_counter() - start
     rewards_PG = compute_rewards(outputs, load_reward(config.reward), config.timeout_s)
@@ -791,6 +910,9 @@ def rlhf_training_iteration(
     sync = sync_weights_to_quantized_engine(
         train_model, quantized_llm, bucket_bytes=config.bucket_mib * 2**20, timeout_s=config.timeout_s
     )
+    versions = wait(
+        [llm.get_weights_version.remote() for llm in quantized_llm], config.timeout_s, "reading the version"
+    )
     tokens = sum(len(rollout["completion"]) for rollout in rollouts)
     finished = [completion.finish_reason == "stop" for output in outputs for completion in output.outputs]
     metrics = {
@@ -804,7 +926,7 @@ def rlhf_training_iteration(
         "sync_s": sync["seconds"],
         "sync_gb_per_s": sync["gb_per_s"],
         "step_s": time.perf_counter() - start,
-        "weights_version": sync["weights_version"],
+        "weights_version": versions[0],
     }
     return outputs, rewards_PG, metrics
 
@@ -819,7 +941,9 @@ def train(config: Config, trainer, engines: list, prompts: list[str]) -> list[di
         log.writelines(json.dumps(row) + "\n" for row in rows)
         if config.track != "none":
             tracker = importlib.import_module(config.track)
-            tracker.init(project="rlhf-online-quant", config=json.loads(json.dumps(vars(config), default=str)))
+            tracker.init(
+                project="rlhf-online-quant", config=json.loads(json.dumps(vars(config), default=str))
+            )
             cleanup.callback(tracker.finish)
         for step in range(first, config.steps):
             batch = prompts_of_step(config, prompts, step)
@@ -833,13 +957,18 @@ def train(config: Config, trainer, engines: list, prompts: list[str]) -> list[di
             if config.track != "none":
                 tracker.log(metrics, step=step)
             print(LINE_OF_STEP.format(**metrics))
-            if metrics["mismatch_kl"] > (usual := USUAL_KL["none" if config.quantization == "none" else "fp8"]):
+            if metrics["mismatch_kl"] > (
+                usual := USUAL_KL["none" if config.quantization == "none" else "fp8"]
+            ):
                 print(
                     f"WARNING: mismatch KL above {usual:g}. If --quantization none shows it too, from the first step on, the "
-                    "engine does not hold the trainer's weights: run --verify. If only FP8 does, lower the learning rate."
+                    "trainer computes something else than the engine. If only FP8 does, lower the learning rate."
                 )
             if step % 10 == 0:
-                text, advantage = outputs[0].outputs[0].text, compute_advantages(torch.tensor(rewards_PG))[0, 0]
+                text, advantage = (
+                    outputs[0].outputs[0].text,
+                    compute_advantages(torch.tensor(rewards_PG))[0, 0],
+                )
                 reward = f"reward {rewards_PG[0][0]:.3f}, advantage {advantage:+.2f}"
                 print(f"  sample: {outputs[0].prompt!r} -> {text!r} | {reward}")
             if step + 1 == config.steps or config.save_every and (step + 1) % config.save_every == 0:
@@ -863,8 +992,6 @@ def resolve(config: Config, gpus: int) -> tuple[Config, str]:
             f"Found --samples-per-prompt {config.samples_per_prompt} --temperature {config.temperature:g}; expected 2 or "
             "more samples above temperature 0, because advantages compare different answers to one prompt"
         )
-    if config.quantize_head and config.quantization == "none":
-        raise SystemExit("Found --quantize-head --quantization none; expected a quantization for the head, or neither")
     device = "cuda" if gpus else "cpu"
     trainer_device = device if config.trainer_device == "auto" else config.trainer_device
     needed = (config.world_size - 1) * (device == "cuda") + (trainer_device == "cuda")
@@ -877,7 +1004,9 @@ def resolve(config: Config, gpus: int) -> tuple[Config, str]:
             f"What fits here: python {Path(sys.argv[0]).name} {fits.strip()}"
         )
     if not gpus:
-        print("No GPU found: running the same processes on the CPU (gloo; by default weight-only FP8, a tiny model).")
+        print(
+            "No GPU found: running the same processes on the CPU (gloo; by default weight-only FP8, a tiny model)."
+        )
     model, quantization = ("facebook/opt-125m", "fp8-dynamic") if gpus else ("tiny", "fp8-weight-only")
     model = model if config.model == "auto" else config.model
     learning_rate = 5e-4 if model == "tiny" else 1e-6
@@ -914,7 +1043,9 @@ def read_prompts(path: Path | None) -> list[str]:
     try:
         prompts = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
-        raise SystemExit(f"--prompts-file {path}: expected UTF-8 text, one prompt a line. Found: {error}") from error
+        raise SystemExit(
+            f"--prompts-file {path}: expected UTF-8 text, one prompt a line. Found: {error}"
+        ) from error
     if not prompts:
         raise SystemExit(f"--prompts-file {path}: expected one prompt a line, found no line with text")
     return prompts
@@ -924,7 +1055,9 @@ def check_prompts(prompts: list[str], path: str, max_model_len: int) -> None:
     """Raise SystemExit, with all of them, for prompts that leave no room for an answer."""
     tokenizer = transformers.AutoTokenizer.from_pretrained(path)
     lengths = [len(tokenizer(prompt).input_ids) for prompt in prompts]
-    too_long = [f"prompt {i + 1} has {length} tokens" for i, length in enumerate(lengths) if length >= max_model_len]
+    too_long = [
+        f"prompt {i + 1} has {length} tokens" for i, length in enumerate(lengths) if length >= max_model_len
+    ]
     if too_long:
         raise SystemExit(
             f"Found {len(too_long)} prompts that leave no room for an answer: {', '.join(too_long[:8])}. Expected fewer "
@@ -974,12 +1107,17 @@ for process in psutil.wait_procs(seen - {psutil.Process()}, timeout=4)[1]:
 
 def connect(config: Config, cleanup: contextlib.ExitStack) -> int:
     """Connect to Ray or start a private cluster, of which `cleanup` leaves nothing; returns the number of GPUs."""
-    os.environ.setdefault("RAY_process_group_cleanup_enabled", "true")  # a killed actor takes its children along
+    os.environ.setdefault(
+        "RAY_process_group_cleanup_enabled", "true"
+    )  # a killed actor takes its children along
     reaper = [sys.executable, "-c", REAPER, str(os.getpid())]
     cleanup.enter_context(subprocess.Popen(reaper, stdin=subprocess.PIPE, start_new_session=True))
     cleanup.callback(ray.shutdown)  # it kills the raylet after a second and may orphan the others
     private = {} if config.ray_address else {"num_cpus": 1 + config.world_size, "include_dashboard": False}
-    modules = [str(HERE / "rlhf_online_quant.py"), str(HERE / "rlhf_utils.py")]  # imported by actors on any node
+    modules = [
+        str(HERE / "rlhf_online_quant.py"),
+        str(HERE / "rlhf_utils.py"),
+    ]  # imported by actors on any node
     environment = {"env_vars": actor_environment(), "py_modules": modules}
     ray.init(config.ray_address or "local", runtime_env=environment, **private)
     return int(ray.cluster_resources().get("GPU", 0))
@@ -988,19 +1126,14 @@ def connect(config: Config, cleanup: contextlib.ExitStack) -> int:
 def start(config: Config, path: str, device: str, cleanup: contextlib.ExitStack) -> tuple:
     """Trainer and engines, loaded side by side and joined in one group.
 
-    Returns the trainer's handle, the engines' handles, what `prove_fp8` found, and the seconds that each phase took.
+    Returns the trainer's handle, the engines' handles, and what `prove_fp8` found.
     """
-    began = time.time()
     trainer = start_trainer(config, path, cleanup)  # first, so that it gets GPU 0
     first_ranks = range(1, config.world_size, config.tensor_parallel_size)
-    engines = [start_engine(config, path, device, cleanup, first_rank) for first_rank in first_ranks]
+    weights = str(config.resume or path)  # those of the trainer
+    engines = [start_engine(config, weights, device, cleanup, first_rank) for first_rank in first_ranks]
     join_group(config, device, trainer, engines)
-    joined = time.time()
-    ranks = prove_fp8(engines, config)
-    engine = max(wait([llm.get_import_time.remote() for llm in engines], config.timeout_s, "reading clocks"))
-    workers = max(rank["imported_at"] for rank in ranks)
-    seconds = {"engine's imports": engine - began, "workers' imports": workers - engine, "loading": joined - workers}
-    return trainer, engines, ranks, seconds | {"of which compilation": max(rank["compilation_s"] for rank in ranks)}
+    return trainer, engines, prove_fp8(engines, config)
 
 
 def start_trainer(config: Config, path: str, cleanup: contextlib.ExitStack):
@@ -1067,7 +1200,9 @@ def stop_engine(llm) -> None:
     try:
         ray.get(llm.shutdown.remote(), timeout=5)
     except (ray.exceptions.RayError, TimeoutError) as error:
-        print(f"The engine did not shut down by itself ({type(error).__name__}); killing it.", file=sys.stderr)
+        print(
+            f"The engine did not shut down by itself ({type(error).__name__}); killing it.", file=sys.stderr
+        )
     ray.kill(llm)
 
 
@@ -1077,17 +1212,13 @@ def prove_fp8(engines: list, config: Config) -> list[dict]:
     Raises:
         SystemExit: quantization was asked for and some rank has no FP8 layer.
     """
-    asked = [llm.collective_rpc.remote("inspect_quantization") for llm in engines]
-    ranks = sum(wait(asked, config.timeout_s, "inspecting the engine"), [])
+    ranks = sum(wait(on_workers(engines, "inspect_weights"), config.timeout_s, "inspecting the engine"), [])
     for number, rank in enumerate(ranks):
         print(
-            f"engine rank {number}: {rank['fp8_linear_layers']} linear layers in FP8, "
-            f"{rank['unquantized_linear_layers']} not; weights {rank['weights_gib']:.4f} GiB, "
-            f"in BF16 they would take {rank['bf16_weights_gib']:.4f} GiB"
+            f"engine rank {number}: {rank['fp8_linear_layers']} linear layers in FP8, weights "
+            f"{rank['weights_gib']:.4f} GiB, in BF16 they would take {rank['bf16_weights_gib']:.4f} GiB"
         )
-    for reason, names in ranks[0]["unquantized"].items():
-        more = f" and {len(names) - 4} more" if len(names) > 4 else ""
-        print(f"  not in FP8 because {reason}: {', '.join(names[:4])}{more}")
+    print(f"  not in FP8: {some(ranks[0]['unquantized'])}")
     if config.quantization != "none" and not all(rank["fp8_linear_layers"] for rank in ranks):
         raise SystemExit(
             f"--quantization {config.quantization} had no effect: an engine rank has no Float8Tensor layer. Reasons "
@@ -1107,7 +1238,7 @@ def one_message() -> Iterator[None]:
 
 
 def main(config: Config) -> dict:
-    """Run once and return what summary.json (with `--compare-memory`: memory.json) holds."""
+    """Run once and return what summary.json holds."""
     began = psutil.Process().create_time()
     prompts = read_prompts(config.prompts_file)
     load_reward(config.reward)
@@ -1119,31 +1250,33 @@ def main(config: Config) -> dict:
         raise SystemExit(f"--track {config.track}: not installed here; pip install {config.track}")
     config.output_dir.mkdir(parents=True, exist_ok=True)
     with contextlib.ExitStack() as cleanup, one_message():
-        startup = {"imports": imported_at() - began}
         config, device = resolve(config, connect(config, cleanup))
-        startup["Ray"] = time.time() - imported_at()
-        signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # Ray's own handler would kill the cluster at once
+        signal.signal(
+            signal.SIGTERM, lambda *_: sys.exit(1)
+        )  # Ray's own handler would kill the cluster at once
         torchao_config(config.quantization)  # what is wrong with it should show before anything starts
         scratch = cleanup.enter_context(tempfile.TemporaryDirectory())
         path = find_model(config.model, scratch, config.seed)
         check_prompts(prompts, path, config.max_model_len)
-        if config.compare_memory:
-            return compare_memory(config, path, device)
         print(
             f"Starting trainer ({config.trainer_device}) and {config.num_engines} engine(s) ({device}, "
             f"TP={config.tensor_parallel_size}) ..."
         )
-        trainer, engines, ranks, seconds = start(config, path, device, cleanup)
-        bucket_bytes = config.bucket_mib * 2**20
-        sync = sync_weights_to_quantized_engine(
-            trainer, engines, bucket_bytes=bucket_bytes, verify=config.verify, timeout_s=config.timeout_s
-        )
-        startup |= seconds | {"first sync": sync["seconds"], "all": time.time() - began}
-        print(f"Start-up: {', '.join(f'{phase} {s:.1f} s' for phase, s in startup.items())}")
+        startup = {"imports and Ray": time.time() - began}
+        trainer, engines, ranks = start(config, path, device, cleanup)
+        startup["trainer and engine"] = time.time() - began - sum(startup.values())
         samples = prompts_of_step(config, prompts, 0)[:4]
-        before = generate(engines, samples, config, [0] * len(samples), temperature=0)
+        bucket_bytes = config.bucket_mib * 2**20
+        sync = prove_sync(trainer, engines, samples, config.max_tokens, bucket_bytes, config.timeout_s)
+        before = sync.pop("before")
+        print(
+            f"Proved: set to zero and synced by {sync['path']}, the engine is what it was when it had started, in "
+            f"{sync['tensors']} tensors and {sync['answers']} answers"
+        )
+        startup |= {"proof": time.time() - began - sum(startup.values()), "all": time.time() - began}
+        print(f"Start-up: {', '.join(f'{phase} {s:.1f} s' for phase, s in startup.items())}")
         rows = train(config, trainer, engines, prompts)
-        after = generate(engines, samples, config, [0] * len(samples), temperature=0)
+        [after] = wait([engines[0].answer.remote()], 10 * config.timeout_s, "asking the engine")
         version = wait([engines[0].get_weights_version.remote()], config.timeout_s, "reading the version")[0]
 
     summary = {
@@ -1151,7 +1284,7 @@ def main(config: Config) -> dict:
         "model": config.model,
         "world_size": config.world_size,
         "quantization": config.quantization,
-        **{key: ranks[0][key] for key in ("fp8_linear_layers", "unquantized_linear_layers")},
+        "fp8_linear_layers": ranks[0]["fp8_linear_layers"],
         **{key: sum(rank[key] for rank in ranks) for key in ("weights_gib", "bf16_weights_gib")},
         "ranks": ranks,
         "sync": sync,
@@ -1159,7 +1292,7 @@ def main(config: Config) -> dict:
         "startup_seconds": startup,
         "last_step": rows[-1] if rows else None,
         "samples": [
-            {"prompt": old.prompt, "before": old.outputs[0].text, "after": new.outputs[0].text}
+            {"prompt": old["prompt"], "before": old["text"], "after": new["text"]}
             for old, new in zip(before, after, strict=True)
         ],
         "versions": {"python": sys.version.split()[0]}
@@ -1169,62 +1302,6 @@ def main(config: Config) -> dict:
     plot_curves(config.output_dir)
     report(summary, config.output_dir)
     return summary
-
-
-def measure_inference_memory(
-    model_name: str, use_quantization: bool = False, config: Config | None = None, device: str | None = None
-) -> dict[str, float]:
-    """What an engine holds with `config`, or with the same config in BF16; it and a trainer start for this and end.
-
-    Without `config` and `device` it uses the defaults and connects to Ray itself. Returns, each the most of all engine
-    ranks: `weights_gib`; `linear_gib`, of linear layers alone; `kv_cache_tokens`; and the most GiB of GPU memory that
-    torch had allocated (CPU: resident at the end) in `startup_gib` (since vLLM's own reset), `sync_gib`, `generation_gib`.
-    """
-    with contextlib.ExitStack() as cleanup:
-        if config is None:
-            config, device = resolve(Config(), connect(Config(), cleanup))
-        config = dataclasses.replace(config, quantization=config.quantization if use_quantization else "none")
-        trainer, engines, ranks, _ = start(config, model_name, device, cleanup)
-        memory = {key: max(rank[key] for rank in ranks) for key in ("weights_gib", "linear_gib", "kv_cache_tokens")}
-
-        def peak() -> float:
-            """Of all ranks, since the last call."""
-            calls = [llm.collective_rpc.remote("peak_memory_gib") for llm in engines]
-            return max(sum(wait(calls, config.timeout_s, "reading the memory"), []))
-
-        memory["startup_gib"] = peak()
-        sync_weights_to_quantized_engine(
-            trainer, engines, bucket_bytes=config.bucket_mib * 2**20, timeout_s=config.timeout_s
-        )
-        memory["sync_gib"] = peak()
-        generate(engines, PROMPTS, config, [0] * len(PROMPTS), n=config.samples_per_prompt, temperature=1.0)
-        memory["generation_gib"] = peak()
-    return memory
-
-
-def compare_memory(config: Config, path: str, device: str) -> dict:
-    """Print, and write to memory.json, what the same memory holds in BF16 and with `--quantization`."""
-    if config.quantization == "none":
-        raise SystemExit("--compare-memory --quantization none: expected what BF16 is to be compared with: fp8-dynamic")
-    found = {
-        name: measure_inference_memory(path, name != "BF16", config, device) for name in ("BF16", config.quantization)
-    }
-    bf16, fp8 = found.values()
-    table = Table(
-        "each engine rank", *found, "ratio", title=f"{config.model}, TP={config.tensor_parallel_size}, {device}"
-    )
-    for key in bf16:
-        values = [f"{value:,}" if isinstance(value, int) else f"{value:.4f}" for value in (bf16[key], fp8[key])]
-        table.add_row(key, *values, f"{fp8[key] / bf16[key]:.2f}")
-    Console().print(table)
-    print(
-        f"Saved on each rank: {bf16['weights_gib'] - fp8['weights_gib']:.4f} GiB of weights, of which linear layers "
-        f"{bf16['linear_gib'] - fp8['linear_gib']:.4f}; embeddings, output head and norms stay BF16. The KV cache "
-        f"({'what is left of --gpu-memory-utilization' if device == 'cuda' else 'of fixed size on the CPU'}) holds "
-        f"{fp8['kv_cache_tokens'] - bf16['kv_cache_tokens']:+,} tokens"
-    )
-    (config.output_dir / "memory.json").write_text(json.dumps(found, indent=2))
-    return found
 
 
 def read_metrics(folder: Path) -> list[dict]:
@@ -1260,13 +1337,11 @@ def report(summary: dict, folder: Path) -> None:
         samples.add_row(*map(repr, sample.values()))
     sync, last = summary["sync"], summary["last_step"]
     rows = {
-        "FP8 linear layers per rank": f"{summary['fp8_linear_layers']} ({summary['unquantized_linear_layers']} not)",
+        "FP8 linear layers per rank": str(summary["fp8_linear_layers"]),
         "engine weights, all ranks": f"{summary['weights_gib']:.4f} GiB (BF16: {summary['bf16_weights_gib']:.4f} GiB)",
         "first sync": f"{sync['bytes'] / 1e9:.4f} GB in {sync['seconds']:.3f} s = {sync['gb_per_s']:.2f} GB/s",
         "verified": str(sync["verified"]),
-        "compared bit for bit": f"{sync['compared_tensors']} tensors, all equal"
-        if "compared_tensors" in sync
-        else "no",
+        "equal to the cold start": f"{sync['tensors']} tensors, {sync['answers']} answers, by {sync['path']}",
         "reward of the last step": f"{last['reward']:.3f}" if last else "no step",
         "weights version": str(summary["weights_version"]),
         "start-up": f"{summary['startup_seconds']['all']:.1f} s",

@@ -25,8 +25,6 @@ class Check(driver.Config):
 
     shape: str = "opt-125m"
     """A key of SHAPES in random_models.py."""
-    learning_rate: float | None = 1e-3
-    """Enough to change BF16 weights in one step."""
     more_syncs: int = 10
     """Repetitions for the median."""
     seed_loop: bool = False
@@ -35,6 +33,8 @@ class Check(driver.Config):
     """GPUs of the fresh engine; default: the first ones."""
     gpu_memory_utilization: float = 0.1
     """Only what must be free at the start."""
+    kill_a_worker: bool = False
+    """At the end kill the last worker in the middle of a sync, and print what the user sees."""
     kv_cache_gib: float = 0.5
     """Fixed, because engines that share a GPU cannot measure what is free."""
 
@@ -44,7 +44,7 @@ def main(check: Check) -> None:
     with contextlib.ExitStack() as cleanup:
         cleanup.enter_context(vllm_arguments(kv_cache_memory_bytes=int(check.kv_cache_gib * 2**30)))
         folder = Path(cleanup.enter_context(tempfile.TemporaryDirectory()))
-        old, new = build_random_model(folder / "old", check.shape), str(folder / "new")
+        old, new = (build_random_model(folder / str(seed), check.shape, seed=seed) for seed in (1, 2))
         torch.cuda.empty_cache()
         config, device = driver.resolve(check, connect(check, cleanup))
         own_device = torch.device("cuda:0" if config.trainer_device == "cuda" else "cpu")
@@ -63,19 +63,23 @@ def main(check: Check) -> None:
             check.more_syncs,
             visible_gpus=check.fresh_gpus or ",".join(map(str, range(config.tensor_parallel_size))),
             then=demonstrate if check.seed_loop else None,
+            kill_a_worker=check.kill_a_worker,
         )
     config.output_dir.mkdir(parents=True, exist_ok=True)
     mode = "eager" if check.enforce_eager else "compiled"
     layout = f"{check.shape} TP={check.tensor_parallel_size} trainer={config.trainer_device} {mode}"
-    (config.output_dir / f"{layout.replace(' ', '_').replace('=', '')}.json").write_text(json.dumps(result, indent=2))
-    first, rank = result["sync"], result["ranks"][0]
+    (config.output_dir / f"{layout.replace(' ', '_').replace('=', '')}.json").write_text(
+        json.dumps(result, indent=2)
+    )
+    proof, rank = result["proof"], result["ranks"][0]
     print(
-        f"RESULT {layout}: {result['tensors']} tensors and all outputs equal a cold start; "
-        f"FP8 layers {rank['fp8_linear_layers']}, weights/rank {rank['weights_gib']:.3f} GiB (BF16 "
-        f"{rank['bf16_weights_gib']:.3f}); start-up {result['startup_s']:.1f} s; {first['bytes'] / 1e9:.3f} GB, "
-        f"first sync {first['seconds']:.4f} s, again {result['again_s']:.4f} s = "
-        f"{first['bytes'] / result['again_s'] / 1e9:.1f} GB/s (sender {result['sender_s']:.4f} s), by {first['path']}; "
-        f"{result.get('then', '')}"
+        f"RESULT {layout}: proof by {proof['path']} ({proof['tensors']} tensors, {proof['answers']} answers, "
+        f"{result['proof_s']:.1f} s{', because ' + proof['because'] if proof['because'] else ''}); with other weights "
+        f"{result['tensors']} tensors and all outputs equal a cold start; FP8 layers {rank['fp8_linear_layers']}, "
+        f"weights/rank {rank['weights_gib']:.3f} GiB (BF16 {rank['bf16_weights_gib']:.3f}); start-up "
+        f"{result['startup_s']:.1f} s; {proof['bytes'] / 1e9:.3f} GB, sync by {result['path']} {result['again_s']:.4f} s "
+        f"= {proof['bytes'] / result['again_s'] / 1e9:.1f} GB/s (sender {result['sender_s']:.4f} s), by session "
+        f"{result['session_s']:.4f} s; {result.get('then', '')}{result.get('killed', '')}"
     )
 
 

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import signal
 import statistics
 import subprocess
 import sys
@@ -18,7 +19,7 @@ import transformers  # noqa: E402
 from vllm import LLM, SamplingParams  # noqa: E402
 
 import rlhf_online_quant as driver  # noqa: E402
-from rlhf_utils import WorkerExtension, repair_zero_rows, stateless_init_process_group  # noqa: E402
+from rlhf_utils import WorkerExtension, stateless_init_process_group  # noqa: E402
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 PROMPTS = ["Hello, my name is", "The capital of France is", "a", "0123456789" * 30]
@@ -27,22 +28,9 @@ PROMPTS = ["Hello, my name is", "The capital of France is", "a", "0123456789" * 
 class Extension(WorkerExtension):
     """What tests need of a worker besides."""
 
-    def forget_replay(self) -> None:
-        """The next update is a reload session."""
-        self.replay = None
-
-    def zero_weights(self) -> None:
-        """Every byte zero and every scale 1, as padding rows have it."""
-        self.reset_weights()  # vLLM's own
-        repair_zero_rows(self.get_model().parameters())
-
     def get_pid(self) -> int:
         """Of the worker's process."""
         return os.getpid()
-
-    def tensor_digests(self) -> list[int]:
-        """64 bits of every tensor of this rank; `checksums` takes seconds for a large model, this takes none."""
-        return self._digests().tolist()
 
 
 def connect(config: driver.Config, cleanup: contextlib.ExitStack) -> int:
@@ -74,7 +62,9 @@ class Remote:
 
     def __getattr__(self, method):
         def call(*args, **kwargs):
-            return driver.wait([getattr(self.actor, method).remote(*args, **kwargs)], self.timeout_s, method)[0]
+            return driver.wait([getattr(self.actor, method).remote(*args, **kwargs)], self.timeout_s, method)[
+                0
+            ]
 
         return call
 
@@ -107,7 +97,11 @@ def generate(llm, prompts=PROMPTS, max_tokens: int = 16) -> list:
 
 def checksums(llm) -> dict[str, str]:
     """SHA-256 of every tensor of every rank (FP8 bytes and scales one by one), by vLLM's own code."""
-    return {name: digest for rank in llm.collective_rpc("compute_weight_checksums") for name, digest in rank.items()}
+    return {
+        name: digest
+        for rank in llm.collective_rpc("compute_weight_checksums")
+        for name, digest in rank.items()
+    }
 
 
 @contextlib.contextmanager
@@ -120,7 +114,9 @@ def fresh_engine(config: driver.Config, path: str, device: str, visible_gpus: st
     own = dict(distributed_executor_backend=executor, worker_extension_cls="harness.Extension")
     arguments = driver.engine_arguments(config, path, device) | own
     environment = os.environ | driver.actor_environment()
-    environment["OMP_NUM_THREADS"] = "1"  # as Ray sets it for the engine: the count changes the last bits on the CPU
+    environment["OMP_NUM_THREADS"] = (
+        "1"  # as Ray sets it for the engine: the count changes the last bits on the CPU
+    )
     if device == "cuda":
         environment |= {"CUDA_VISIBLE_DEVICES": visible_gpus, "VLLM_CACHE_ROOT": f"{path}/vllm_cache"}
     process = subprocess.Popen(
@@ -157,14 +153,42 @@ def assert_same(synced: dict, fresh: dict) -> None:
 
 def sync(config: driver.Config, trainer, llm, **overrides) -> dict:
     """The driver's sync with a config's settings."""
-    settings = dict(bucket_bytes=config.bucket_mib * 2**20, verify=config.verify, timeout_s=config.timeout_s)
+    settings = dict(bucket_bytes=config.bucket_mib * 2**20, timeout_s=config.timeout_s)
     return driver.sync_weights_to_quantized_engine(trainer, llm, **settings | overrides)
 
 
+def prove(config: driver.Config, trainer, llm) -> dict:
+    """The driver's proof with a config's settings."""
+    return driver.prove_sync(
+        trainer, llm, bucket_bytes=config.bucket_mib * 2**20, timeout_s=config.timeout_s, max_tokens=16
+    )
+
+
+def zero_and_sync(config: driver.Config, trainer, llm, by_session: bool = False) -> float:
+    """A sync into an engine of zeros, so that what it skips would show; seconds."""
+    driver.wait(driver.on_workers([llm], "zero_weights"), config.timeout_s, "setting weights to zero")
+    start = time.perf_counter()
+    driver.broadcast_weights([trainer], [llm], config.timeout_s, by_session)
+    return time.perf_counter() - start
+
+
+def load_weights(trainer, folder: str) -> None:
+    """In the trainer: take over the weights of a checkpoint, in place."""
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=trainer.model.dtype)
+    trainer.model.load_state_dict(model.state_dict())
+
+
 def sync_versus_cold_start(
-    config: driver.Config, old: str, new: str, device: str, more_syncs: int = 0, visible_gpus: str = "", then=None
+    config: driver.Config,
+    old: str,
+    new: str,
+    device: str,
+    more_syncs: int = 0,
+    visible_gpus="",
+    then=None,
+    kill_a_worker: bool = False,
 ) -> dict:
-    """Both start from checkpoint `old`; train a step, save to `new`, sync, compare with an engine from `new`.
+    """Trainer and engine start from checkpoint `old` and are proved; the trainer takes `new`; compare with an engine of it.
 
     Needs a running Ray. `then(llm, new)` is called at the end. Returns measurements, some medians of `more_syncs`.
     """
@@ -173,39 +197,62 @@ def sync_versus_cold_start(
         trainer = driver.start_trainer(config, old, cleanup)
         with vllm_arguments(worker_extension_cls="harness.Extension"):
             actor = driver.start_engine(config, old, device, cleanup)
-        rollouts = [
-            {"prompt": [3, 4, 5], "completion": [6 + i, 7, 8], "logprobs": [-5.0] * 3, "advantage": i - 1.5}
-            for i in range(4)
-        ]
-        training = [trainer.train_step.remote(rollouts), trainer.save_pretrained.remote(new)]
-        result["train"], _ = driver.wait(training, 10 * config.timeout_s, "training and saving")
         fresh = cleanup.enter_context(fresh_engine(config, new, device, visible_gpus))
         driver.join_group(config, device, trainer, [actor])
         result["ranks"] = driver.prove_fp8([actor], config)
         result["startup_s"] = time.perf_counter() - start
+        result["proof"] = prove(config, trainer, actor)
+        result["proof_s"] = time.perf_counter() - start - result["startup_s"]
         llm = Remote(actor)
         before = generate(llm)
+        driver.wait([trainer.__ray_call__.remote(load_weights, new)], 10 * config.timeout_s, "loading")
         result["sync"] = sync(config, trainer, actor)
-        assert result["sync"]["verified"] and result["sync"]["changed"]
         synced = observe(llm)
         assert synced["outputs"] != before
-        llm.collective_rpc("zero_weights")  # what a replay skips would show
-        result["again"] = sync(config, trainer, actor)  # on a GPU now as CUDA graphs
+        zero_and_sync(config, trainer, actor)
         assert observe(llm) == synced
-        again = [sync(config, trainer, actor, verify=False) for _ in range(more_syncs)]
+        again = [sync(config, trainer, actor) for _ in range(more_syncs)]
         if again:
-            assert not any(s["changed"] for s in again) and observe(llm) == synced
+            assert observe(llm) == synced
+            result["path"] = again[-1]["path"]
             result["again_s"] = statistics.median(s["seconds"] for s in again)
             result["sender_s"] = statistics.median(s["sender"]["seconds"] for s in again)
-        llm.collective_rpc("zero_weights")
-        llm.collective_rpc("forget_replay")
-        result["session"] = sync(config, trainer, actor)
+        result["session_s"] = zero_and_sync(config, trainer, actor, by_session=True)
         assert observe(llm) == synced
         if then is not None:
             result["then"] = then(llm, new)
         assert_same(synced, fresh())
         result["tensors"] = len(synced["checksums"])
+        if kill_a_worker:
+            pid = llm.collective_rpc("get_pid")[-1]
+            driver.wait(
+                [trainer.__ray_call__.remote(act_before_bucket, None, pid, signal.SIGKILL)], 30, "preparing"
+            )
+            began = time.perf_counter()
+            try:
+                sync(config, trainer, actor)
+            except (RuntimeError, TimeoutError) as error:
+                result["killed"] = (
+                    f"worker killed in a sync, after {time.perf_counter() - began:.1f} s: {error}"
+                )
     return result
+
+
+def act_before_bucket(trainer, number: int | None, pid: int | None, how: int) -> None:
+    """In the trainer: before it packs that bucket (None: the middle one) of the next sync, send a signal to a process (None: to itself)."""
+    plain, number = trainer.buckets.send, len(trainer.buckets.plan) // 2 if number is None else number
+
+    def send(pack):
+        def pack_or_act(i):
+            if i == number:
+                time.sleep(0.2)  # the buckets before have arrived
+                os.kill(pid or os.getpid(), how)
+                time.sleep(0.2)
+            pack(i)
+
+        return plain(pack_or_act)
+
+    trainer.buckets.send = send
 
 
 def seed_group(llm, tensor_parallel_size: int, device: torch.device, backend: str | None = None):
@@ -230,7 +277,9 @@ def seed_loop(llm, model, group) -> list[bool]:
     return ray.get(llm.actor.collective_rpc.remote("check_weights_changed"))
 
 
-def seed_demonstration(llm, group, path: str, device: torch.device, dtype: torch.dtype = torch.float32) -> dict:
+def seed_demonstration(
+    llm, group, path: str, device: torch.device, dtype: torch.dtype = torch.float32
+) -> dict:
     """The seed's loop with a checkpoint, then with zeros as the seed has it: every byte zero, every scale finite."""
     model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=dtype).to(device)
     seed_loop(llm, model, group)
@@ -252,5 +301,5 @@ def seed_demonstration(llm, group, path: str, device: torch.device, dtype: torch
 
 if __name__ == "__main__":  # fresh_engine's process
     engine = LLM(**json.loads(sys.argv[1]))
-    engine.collective_rpc("inspect_quantization")  # repairs zero rows, which an engine of ours does at its start
-    print("\n" + json.dumps(observe(engine) | {"digests": engine.collective_rpc("tensor_digests")}))
+    engine.collective_rpc("inspect_weights")  # repairs zero rows, which an engine of ours does at its start
+    print("\n" + json.dumps(observe(engine)))

@@ -6,7 +6,16 @@ from pathlib import Path
 import numpy as np
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, LlamaConfig, OPTConfig, PreTrainedTokenizerFast, Qwen3Config, set_seed
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    MixtralConfig,
+    OPTConfig,
+    PreTrainedTokenizerFast,
+    Qwen3Config,
+    Qwen3MoeConfig,
+    set_seed,
+)
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 SPECIAL = ["<pad>", "<s>", "</s>"]
@@ -19,13 +28,34 @@ TINY = IDS | dict(
     max_position_embeddings=512,
 )
 QWEN3 = IDS | dict(vocab_size=151936, num_key_value_heads=8, head_dim=128, max_position_embeddings=40960)
+SMALL_MOE = TINY | dict(
+    hidden_size=512, num_hidden_layers=4, num_attention_heads=8, num_key_value_heads=4, num_experts_per_tok=2
+)
 SHAPES = {
     "tiny-opt": OPTConfig(**TINY, ffn_dim=256, word_embed_proj_dim=128, tie_word_embeddings=True),
     "tiny-qwen3": Qwen3Config(
         **TINY, intermediate_size=256, num_key_value_heads=2, head_dim=32, tie_word_embeddings=True
     ),
-    "tiny-llama": LlamaConfig(**TINY, intermediate_size=256, num_key_value_heads=2, tie_word_embeddings=False),
-    "opt-125m": OPTConfig(**IDS, tie_word_embeddings=True),  # OPTConfig's defaults are those of facebook/opt-125m
+    "tiny-llama": LlamaConfig(
+        **TINY, intermediate_size=256, num_key_value_heads=2, tie_word_embeddings=False
+    ),
+    "opt-125m": OPTConfig(**IDS, tie_word_embeddings=True),  # the defaults are those of facebook/opt-125m
+    "small-mixtral": MixtralConfig(**SMALL_MOE, intermediate_size=512, num_local_experts=8),
+    "small-qwen3-moe": Qwen3MoeConfig(
+        **SMALL_MOE, intermediate_size=1024, moe_intermediate_size=256, num_experts=8, head_dim=64
+    ),
+    "qwen3-30b-a3b": Qwen3MoeConfig(
+        **QWEN3 | dict(num_key_value_heads=4),
+        hidden_size=2048,
+        intermediate_size=6144,
+        moe_intermediate_size=768,
+        num_hidden_layers=48,
+        num_attention_heads=32,
+        num_experts=128,
+        num_experts_per_tok=8,
+        norm_topk_prob=True,
+        tie_word_embeddings=False,
+    ),
     **{
         f"qwen3-{name}": Qwen3Config(
             **QWEN3,
@@ -53,7 +83,9 @@ def byte_tokenizer(vocab_size: int = 259) -> PreTrainedTokenizerFast:
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>")
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>"
+    )
 
 
 def build_random_model(folder: str | Path, shape: str = "tiny-opt", seed: int = 0) -> str:

@@ -1,0 +1,146 @@
+"""One process that starts engines one after another: the sync of many architectures, without a start of Python for each.
+
+`Local` stands in for Ray's handles; the sync, its proof, vLLM, torchao and gloo are the real ones.
+"""
+
+import concurrent.futures
+import contextlib
+import gc
+import os
+import socket
+
+from harness import driver
+from random_models import byte_tokenizer
+
+import torch
+import transformers
+from transformers import AutoModelForCausalLM, set_seed
+from vllm.distributed import cleanup_dist_env_and_memory
+
+SMALL = dict(
+    vocab_size=320,
+    hidden_size=256,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    intermediate_size=512,
+    max_position_embeddings=512,
+    pad_token_id=0,
+    bos_token_id=1,
+    eos_token_id=2,
+)
+MOE = dict(num_experts_per_tok=2, moe_intermediate_size=128)
+# Name -> class of the config, what differs from SMALL.
+ARCHITECTURES = {
+    "opt": ("OPTConfig", dict(ffn_dim=512, word_embed_proj_dim=256)),
+    "gpt2": ("GPT2Config", dict(n_embd=256, n_layer=2, n_head=4, n_positions=512)),
+    "gpt-neox": ("GPTNeoXConfig", {}),
+    "bloom": ("BloomConfig", dict(n_layer=2, n_head=4)),
+    "falcon": ("FalconConfig", dict(new_decoder_architecture=True, num_kv_heads=2, alibi=False, bias=False)),
+    "phi-2": ("PhiConfig", {}),
+    "phi-3": ("Phi3Config", {}),
+    "starcoder2": ("Starcoder2Config", {}),
+    "olmo-2": ("Olmo2Config", {}),
+    "cohere": ("CohereConfig", {}),
+    "gemma-2": ("Gemma2Config", dict(head_dim=64, query_pre_attn_scalar=64, sliding_window=128)),
+    "gemma-3": ("Gemma3TextConfig", dict(head_dim=64, query_pre_attn_scalar=64, sliding_window=128)),
+    "granite": ("GraniteConfig", {}),
+    "mistral": ("MistralConfig", {}),
+    "qwen-2": ("Qwen2Config", {}),
+    "qwen-3": ("Qwen3Config", dict(head_dim=64, tie_word_embeddings=True)),
+    "llama": ("LlamaConfig", dict(attention_bias=True, mlp_bias=True)),
+    "llama-321": ("LlamaConfig", dict(vocab_size=321)),
+    "mixtral": ("MixtralConfig", dict(num_local_experts=4, num_experts_per_tok=2)),
+    "qwen-2-moe": ("Qwen2MoeConfig", MOE | dict(num_experts=4, shared_expert_intermediate_size=256)),
+    "qwen-3-moe": ("Qwen3MoeConfig", MOE | dict(num_experts=4, head_dim=64)),
+}
+
+
+def build(folder, name: str, seed: int = 0, dtype=torch.bfloat16) -> str:
+    """Write a random model of one of ARCHITECTURES and a byte-level tokenizer; returns the folder."""
+    class_name, differs = ARCHITECTURES[name]
+    config = getattr(transformers, class_name)(**SMALL | differs)
+    set_seed(seed)
+    with torch.no_grad():
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter), alpha=0.05)
+    model.save_pretrained(folder)
+    byte_tokenizer(config.vocab_size).save_pretrained(folder)
+    return str(folder)
+
+
+class Local:
+    """A handle of an object in this process: `handle.method.remote(...)` runs in a thread."""
+
+    def __init__(self, name: str, target):
+        self.name, self.target, self.pool = name, target, concurrent.futures.ThreadPoolExecutor(1)
+
+    def __getattr__(self, method: str):
+        call = getattr(self.target, method)
+
+        def remote(*args, **kwargs):
+            future = self.pool.submit(call, *args, **kwargs)
+            future.who = self.name
+            return future
+
+        remote.remote = remote
+        return remote
+
+
+def wait(refs: list, timeout_s: float, doing: str, patience_s: float = 0.0) -> list:
+    """The driver's `wait` for local handles."""
+    failed = []
+    for ref in refs:
+        if error := ref.exception(timeout=timeout_s):
+            failed.append(f"{ref.who}: {type(error).__name__}: {error}")
+    if failed:
+        raise RuntimeError(f"{doing}: " + "; ".join(failed))
+    return [ref.result() for ref in refs]
+
+
+@contextlib.contextmanager
+def local_engine(path: str, config: driver.Config, **arguments):
+    """A MyLLM in this process."""
+    os.environ |= driver.actor_environment()
+    llm = driver.MyLLM(**driver.engine_arguments(config, path, "cpu") | arguments)
+    try:
+        yield llm
+    finally:
+        llm.shutdown()
+        del llm
+        gc.collect()
+        cleanup_dist_env_and_memory()
+
+
+@contextlib.contextmanager
+def local_pair(path: str, config: driver.Config, engine_path: str | None = None, **arguments):
+    """Handles of a trainer and an engine in this process, in one gloo group."""
+    plain_wait, driver.wait = driver.wait, wait
+    try:
+        trainer = driver.Trainer(config, path)
+        with local_engine(engine_path or path, config, **arguments) as llm:
+            llm.collective_rpc("inspect_weights")
+            pair = Local("trainer", trainer), Local("engine", llm)
+            address, port = trainer.open_rendezvous("127.0.0.1")
+            rest = (1 + config.tensor_parallel_size, "gloo", config.timeout_s / 2)
+            joining = pair[1].collective_rpc.remote(
+                "init_weight_update_group", args=(address, port, 1, *rest)
+            )
+            wait([pair[0].init_weight_update_group.remote(address, port, *rest), joining], 60, "joining")
+            yield pair
+    finally:
+        driver.wait = plain_wait
+
+
+def start_workers_from_a_fork_server() -> None:
+    """Let tensor-parallel workers begin as copies of a process that has imported all they need, for speed."""
+    import multiprocessing
+
+    from vllm.v1.executor import multiproc_executor
+
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(
+        ["rlhf_utils", "vllm.v1.worker.cpu_worker", "vllm.v1.executor.multiproc_executor"]
+    )
+    multiproc_executor.get_mp_context = lambda: context
