@@ -784,7 +784,7 @@ def prove_sync(
     agree_on_weights(trainers, engines, bucket_bytes, timeout_s)
     for by_session in (False, True):
         wait(on_workers(engines, "zero_weights"), timeout_s, "setting the engine's weights to zero")
-        start = time.perf_counter()
+        start, ranks = time.perf_counter(), []
         try:
             sent, ranks = broadcast_weights(trainers, engines, timeout_s, by_session)
             seconds = time.perf_counter() - start

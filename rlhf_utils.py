@@ -542,7 +542,7 @@ class WorkerExtension:
         """
         if self.buckets is None:
             raise RuntimeError("no weights have been agreed on with this trainer: call agree_on_weights")
-        if self.replay and self.replay.live != live_addresses(self.get_model()):
+        if self.replay and self.replay.bound_to != self.replay.addresses():
             logger.warning("the engine's tensors have moved; replays write to where they are now")
             self._bind_replay()
         self._abandon_session()
@@ -552,7 +552,9 @@ class WorkerExtension:
         else:
             self._load_by_session()
         self.manifest = self.buckets.manifest
-        compare = replaying and self.unproven not in (None, stored_digests(self.get_model()))
+        compare = False
+        if replaying and self.unproven is not None:
+            compare = stored_digests(self.get_model()) != self.unproven
         return {"path": "replay" if replaying else "session", "compare": compare}
 
     def _replay_buckets(self) -> None:
@@ -565,7 +567,8 @@ class WorkerExtension:
                 failure = error
         if failure is not None:
             raise failure
-        repack_heads(self.get_model())
+        if self.device.type == "cpu":
+            repack_heads(self.get_model())
 
     def _load_by_session(self) -> None:
         session, weights = ReloadSession(self.get_model(), self.model_config), self.buckets.receive_whole()
@@ -635,6 +638,9 @@ class WorkerExtension:
                 continue  # a constant, such as the cosines of rotary embeddings
             for part in plain_tensors(name, tensor).values():
                 part.data.zero_()
+        for module in model.modules():
+            if hasattr(module, "cpu_linear"):
+                module.cpu_linear = None  # it holds a packed copy out of sight; loading makes it anew
 
     @agreed
     def inspect_weights(self) -> dict:
@@ -985,7 +991,11 @@ class Replay:
         by_weight: dict[str, list[Copy]] = {}
         for copy in recording.copies:
             by_weight.setdefault(copy.weight, []).append(copy)
-        self.live, self.on_gpu, self.graphs = live_addresses(model), buckets.digests.is_cuda, {}
+        paths = sorted({copy.tensor for copy in recording.copies})
+        self.places = [
+            (model.get_submodule(path), leaf) for path, _, leaf in (p.rpartition(".") for p in paths)
+        ]
+        self.bound_to, self.on_gpu, self.graphs = self.addresses(), buckets.digests.is_cuda, {}
         self.capturing = buckets.streams.Stream()
         self.steps = []  # for each bucket: arguments of quantize_rows, and of _foreach_copy_
         for pieces in buckets.pieces:
@@ -1010,18 +1020,18 @@ class Replay:
                 graph.capture_end()
             self.graphs[number] = graph
 
+    def addresses(self) -> list[tuple[int, ...]]:
+        """Where the tensors are now that are written to."""
+        tensors = (getattr(layer, leaf) for layer, leaf in self.places)
+        parts = ((t.qdata, t.scale) if isinstance(t, Float8Tensor) else (t,) for t in tensors)
+        return [tuple(part.data_ptr() for part in tensor) for tensor in parts]
+
     def _quantize_and_copy(self, number: int) -> None:
         rows, plain = self.steps[number]
         for source, qdata, scale in rows:
             quantize_rows(source, qdata, scale)
         if plain:
             torch._foreach_copy_(*plain)
-
-
-def live_addresses(model: torch.nn.Module) -> list[int]:
-    """Where the tensors are that a vLLM model computes with."""
-    named = [*model.named_parameters(), *model.named_buffers()]
-    return [part.data_ptr() for name, tensor in named for part in plain_tensors(name, tensor).values()]
 
 
 def bind(copy: Copy, piece: Piece, view: torch.Tensor, live: torch.Tensor, rows: list, plain: list) -> None:

@@ -1,10 +1,15 @@
-"""A worker extension for comparison: importing it gives an engine's process torchao's own FP8 product back."""
+"""A worker extension for comparison: its workers keep torchao's own FP8 product."""
 
-from rlhf_utils import WorkerExtension, float8_tensor
+import bench_memory
 from torchao.float8.inference import addmm_float8_unwrapped_inference
+from torchao.quantization.quantize_.workflows.float8 import float8_tensor
 
-float8_tensor.addmm_float8_unwrapped_inference = addmm_float8_unwrapped_inference
 
-
-class AsShipped(WorkerExtension):
+class AsShipped(bench_memory.Extension):
     """Everything else is the same."""
+
+    def __new__(cls, *args, **kwargs):
+        """Undo that one patch, before there is a model."""
+        worker = super().__new__(cls, *args, **kwargs)
+        float8_tensor.addmm_float8_unwrapped_inference = addmm_float8_unwrapped_inference
+        return worker

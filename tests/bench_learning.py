@@ -1,4 +1,4 @@
-"""Does FP8 change what is learned? Three seeds with FP8 and a BF16 control; prints a table, writes JSON and a chart.
+"""Does FP8 change what is learned? Three seeds with FP8 and a BF16 control; writes JSON and a chart.
 
 python tests/bench_learning.py [any flag of the driver]
 """
@@ -24,7 +24,8 @@ def main(config: driver.Config) -> None:
     *fp8, control = means.values()
     inside = min(fp8) <= control <= max(fp8)
     steps = sum(min(fp8) <= bf16 <= max(fp8) for *fp8, bf16 in zip(*curves.values()))
-    (folder / "learning.json").write_text(json.dumps({"curves": curves, "means": means, "inside": inside}, indent=2))
+    found = {"curves": curves, "means": means, "inside": inside}
+    (folder / "learning.json").write_text(json.dumps(found, indent=2))
     for name, curve in curves.items():
         plt.plot(curve, label=name, linestyle="--" if "BF16" in name else "-")
     plt.xlabel("step")
@@ -33,7 +34,8 @@ def main(config: driver.Config) -> None:
     plt.savefig(folder / "learning.png")
     for name, curve in curves.items():
         print(f"{name}: mean reward {means[name]:.4f}, first {curve[0]:.3f}, last {curve[-1]:.3f}")
-    print(f"RESULT control within the spread of the seeds: {inside} in the mean, at {steps} of {config.steps} steps")
+    where = f"{inside} in the mean, at {steps} of {config.steps} steps"
+    print(f"RESULT control within the spread of the seeds: {where}")
 
 
 if __name__ == "__main__":

@@ -1,10 +1,11 @@
 """Does FP8 pay? Sampled tokens per second of several engines of one model shape, beside BF16, in one run.
 
     python tests/bench_rollout.py --shape qwen3-8b --tensor-parallel-size 1 --batches 1 16 64 256 512 \
-        --contexts 128x128 4096x128 --engines bf16 fp8 fp8-kv vllm-fp8 bf16-eager fp8-eager [any flag of the driver]
+        --contexts 128x128 4096x128 --engines bf16 fp8 fp8-kv vllm-fp8 bf16-eager fp8-eager \
+        [any flag of the driver]
 
-The engines start one after another from random weights, with the same settings; each generates batches of random prompts
-to their full length, asked as the loop asks. Prints tokens/s and the ratio to BF16, writes
+The engines start one after another from random weights, with the same settings; each generates batches of
+random prompts to their full length, asked as the loop asks. Prints tokens/s and the ratio to BF16, writes
 OUTPUT_DIR/rollout_SHAPE.json and draws rollout_SHAPE.png.
 """
 
@@ -20,8 +21,6 @@ import torch
 import tyro
 from harness import Remote, connect, driver, vllm_arguments, write_result
 from random_models import write_config
-from rich.console import Console
-from rich.table import Table
 from vllm import SamplingParams
 
 # Name -> what it changes in the program's settings, and in vLLM's arguments.
@@ -29,7 +28,6 @@ ENGINES = {
     "bf16": ({"quantization": "none"}, {}),
     "fp8": ({}, {}),
     "fp8-as-shipped": ({}, {"worker_extension_cls": "as_shipped.AsShipped"}),  # torchao's own product
-    "fp8-head": ({"quantize_head": True}, {}),
     "fp8-kv": ({"kv_cache_dtype": "fp8"}, {}),
     "vllm-fp8": ({"quantization": "none"}, {"quantization": "fp8"}),  # vLLM's own online quantization
     "bf16-eager": ({"quantization": "none", "enforce_eager": True}, {}),
@@ -59,7 +57,9 @@ class Benchmark(driver.Config):
 
 def random_prompts(batch: int, length: int, repeat: int) -> list[dict]:
     """Token ids, other ones each time, so that no prompt is in the prefix cache."""
-    ids = torch.randint(3, 250, (batch, length), generator=torch.Generator().manual_seed(1000 * batch + repeat))
+    ids = torch.randint(
+        3, 250, (batch, length), generator=torch.Generator().manual_seed(1000 * batch + repeat)
+    )
     return [{"prompt_token_ids": row} for row in ids.tolist()]
 
 
@@ -89,16 +89,18 @@ def main(config: Benchmark) -> dict:
         config, device = driver.resolve(config, connect(config, cleanup))
         for name in config.engines:
             settings, arguments = ENGINES[name]
+            arguments = {"load_format": "dummy", "worker_extension_cls": "bench_memory.Extension"} | arguments
             own = dataclasses.replace(config, max_model_len=longest, **settings)
             with contextlib.ExitStack() as stop:
-                stop.enter_context(vllm_arguments(load_format="dummy", **arguments))
-                actor, start = driver.start_engine(own, path, device, stop), time.perf_counter()
-                [ranks] = driver.wait([actor.collective_rpc.remote("inspect_quantization")], 900, f"starting {name}")
+                stop.enter_context(vllm_arguments(**arguments))
+                start = time.perf_counter()
+                llm = Remote(driver.start_engine(own, path, device, stop), 900)
+                ranks = llm.collective_rpc("inspect_weights")
                 found[name] = {
                     "startup_s": time.perf_counter() - start,
                     "weights_gib": max(rank["weights_gib"] for rank in ranks),
-                    "kv_cache_tokens": min(rank["kv_cache_tokens"] for rank in ranks),
-                    "tokens_per_s": measure(own, Remote(actor, 900)),
+                    "kv_cache_tokens": min(llm.collective_rpc("kv_cache_tokens")),
+                    "tokens_per_s": measure(own, llm),
                 }
             print(name, found[name])
     result = write_result(config, device, "rollout", engines=found)
@@ -108,15 +110,17 @@ def main(config: Benchmark) -> dict:
 
 def report(result: dict, picture: Path) -> None:
     """Print tokens/s and ratios, and draw the ratios."""
-    engines, title = result["engines"], f"{result['shape']}, {result['layout'].partition(',')[0]}, {result['device']}"
+    engines, layout = result["engines"], result["layout"].partition(",")[0]
+    title = f"{result['shape']}, {layout}, {result['device']}"
     rates = {name: engine["tokens_per_s"] for name, engine in engines.items()}
     base = next(iter(rates.values()))
-    table = Table("tokens/s (ratio)", *engines, title=f"{title}, fp8 is {result['quantization']}")
+    print(f"{title}, fp8 is {result['quantization']}")
+    print(f"{'tokens/s (ratio)':24}" + "".join(f"{name:>18}" for name in engines))
     for case in base:
-        table.add_row(case, *(f"{rate[case]:.0f} ({rate[case] / base[case]:.2f})" for rate in rates.values()))
+        cells = (f"{rate[case]:.0f} ({rate[case] / base[case]:.2f})" for rate in rates.values())
+        print(f"{case:24}" + "".join(f"{cell:>18}" for cell in cells))
     for key in ("weights_gib", "kv_cache_tokens", "startup_s"):
-        table.add_row(key, *(f"{engine[key]:,.2f}" for engine in engines.values()))
-    Console(width=140).print(table)
+        print(f"{key:24}" + "".join(f"{engine[key]:18,.2f}" for engine in engines.values()))
     plt.figure(figsize=(9, 4), layout="constrained")
     for name, rate in rates.items():
         plt.plot([rate[case] / base[case] for case in base], "o-", label=name)

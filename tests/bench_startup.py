@@ -1,8 +1,8 @@
-"""How long an FP8 engine takes to start, phase by phase, cold and with what the first start compiled; in one run.
+"""How long a start takes, cold and with what the first start compiled; in one run.
 
     python tests/bench_startup.py --shape qwen3-0.6b --tensor-parallel-size 1 [any flag of the driver]
 
-Each start is a process of its own (the driver's part: trainer, engine, group), and both share a fresh cache folder of
+Each start is the driver's (trainer, engine, group), in new processes, and both share a fresh cache folder of
 vLLM's. On the CPU, where vLLM compiles more simply, its way for GPUs is switched on. Writes
 OUTPUT_DIR/startup_SHAPE.json.
 """
@@ -11,14 +11,15 @@ import contextlib
 import dataclasses
 import importlib
 import tempfile
+import time
 from pathlib import Path
 
 import torch
 import tyro
-from harness import Remote, connect, driver, generate, write_result
+from harness import Remote, connect, driver, generate, vllm_arguments, write_result
 from random_models import build_random_model
-from rich.console import Console
-from rich.table import Table
+
+from rlhf_utils import WorkerExtension
 
 
 @dataclasses.dataclass
@@ -29,6 +30,14 @@ class Benchmark(driver.Config):
     """A key of SHAPES in random_models.py."""
     tensor_parallel_size: int = 1
     """GPUs of the engine."""
+
+
+class Extension(WorkerExtension):
+    """What this benchmark asks a worker besides."""
+
+    def compilation_s(self) -> float:
+        """Seconds for compiling, or for loading what has been compiled."""
+        return self.vllm_config.compilation_config.compilation_time
 
 
 def compile_as_on_gpus() -> dict:
@@ -57,7 +66,7 @@ class CompilingOnCPU(driver.MyLLM):
 
 def main(config: Benchmark) -> dict:
     """Start twice, write and print."""
-    starts, outputs = {}, []
+    seconds, outputs = {"start": [], "of which compilation": []}, []
     actor_environment = driver.actor_environment
     with contextlib.ExitStack() as cleanup:
         folder = Path(cleanup.enter_context(tempfile.TemporaryDirectory()))
@@ -65,19 +74,23 @@ def main(config: Benchmark) -> dict:
         torch.cuda.empty_cache()
         driver.actor_environment = lambda: actor_environment() | {"VLLM_CACHE_ROOT": str(folder / "cache")}
         config, device = driver.resolve(config, connect(config, cleanup))
-        if device == "cpu":
-            driver.MyLLM = importlib.import_module("bench_startup").CompilingOnCPU  # by its name, not as __main__'s
-        for name in ("first start", "second start"):
-            with contextlib.ExitStack() as engine:
-                _, [llm], _, starts[name] = driver.start(config, path, device, engine)
-                outputs.append(generate(Remote(llm)))
-            starts[name]["all of these"] = sum(starts[name].values()) - starts[name]["of which compilation"]
+        if device == "cpu":  # by its module's name, which is not __main__ for the actors
+            driver.MyLLM = importlib.import_module("bench_startup").CompilingOnCPU
+        cleanup.enter_context(vllm_arguments(worker_extension_cls="bench_startup.Extension"))
+        for _ in ("first", "second"):
+            with contextlib.ExitStack() as stop:
+                began = time.perf_counter()
+                _, [actor], _ = driver.start(config, path, device, stop)
+                seconds["start"].append(time.perf_counter() - began)
+                llm = Remote(actor)
+                seconds["of which compilation"].append(max(llm.collective_rpc("compilation_s")))
+                outputs.append(generate(llm))
     assert outputs[0] == outputs[1], "what was stored computes something else"
-    result = write_result(config, device, "startup", seconds=starts)
-    table = Table("seconds", *starts, "ratio", title=f"{config.shape}, {result['layout']}, {result['device']}")
-    for phase, (first, second) in zip(starts["first start"], zip(*(start.values() for start in starts.values()))):
-        table.add_row(phase, f"{first:.1f}", f"{second:.1f}", f"{second / first:.2f}" if first else "-")
-    Console().print(table)
+    result = write_result(config, device, "startup", seconds=seconds)
+    print(f"{config.shape}, {result['layout']}, {result['device']}")
+    print(f"{'seconds':24}{'first':>10}{'second':>10}{'ratio':>10}")
+    for phase, (first, second) in seconds.items():
+        print(f"{phase:24}{first:10.1f}{second:10.1f}{second / first:10.2f}")
     return result
 
 

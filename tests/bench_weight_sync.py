@@ -235,11 +235,20 @@ def measure(config: Benchmark, device: str, trainer, actor) -> dict:
             return float("nan")
         return timed(lambda: syncs.append(prove(config, trainer, actor)))
 
+    def digests_differ() -> list[str]:
+        """For what is no update to MyLLM, which therefore would not answer."""
+        found, expected = llm.collective_rpc("stored_digests"), cold.digests[0]
+        return [
+            name for worker, right in zip(found, expected) for name in right if worker[name] != right[name]
+        ]
+
     def memory_gib(peak: bool) -> list[float]:  # of the trainer and the engine's ranks
         own = ask_trainer(lambda trainer: allocated_gib(trainer.device, peak))
         return [own, *llm.collective_rpc("allocated_gib", args=(peak,))]
 
-    def add(method: str, run: Callable[[], float], repeats: int, warm_up: int = 1, zero: bool = True) -> None:
+    def add(
+        method: str, run: Callable[[], float], repeats: int, warm_up: int = 1, zero=True, ours=True
+    ) -> None:
         for _ in range(warm_up):
             run()
         if zero:
@@ -247,12 +256,17 @@ def measure(config: Benchmark, device: str, trainer, actor) -> dict:
         before = memory_gib(False)
         seconds = [run() for _ in range(repeats)]
         extra = [peak - start for peak, start in zip(memory_gib(True), before)]
-        different = ["not compared"] if config.dummy else driver.differences([actor], cold, config.timeout_s)
+        different = driver.differences([actor], cold, config.timeout_s) if ours else digests_differ()
+        different = ["not compared"] if config.dummy else different
         rows[method] = {"seconds": statistics.median(seconds), "all_seconds": seconds, "extra_gib": extra}
         rows[method]["different"] = different
         print(method, rows[method], file=sys.stderr)
 
     add(PROOF, proof, 1, warm_up=0, zero=False)
+    if not config.dummy:  # other weights, of which the program compares a replay with a session, and back
+        ask_trainer(scale_weights, 2.0)
+        assert sync(config, trainer, actor)["compared"] == (syncs[-1]["path"] == "replay")
+        ask_trainer(scale_weights, 0.5)
     path = syncs[-1]["path"]
     session = functools.partial(zero_and_sync, config, trainer, actor, by_session=True)
     add(SESSION, session, config.repeats)
@@ -268,14 +282,11 @@ def measure(config: Benchmark, device: str, trainer, actor) -> dict:
     }
     if config.slow_repeats:
         slow = functools.partial(timed, ask_trainer, send_as_published, actor)
-        add(PUBLISHED, slow, config.slow_repeats, warm_up=0)
+        add(PUBLISHED, slow, config.slow_repeats, warm_up=0, ours=False)
     if config.trainer_device == device == "cuda" and not config.dummy:
         ask_trainer(join_vllm, actor, config.world_size)
-        add(
-            VLLM,
-            lambda: timed(ask_trainer, lambda trainer: trainer.vllm_sender.send_weights()),
-            config.repeats,
-        )
+        theirs = functools.partial(timed, ask_trainer, lambda trainer: trainer.vllm_sender.send_weights())
+        add(VLLM, theirs, config.repeats, ours=False)
         our_sync()
         different = driver.differences([actor], cold, config.timeout_s)
         assert not different, f"a sync of ours must repair what the calls before it did: {different}"
@@ -296,6 +307,12 @@ def measure(config: Benchmark, device: str, trainer, actor) -> dict:
         "calls": calls,
         "rows": rows,
     }
+
+
+def scale_weights(trainer: WeightSender, factor: float) -> None:
+    """Other weights; a power of two can be undone exactly."""
+    with torch.no_grad():
+        torch._foreach_mul_(list(trainer.model.parameters()), factor)
 
 
 def time_scan(trainer: WeightSender) -> float:

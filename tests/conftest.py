@@ -32,7 +32,11 @@ def models(tmp_path_factory):
 def config():
     """The program's defaults on this machine, connected to a private Ray."""
     with contextlib.ExitStack() as cleanup:
-        on_gpus = dict(tensor_parallel_size=1, enforce_eager=True, gpu_memory_utilization=0.1) if DEVICE == "cuda" else {}
+        on_gpus = (
+            dict(tensor_parallel_size=1, enforce_eager=True, gpu_memory_utilization=0.1)
+            if DEVICE == "cuda"
+            else {}
+        )
         wanted = driver.Config(verify=True, **on_gpus)
         config, _ = driver.resolve(wanted, connect(dataclasses.replace(wanted, num_engines=3), cleanup))
         yield config

@@ -2,8 +2,8 @@
 
     python tests/soak.py --minutes 15 --signals 20
 
-Prints memory, handles and the time of a sync over the run, and for each signal in which phase it came and how long it took
-until every process was gone. Fails if anything drifts or stays.
+Prints memory, handles and the time of a sync over the run, and for each signal in which phase it came and how
+long it took until every process was gone. Fails if anything drifts or stays.
 """
 
 import dataclasses
@@ -56,9 +56,8 @@ def loop(minutes: float, folder: Path) -> None:
     program.assert_nothing_left()
     rows = driver.read_metrics(folder / "outputs")
     early, late = (statistics.median(row["sync_s"] for row in part) for part in (rows[10:60], rows[-50:]))
-    print(
-        f"{len(rows)} steps in {minutes:g} minutes; median sync {1e3 * early:.1f} ms at first, {1e3 * late:.1f} at last"
-    )
+    syncs = f"{1e3 * early:.1f} ms at first, {1e3 * late:.1f} at last"
+    print(f"{len(rows)} steps in {minutes:g} minutes; median sync {syncs}")
     for name, (mib, handles) in last.items():
         print(f"  {name}: {first[name][0]:.0f} -> {mib:.0f} MiB, {first[name][1]} -> {handles} handles")
         assert mib < 1.1 * first[name][0] + 20 and handles <= first[name][1] + 2
@@ -78,9 +77,8 @@ def signals(count: int, folder: Path) -> None:
         code = program.process.wait(30)
         program.assert_nothing_left()
         where = (program.printed().splitlines() or ["nothing printed"])[-1][:60]
-        print(
-            f"{how.name} after {after:4.1f} s ({where}): code {code}, all gone {time.monotonic() - began:.1f} s later"
-        )
+        gone = time.monotonic() - began
+        print(f"{how.name} after {after:4.1f} s ({where}): code {code}, all gone {gone:.1f} s later")
         assert ended or code != 0
 
 

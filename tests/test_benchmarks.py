@@ -5,10 +5,11 @@ import json
 import subprocess
 import sys
 
+import bench_memory
 import bench_rollout
 import bench_weight_sync as weight_sync
 import pytest
-from harness import HERE, driver
+from harness import HERE
 
 
 def test_weight_sync(tmp_path):
@@ -22,12 +23,15 @@ def test_weight_sync(tmp_path):
 
 
 def test_rollout(tmp_path):
-    flags = ["--batches", "1", "4", "--repeats", "1", "--output-dir", str(tmp_path)]
+    names = ["bf16", "fp8", "fp8-as-shipped"]
+    flags = ["--engines", *names, "--batches", "1", "4", "--repeats", "1", "--output-dir", str(tmp_path)]
     subprocess.run([sys.executable, HERE / "bench_rollout.py", *flags], check=True, timeout=200)
     engines = json.loads((tmp_path / "rollout_tiny-opt.json").read_text())["engines"]
-    assert list(engines) == ["bf16", "fp8"] and set(engines) <= set(bench_rollout.ENGINES)
+    assert list(engines) == names and set(names) <= set(bench_rollout.ENGINES)
     assert 0.6 < engines["fp8"]["weights_gib"] / engines["bf16"]["weights_gib"] < 0.9
+    assert engines["fp8"]["weights_gib"] == engines["fp8-as-shipped"]["weights_gib"]
     for engine in engines.values():
+        assert engine["kv_cache_tokens"] > 10_000
         assert list(engine["tokens_per_s"]) == ["16x32, batch 1", "16x32, batch 4"]
         assert 1 < engine["tokens_per_s"]["16x32, batch 1"] < engine["tokens_per_s"]["16x32, batch 4"]
     assert (tmp_path / "rollout_tiny-opt.png").stat().st_size > 10_000
@@ -36,12 +40,14 @@ def test_rollout(tmp_path):
 def test_compare_memory(config, models, tmp_path, capsys):
     """FP8 halves the linear layers and nothing else; each engine is gone before the next one starts."""
     config = dataclasses.replace(config, tensor_parallel_size=1, output_dir=tmp_path)
-    found = driver.compare_memory(config, models("tiny-llama")[0], "cpu")
+    found = bench_memory.compare_memory(config, models("tiny-llama")[0], "cpu")
     assert found == json.loads((tmp_path / "memory.json").read_text())
     bf16, fp8 = found.values()
     assert 0.5 < fp8["linear_gib"] / bf16["linear_gib"] < 0.53, "bytes, and a scale of 4 for each row"
     assert bf16["weights_gib"] - fp8["weights_gib"] == pytest.approx(bf16["linear_gib"] - fp8["linear_gib"])
     assert bf16["kv_cache_tokens"] > 10_000 and min(bf16.values()) > 0
-    assert "Saved on each rank: 0.0003 GiB of weights, of which linear layers 0.0003" in capsys.readouterr().out
+    assert (
+        "Saved on each rank: 0.0003 GiB of weights, of which linear layers 0.0003" in capsys.readouterr().out
+    )
     with pytest.raises(SystemExit, match="expected what BF16 is to be compared with"):
-        driver.compare_memory(dataclasses.replace(config, quantization="none"), "", "cpu")
+        bench_memory.compare_memory(dataclasses.replace(config, quantization="none"), "", "cpu")

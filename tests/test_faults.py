@@ -26,7 +26,9 @@ from rlhf_utils import stateless_init_process_group
 from vllm import SamplingParams
 
 CPU = torch.device("cpu")
-SHAPE, BUCKET_BYTES = {"cpu": ("tiny-opt", 100_000), "cuda": ("opt-125m", 32 * 2**20)}[DEVICE]  # a sync takes 8 buckets
+SHAPE, BUCKET_BYTES = {"cpu": ("tiny-opt", 100_000), "cuda": ("opt-125m", 32 * 2**20)}[
+    DEVICE
+]  # a sync takes 8 buckets
 ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # actors cannot import this file
 
 
@@ -44,7 +46,9 @@ def start(config, models, cleanup, shape: str = SHAPE):
     with vllm_arguments(worker_extension_cls="harness.Extension", **kv_cache):
         actor = driver.start_engine(config, old, DEVICE, cleanup)
     driver.join_group(config, DEVICE, trainer, [actor])
-    return SimpleNamespace(trainer=trainer, trainer_only=trainer_only, actor=actor, llm=Remote(actor), new=new)
+    return SimpleNamespace(
+        trainer=trainer, trainer_only=trainer_only, actor=actor, llm=Remote(actor), new=new
+    )
 
 
 @pytest.fixture
@@ -159,11 +163,15 @@ def test_worker_dies_or_stalls_in_a_sync(quick, models, how):
         sync(quick, pair.trainer, pair.actor, bucket_bytes=BUCKET_BYTES)
         workers = pair.llm.collective_rpc("get_pid")
         on(pair.trainer, act_before_bucket, 3, workers[-1], how)
-        if DEVICE == "cuda" and how == signal.SIGSTOP:  # its GPU goes on and takes in all; its host does not answer
+        if (
+            DEVICE == "cuda" and how == signal.SIGSTOP
+        ):  # its GPU goes on and takes in all; its host does not answer
             message = failing_sync(quick, pair, TimeoutError)
         else:
             message = failing_sync(quick, pair)
-            assert re.search(r"rank 0, bucket [4-8] of 8 \(.*\.(weight|bias) \.\. .*\.(weight|bias)\)", message)
+            assert re.search(
+                r"rank 0, bucket [4-8] of 8 \(.*\.(weight|bias) \.\. .*\.(weight|bias)\)", message
+            )
         assert driver.ACTORS[pair.actor._actor_id] in message
         if how == signal.SIGSTOP and len(workers) > 1:
             assert "Ranks 1 failed" in message, "of those that live, the engine names who does not"
@@ -222,7 +230,9 @@ def test_strangers_and_taken_ports(tmp_path):
         thread.join(30)
     sent = torch.arange(1000.0)
     received = [sent, torch.zeros(1000), torch.zeros(1000)]
-    threads = [threading.Thread(target=results[rank].broadcast, args=(received[rank], 0)) for rank in range(3)]
+    threads = [
+        threading.Thread(target=results[rank].broadcast, args=(received[rank], 0)) for rank in range(3)
+    ]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -251,7 +261,8 @@ def test_weights_that_are_not_finite_are_not_sent(quick, pair):
         on(pair.trainer, overflow)
         message = failing_sync(quick, pair)
         assert (
-            "trainer (rank 0): ValueError:" in message and "weights hold NaN or infinity and were not sent" in message
+            "trainer (rank 0): ValueError:" in message
+            and "weights hold NaN or infinity and were not sent" in message
         )
         assert "model.decoder.embed_tokens.weight" in message and "--allow-nonfinite" in message
         assert observe(pair.llm) == before
@@ -319,7 +330,9 @@ def test_failed_loads_and_resets_leave_a_torn_engine_until_a_sync_succeeds(quick
     with contextlib.ExitStack() as cleanup:
         pair = start(config, models, cleanup, "tiny-llama")
         on(pair.actor, break_loader)
-        assert "OutOfMemoryError: no memory left for this test" in failing_sync(config, pair) and refuses(pair)
+        assert "OutOfMemoryError: no memory left for this test" in failing_sync(config, pair) and refuses(
+            pair
+        )
         on(pair.actor, mend_loader)
         assert sync(config, pair.trainer, pair.actor, bucket_bytes=BUCKET_BYTES)["path"] == "session"
         expected = observe(pair.llm)
@@ -338,7 +351,9 @@ def test_failed_loads_and_resets_leave_a_torn_engine_until_a_sync_succeeds(quick
         step = pair.trainer.train_step.remote(
             [{"prompt": [3], "completion": [4], "logprobs": [-1.0], "advantage": 1.0}]
         )
-        with pytest.raises(RuntimeError, match=r"training: trainer \(rank 0\): OutOfMemoryError: no memory left"):
+        with pytest.raises(
+            RuntimeError, match=r"training: trainer \(rank 0\): OutOfMemoryError: no memory left"
+        ):
             driver.wait([step], 30, "training")
 
 
@@ -358,7 +373,9 @@ def test_generation_and_syncs_asked_for_during_a_sync(quick, pair):
         sync(quick, pair.trainer, pair.actor)
     assert syncing.is_alive() and generate(pair.llm) == expected
     syncing.join()
-    assert results[0]["verified"] and len(driver.generate([pair.actor], PROMPTS, quick, [0] * len(PROMPTS))) == 4
+    assert (
+        results[0]["verified"] and len(driver.generate([pair.actor], PROMPTS, quick, [0] * len(PROMPTS))) == 4
+    )
     assert sync(quick, pair.trainer, pair.actor, verify=True)["compared_tensors"] == 72
 
 
@@ -460,7 +477,9 @@ def test_corrupt_and_unsafe_models(models, tmp_path):
     torch.save({"lm_head.weight": Malicious(canary)}, evil / "pytorch_model.bin")
     with pytest.raises(pickle.UnpicklingError, match="Weights only load failed|weights_only"):
         driver.Trainer(config, str(evil))
-    with pytest.raises(pickle.UnpicklingError, match="Weights only load failed|weights_only"):  # vLLM's reader
+    with pytest.raises(
+        pickle.UnpicklingError, match="Weights only load failed|weights_only"
+    ):  # vLLM's reader
         list(pt_weights_iterator([str(evil / "pytorch_model.bin")], False))
     assert not canary.exists()
 

@@ -48,23 +48,33 @@ def test_token_truncation():
     """Trainer / engine is 4 (cut to C = 2) and 0.5; the gradient of each token is scaled by it."""
     terms = batch([[0.4, 0.4]], [[0.1, 0.8]], [1.0], [[1, 1]])
     loss, gradient, metrics = loss_and_gradient([[0.4, 0.4]], terms, correction="token-truncate")
-    assert loss == pytest.approx(-2.5) and gradient == [pytest.approx([-2, -0.5])] and metrics["corrected"] == 1
+    assert (
+        loss == pytest.approx(-2.5) and gradient == [pytest.approx([-2, -0.5])] and metrics["corrected"] == 1
+    )
 
 
 def test_sequence_mask():
     """Products of the ratios: 1.5 x 1 = 1.5 weighs the first answer; 4 x 1 > C drops the second; padding has no say."""
-    terms = batch([[0.6, 0.4, 0.9], [0.4, 0.4, 0.9]], [[0.4, 0.4, 0.1], [0.1, 0.4, 0.1]], [1.0, 1.0], [[1, 1, 0]] * 2)
-    loss, gradient, metrics = loss_and_gradient([[0.6, 0.4, 0.9], [0.4, 0.4, 0.9]], terms, correction="sequence-mask")
+    terms = batch(
+        [[0.6, 0.4, 0.9], [0.4, 0.4, 0.9]], [[0.4, 0.4, 0.1], [0.1, 0.4, 0.1]], [1.0, 1.0], [[1, 1, 0]] * 2
+    )
+    loss, gradient, metrics = loss_and_gradient(
+        [[0.6, 0.4, 0.9], [0.4, 0.4, 0.9]], terms, correction="sequence-mask"
+    )
     assert loss == pytest.approx(-3.0) and metrics["corrected"] == 2
     assert gradient == [pytest.approx([-1.5, -1.5, 0]), [0, 0, 0]]
-    assert loss_and_gradient([[0.6, 0.4, 0.9], [0.4, 0.4, 0.9]], terms, correction="none")[0] == pytest.approx(-4.0)
+    assert loss_and_gradient([[0.6, 0.4, 0.9], [0.4, 0.4, 0.9]], terms, correction="none")[
+        0
+    ] == pytest.approx(-4.0)
 
 
 def test_reference_kl_pulls_back():
     """k3 of p_ref / p = 2: 2 - 1 - log 2, with gradient 1 - 2 by the log-probability."""
     terms = batch([[0.4]], [[0.4]], [0.0], [[1]]) | {"reference_BT": torch.tensor([[0.8]]).log()}
     loss, gradient, metrics = loss_and_gradient([[0.4]], terms, kl_coef=0.1)
-    assert loss == pytest.approx(0.1 * (1 - math.log(2))) and metrics["reference_kl"] == pytest.approx(1 - math.log(2))
+    assert loss == pytest.approx(0.1 * (1 - math.log(2))) and metrics["reference_kl"] == pytest.approx(
+        1 - math.log(2)
+    )
     assert gradient == [pytest.approx([-0.1])]
 
 
@@ -138,7 +148,9 @@ def test_rounding_on_the_wire_is_a_mismatch_of_its_own(path, rollouts):
     for expected in (False, True):
         batch, rounded = trainer._pad(rollouts), copy.deepcopy(trainer.model).bfloat16().float()
         with torch.no_grad():
-            exact, wire = (trainer._logprobs(model, batch)[batch["mask_BT"]] for model in (trainer.model, rounded))
+            exact, wire = (
+                trainer._logprobs(model, batch)[batch["mask_BT"]] for model in (trainer.model, rounded)
+            )
         assert (driver.measure_mismatch(exact, wire)["mismatch_kl"] > 1e-5) == expected
         trainer.train_step(rollouts)
 
@@ -153,9 +165,9 @@ def output(prompt: str, *texts: str):
 def test_shipped_rewards():
     assert driver.compute_rewards([output("", "ab1X", "")]) == [[0.5, 0.0]]
     asked = "Question: What is 20 + 22? Answer:"
-    assert driver.compute_rewards([output(asked, " 42.", "It is 42, not 41", "41 42", "?")], driver.arithmetic) == [
-        [1, 1, 0, 0]
-    ]
+    assert driver.compute_rewards(
+        [output(asked, " 42.", "It is 42, not 41", "41 42", "?")], driver.arithmetic
+    ) == [[1, 1, 0, 0]]
     [prompt] = driver.prompts_of_step(driver.Config(reward="arithmetic", prompts_per_step=1), [], 3)
     total = sum(int(word) for word in prompt.replace("?", "").split() if word.isdigit())
     assert driver.arithmetic([prompt], [str(total)]) == [1.0]
@@ -181,7 +193,11 @@ def test_load_reward(tmp_path, monkeypatch):
     (tmp_path / "my_rewards.py").write_text(
         "def brief(prompts, completions):\n    return [-len(c) for c in completions]\n"
     )
-    assert driver.compute_rewards([output("p", "abc", "")], driver.load_reward("my_rewards:brief")) == [[-3, 0]]
+    assert driver.compute_rewards([output("p", "abc", "")], driver.load_reward("my_rewards:brief")) == [
+        [-3, 0]
+    ]
     for name in ("nothing", "my_rewards:no", "no_such_module:f"):
-        with pytest.raises(SystemExit, match=f"--reward {name}: expected letters, arithmetic, or module:function"):
+        with pytest.raises(
+            SystemExit, match=f"--reward {name}: expected letters, arithmetic, or module:function"
+        ):
             driver.load_reward(name)

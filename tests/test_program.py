@@ -33,7 +33,9 @@ class Program:
             env=environment,
             stdout=self.log,
             stderr=subprocess.STDOUT,
-            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background jobs ignore it
+            preexec_fn=lambda: signal.signal(
+                signal.SIGINT, signal.SIG_DFL
+            ),  # a shell's background jobs ignore it
         )
 
     def printed(self) -> str:
@@ -91,12 +93,17 @@ def test_default_run(default_run):
     sync = summary["sync"]
     assert sync["verified"] is True and sync["changed"] is False and sync["compared_tensors"] == 72
     assert sync["gb_per_s"] == pytest.approx(sync["bytes"] / sync["seconds"] / 1e9)
-    layer = 4 * (128 * 128 + 128) + (128 * 256 + 256) + (256 * 128 + 128) + 2 * 2 * 128  # q, k, v, out; fc1; fc2; norms
+    layer = (
+        4 * (128 * 128 + 128) + (128 * 256 + 256) + (256 * 128 + 128) + 2 * 2 * 128
+    )  # q, k, v, out; fc1; fc2; norms
     assert sync["bytes"] == 2 * ((259 + 514) * 128 + 2 * layer + 2 * 128)
     assert any(sample["before"] != sample["after"] for sample in summary["samples"])
     assert set(summary["versions"]) == {"python", "torch", "vllm", "torchao", "ray", "transformers"}
     assert "No GPU found: running the same processes on the CPU" in printed
-    assert "engine rank 1: 8 linear layers in FP8, 1 not" in printed and "RL with verified FP8 weight syncs" in printed
+    assert (
+        "engine rank 1: 8 linear layers in FP8, 1 not" in printed
+        and "RL with verified FP8 weight syncs" in printed
+    )
     curves = imread(folder / "outputs" / "curves.png")
     assert curves.shape[1] > curves.shape[0] > 100 and curves.std() > 0
 
@@ -108,7 +115,9 @@ def test_it_learns(default_run):
     assert rows[0]["reward"] < 0.2 and rows[-1]["reward"] > 0.8
     assert rows[0]["mismatch_kl"] > 1e-3, "FP8's noise, which the control below does not have"
     assert all(row["mismatch_kl"] < driver.USUAL_KL["fp8"] for row in rows)
-    assert all(0.9 < row["effective_sample_size"] <= 1 for row in rows) and rows[0]["effective_sample_size"] < 1
+    assert (
+        all(0.9 < row["effective_sample_size"] <= 1 for row in rows) and rows[0]["effective_sample_size"] < 1
+    )
     assert all(row["ppo_clipped"] == 0 for row in rows), "the policy of a first epoch is the old one"
     assert len(re.findall(r"^step +\d+ \| reward .* tokens/s .* GB/s\) .* GiB$", printed, re.MULTILINE)) == 20
     assert "WARNING: mismatch" not in printed
@@ -128,7 +137,9 @@ def test_resumed_run_gives_the_same_curve(default_run, tmp_path):
         "trainer_gib",
         "weights_version",
     }
-    stable = [[{k: v for k, v in row.items() if k not in changing} for row in run] for run in (rows[10:14], resumed)]
+    stable = [
+        [{k: v for k, v in row.items() if k not in changing} for row in run] for run in (rows[10:14], resumed)
+    ]
     assert len(resumed) == 4 and len(stable[0][0]) > 10 and stable[0] == stable[1]
 
 
@@ -156,7 +167,15 @@ def test_two_unquantized_engines_on_two_nodes_show_no_mismatch(tmp_path):
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
     try:
         cluster.add_node(num_cpus=2)
-        flags = ["--ray-address", cluster.address, "--num-engines", "2", "--tensor-parallel-size", "1", "--verify"]
+        flags = [
+            "--ray-address",
+            cluster.address,
+            "--num-engines",
+            "2",
+            "--tensor-parallel-size",
+            "1",
+            "--verify",
+        ]
         control = ["--quantization", "none", "--learning-rate", "0", "--temperature", "0.7", "--steps", "2"]
         summary, rows, printed = run(*flags, *control, cwd=tmp_path)
         assert summary["world_size"] == 3 and len(summary["ranks"]) == 2 and "engine rank 1:" in printed
@@ -187,7 +206,11 @@ def signal_actor(program: Program, name: str, how: int) -> None:
         ("Starting trainer", None, signal.SIGINT),
         ("engine rank 1", None, signal.SIGTERM),
         ("Starting trainer", ("ray::MyLLM", signal.SIGKILL), None),
-        ("engine rank 1", ("VLLM::Worker_TP1", signal.SIGSTOP), signal.SIGKILL),  # what is stopped cannot see the end
+        (
+            "engine rank 1",
+            ("VLLM::Worker_TP1", signal.SIGSTOP),
+            signal.SIGKILL,
+        ),  # what is stopped cannot see the end
     ],
 )
 def test_nothing_is_left_behind(tmp_path, after, to_actor, to_driver):
@@ -203,9 +226,13 @@ def test_nothing_is_left_behind(tmp_path, after, to_actor, to_driver):
         began = time.monotonic()
         assert program.process.wait(30) != 0
         program.assert_nothing_left()
-        print(f"FAULT {to_actor} {to_driver!r} after {after!r}: all gone {time.monotonic() - began:.1f} s later")
+        print(
+            f"FAULT {to_actor} {to_driver!r} after {after!r}: all gone {time.monotonic() - began:.1f} s later"
+        )
         if not to_driver:
-            assert re.search(r"^FAILED: .*engine \(rank 1, 2\)(: The actor| has) died", program.printed(), re.MULTILINE)
+            assert re.search(
+                r"^FAILED: .*engine \(rank 1, 2\)(: The actor| has) died", program.printed(), re.MULTILINE
+            )
             assert "Traceback" not in program.printed().partition("FAILED:")[2].partition("... ")[0]
     finally:
         for pid in program.processes():

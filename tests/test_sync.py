@@ -43,15 +43,25 @@ def compare(pair, model, group) -> list[dict]:
 @pytest.mark.parametrize("tensor_parallel_size", [1, 2])
 def test_sync_equals_cold_start(config, models, tmp_path, shape, tensor_parallel_size):
     """Guards against stale, swapped, half-loaded or twice-rounded weights, and a tied head's packed old copy."""
-    config = dataclasses.replace(config, tensor_parallel_size=tensor_parallel_size, bucket_mib=1, learning_rate=1e-2)
+    config = dataclasses.replace(
+        config, tensor_parallel_size=tensor_parallel_size, bucket_mib=1, learning_rate=1e-2
+    )
     if shape == "tiny-llama":  # options that these cases may as well have
         option = {"kv_cache_dtype": "fp8"} if tensor_parallel_size == 1 else {"quantize_head": True}
         config = dataclasses.replace(config, **option)
     result = sync_versus_cold_start(config, models(shape)[0], str(tmp_path), "cpu", more_syncs=1)
-    assert result["sync"]["compared_tensors"] == result["tensors"]  # --verify looked at every tensor of every rank
-    assert [result[which]["path"] for which in ("sync", "again", "session")] == ["replay", "replay", "session"]
+    assert (
+        result["sync"]["compared_tensors"] == result["tensors"]
+    )  # --verify looked at every tensor of every rank
+    assert [result[which]["path"] for which in ("sync", "again", "session")] == [
+        "replay",
+        "replay",
+        "session",
+    ]
     assert result["sync"]["weights_version"] == 1 and result["again"]["weights_version"] == 2
-    assert [rank["fp8_linear_layers"] for rank in result["ranks"]] == [8 + config.quantize_head] * tensor_parallel_size
+    assert [rank["fp8_linear_layers"] for rank in result["ranks"]] == [
+        8 + config.quantize_head
+    ] * tensor_parallel_size
 
 
 def test_unquantized_sync_equals_cold_start(config, models, tmp_path, capfd):
@@ -65,7 +75,10 @@ def test_unquantized_sync_equals_cold_start(config, models, tmp_path, capfd):
 
 def test_recording_is_made_anew_when_it_no_longer_fits(config, models, capfd):
     """New parameters in the trainer, tensors that moved in the engine, another size of buckets; and when it must not be."""
-    config, (old, new) = dataclasses.replace(config, tensor_parallel_size=1, verify=False), models("tiny-llama")
+    config, (old, new) = (
+        dataclasses.replace(config, tensor_parallel_size=1, verify=False),
+        models("tiny-llama"),
+    )
 
     def replace_a_weight(trainer):
         head = trainer.model.lm_head
@@ -98,7 +111,10 @@ def test_recording_is_made_anew_when_it_no_longer_fits(config, models, capfd):
         def sync_twice(agreements: int, **settings) -> dict:
             """Replays of what was recorded for these weights and tensors; all bytes were zero before."""
             llm.collective_rpc("reset_weights")
-            assert [sync(config, trainer, actor, **settings)["path"] for _ in range(2)] == ["replay", "replay"]
+            assert [sync(config, trainer, actor, **settings)["path"] for _ in range(2)] == [
+                "replay",
+                "replay",
+            ]
             assert capfd.readouterr().out.count("Agreed on 21 weights") == agreements
             return observe(llm)
 
@@ -111,11 +127,17 @@ def test_recording_is_made_anew_when_it_no_longer_fits(config, models, capfd):
         ray.get(actor.__ray_call__.remote(derive_in_attention, False))
         assert sync_twice(1) == expected
         for number, (derive, name) in enumerate(
-            [((derive_in_attention, True), "model.layers.0.self_attn.attn"), ((derive_in_a_method,), "model.norm")]
+            [
+                ((derive_in_attention, True), "model.layers.0.self_attn.attn"),
+                ((derive_in_a_method,), "model.norm"),
+            ]
         ):
             ray.get(actor.__ray_call__.remote(*derive))
             assert sync(config, trainer, actor, bucket_bytes=10**6 + number)["path"] == "session"
-            assert f"because vLLM derives more than FP8 rows from the weights of {name}" in capfd.readouterr().out
+            assert (
+                f"because vLLM derives more than FP8 rows from the weights of {name}"
+                in capfd.readouterr().out
+            )
             assert observe(llm) == expected
             ray.get(actor.__ray_call__.remote(derive_in_attention, False))
 
@@ -125,10 +147,16 @@ def test_answers_read_as_vllm_decodes_them(pair):
     letters = pair.llm.get_tokenizer()("abc xyz.").input_ids
     same = dict(max_tokens=12, seed=0, n=3, allowed_token_ids=letters)
     answers = [
-        [answer.text for output in pair.llm.generate(PROMPTS, params, use_tqdm=False) for answer in output.outputs]
+        [
+            answer.text
+            for output in pair.llm.generate(PROMPTS, params, use_tqdm=False)
+            for answer in output.outputs
+        ]
         for params in (SamplingParams(**same), SamplingParams(**same | driver.ROLLOUT))
     ]
-    assert answers[0] == answers[1] and len(set(answers[0])) > 6 and all(len(text) == 12 for text in answers[0])
+    assert (
+        answers[0] == answers[1] and len(set(answers[0])) > 6 and all(len(text) == 12 for text in answers[0])
+    )
 
 
 def test_prefix_cache_is_reset(config, pair):
@@ -162,7 +190,9 @@ def test_seed_loop(config, pair, dtype):
     shown = seed_demonstration(pair.llm, group, pair.old, CPU, dtype)
     assert shown["not_zero"] == [] and shown["zero_scales"] == []
     vocabulary = model.config.vocab_size
-    assert shown["logprobs"] == pytest.approx([-torch.tensor(float(vocabulary)).log().item()]), "finite and uniform"
+    assert shown["logprobs"] == pytest.approx([-torch.tensor(float(vocabulary)).log().item()]), (
+        "finite and uniform"
+    )
     rejoin(config, pair)
 
 
@@ -172,7 +202,9 @@ def test_verify_sees_one_wrong_byte(config, pair):
     group = seed_group(pair.llm, 2, CPU)
     model = transformers.AutoModelForCausalLM.from_pretrained(pair.new, dtype=torch.float32)
     with torch.no_grad():
-        model.model.decoder.layers[1].self_attn.v_proj.weight[-1, -1] += 10  # the last row of rank 1's fused q, k, v
+        model.model.decoder.layers[1].self_attn.v_proj.weight[-1, -1] += (
+            10  # the last row of rank 1's fused q, k, v
+        )
     rank0, rank1 = compare(pair, model, group)
     name = "model.decoder.layers.1.self_attn.qkv_proj.weight"
     assert rank0["different"] == [] and rank1["different"] == [f"{name} qdata", f"{name} scale"]

@@ -23,7 +23,14 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 import rlhf_utils
-from rlhf_utils import digest, digest_kernel, plan_buckets, quantize_rows, quantize_rows_kernel, repair_zero_rows
+from rlhf_utils import (
+    digest,
+    digest_kernel,
+    plan_buckets,
+    quantize_rows,
+    quantize_rows_kernel,
+    repair_zero_rows,
+)
 
 DEVICES = ["cpu", *["cuda"] * torch.cuda.is_available()]  # the kernels for GPUs: run this file there as well
 
@@ -61,7 +68,9 @@ def test_pieces_hold_every_row_once_without_overlap():
     for size, pieces in plan_buckets(manifest, 256):
         ends = [piece.offset + piece.nbytes for piece in pieces]
         assert all(end <= piece.offset for end, piece in zip(ends, pieces[1:])) and ends[-1] <= size
-        assert size <= 256 or len(pieces) == 1 and pieces[0].shape[0] == 1, "only a wider row may exceed a bucket"
+        assert size <= 256 or len(pieces) == 1 and pieces[0].shape[0] == 1, (
+            "only a wider row may exceed a bucket"
+        )
         for piece in pieces:
             assert piece.row == rows[piece.name] and piece.offset % 16 == 0
             rows[piece.name] += piece.shape[0] if piece.shape else 1
@@ -79,7 +88,9 @@ def test_quantize_rows_is_torchao_bit_for_bit(columns, device):
     rows = rows.bfloat16()
     expected = Float8Tensor.from_hp(rows, granularity=PerRow())
     repair_zero_rows([expected])
-    within = torch.randn(128, 3 * columns, device=device).bfloat16()  # as a tensor-parallel shard lies in its weight
+    within = torch.randn(
+        128, 3 * columns, device=device
+    ).bfloat16()  # as a tensor-parallel shard lies in its weight
     within[:, columns : 2 * columns] = rows
     for source in (rows, within[:, columns : 2 * columns]):
         qdata, scale = torch.empty_like(expected.qdata), torch.empty_like(expected.scale)
@@ -91,8 +102,17 @@ def test_quantize_rows_is_torchao_bit_for_bit(columns, device):
 def test_kernels_compile_for_hopper():
     """To machine code, without a GPU: otherwise a slip in a kernel would show on GPUs only."""
     digest_types = {"words": "*i64", "count": "i32", "total": "*i64", "BLOCK": "constexpr"}
-    row_types = {"source": "*bf16", "source_stride": "i32", "qdata": "*fp8e4nv", "scale": "*fp32", "columns": "i32"}
-    for kernel, types in ((digest_kernel, digest_types), (quantize_rows_kernel, row_types | {"BLOCK": "constexpr"})):
+    row_types = {
+        "source": "*bf16",
+        "source_stride": "i32",
+        "qdata": "*fp8e4nv",
+        "scale": "*fp32",
+        "columns": "i32",
+    }
+    for kernel, types in (
+        (digest_kernel, digest_types),
+        (quantize_rows_kernel, row_types | {"BLOCK": "constexpr"}),
+    ):
         source = ASTSource(fn=kernel, signature=types, constexprs={(len(types) - 1,): 4096})
         assert triton.compile(source, target=GPUTarget("cuda", 90, 32)).asm["cubin"]
 
@@ -155,7 +175,9 @@ def test_answers_keep_their_first_space():
     """As vLLM decodes them token by token; a tokenizer of words with a mark for spaces drops the first one."""
     words = Tokenizer(models.WordLevel({"▁What": 0, "▁is": 1, "▁4": 2, "▁.": 3, "</s>": 4}, unk_token="</s>"))
     words.decoder = decoders.Metaspace()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, eos_token="</s>", clean_up_tokenization_spaces=True)
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=words, eos_token="</s>", clean_up_tokenization_spaces=True
+    )
     assert driver.decode(tokenizer, [0, 1], [2, 3, 4]) == " 4 ."
     assert driver.decode(tokenizer, [], [2]) == driver.decode(tokenizer, [4], [2]) == "4"
 
@@ -191,7 +213,12 @@ def test_zero_activation_rows_stay_finite():
     [
         (1, {}, "Found 1 GPU(s), need 3: 2 for the engine", "--tensor-parallel-size 1 --trainer-device cpu"),
         (2, {}, "Found 2 GPU(s), need 3: 2 for the engine", "--tensor-parallel-size 1"),
-        (2, dict(tensor_parallel_size=4, trainer_device="cpu"), "need 4: 4 for the engine", "--tensor-parallel-size 1"),
+        (
+            2,
+            dict(tensor_parallel_size=4, trainer_device="cpu"),
+            "need 4: 4 for the engine",
+            "--tensor-parallel-size 1",
+        ),
         (0, dict(trainer_device="cuda"), "Found 0 GPU(s), need 1", "--trainer-device cpu"),
     ],
 )
@@ -214,19 +241,25 @@ def test_defaults_follow_the_machine():
 
 
 def test_unknown_model(tmp_path, monkeypatch):
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)  # no retries where there is no network
+    monkeypatch.setattr(
+        "huggingface_hub.constants.HF_HUB_OFFLINE", True
+    )  # no retries where there is no network
     with pytest.raises(SystemExit, match=r"--model no-such/model: expected a model on the Hugging Face hub"):
         driver.find_model("no-such/model", str(tmp_path), 0)
     with pytest.raises(SystemExit, match="a local folder with config.json"):
         driver.find_model(str(tmp_path), str(tmp_path), 0)
 
 
-@pytest.mark.parametrize("content", [None, "not json", '{"a": 1}', '"text"', '{"_type": "NoSuchConfig", "_data": {}}'])
+@pytest.mark.parametrize(
+    "content", [None, "not json", '{"a": 1}', '"text"', '{"_type": "NoSuchConfig", "_data": {}}']
+)
 def test_bad_quantization(tmp_path, content):
     file = tmp_path / "torchao.json"
     if content is not None:
         file.write_text(content)
-    with pytest.raises(SystemExit, match="expected fp8-dynamic, fp8-weight-only, none, or a file with the JSON"):
+    with pytest.raises(
+        SystemExit, match="expected fp8-dynamic, fp8-weight-only, none, or a file with the JSON"
+    ):
         driver.torchao_config(str(file))
 
 
@@ -268,7 +301,9 @@ def test_bad_flags_are_seen_before_anything_starts(flags, message):
 
 
 def test_a_head_cannot_be_quantized_alone():
-    with pytest.raises(SystemExit, match="Found --quantize-head --quantization none; expected a quantization"):
+    with pytest.raises(
+        SystemExit, match="Found --quantize-head --quantization none; expected a quantization"
+    ):
         driver.resolve(driver.Config(quantize_head=True, quantization="none"), 0)
 
 
