@@ -653,7 +653,8 @@ def actor_state(actor: ray.ActorID) -> str:
 
 def who(ref: ray.ObjectRef) -> str:
     """The actor that a call went to, for messages."""
-    return ACTORS.get(ref.task_id().actor_id(), "Ray")
+    actor = ref.task_id().actor_id()
+    return ACTORS.get(actor, "Ray" if actor.is_nil() else "the trainer")
 
 
 @contextlib.contextmanager

@@ -40,6 +40,7 @@ import contextlib
 import functools
 import logging
 import math
+import operator
 import re
 import socket
 import time
@@ -238,7 +239,7 @@ class ReloadSession:
         logging.getLogger("vllm.model_executor.model_loader.reload.layerwise").setLevel(logging.ERROR)
         finalize_layerwise_reload(self.model, self.model_config)
         repack_heads(self.model)
-        repair_zero_rows(self.model)
+        repair_zero_rows(self.model.parameters())
 
     def stale(self) -> list[str]:
         """Names of the parameters that got no weight, by vLLM's own account."""
@@ -254,13 +255,13 @@ def repack_heads(model: torch.nn.Module) -> None:
             module.quant_method.process_weights_after_loading(module)
 
 
-def repair_zero_rows(model: torch.nn.Module) -> int:
+def repair_zero_rows(parameters: Iterable[torch.Tensor]) -> int:
     """Give FP8 blocks whose scale is 0 (a row each for PerRow) zero bytes and scale 1, in place; returns how many.
 
     torchao 0.18 divides an all-zero row (or one so small that amax / 448 underflows) by its scale of 0: NaN.
     """
     repaired = 0
-    for weight in (parameter for parameter in model.parameters() if isinstance(parameter, Float8Tensor)):
+    for weight in (parameter for parameter in parameters if isinstance(parameter, Float8Tensor)):
         dead = weight.scale == 0  # one element for each block
         if count := int(dead.sum()):
             mask = dead
@@ -286,10 +287,14 @@ def checkpoint_weights(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tens
         if id(tensor) not in seen and name not in ignored:
             seen.add(id(tensor))
             layer = re.match(r".*?\.\d+\.", name)
-            layers.setdefault(layer and layer[0], {})[name] = tensor.detach()
-    as_in_file = getattr(model, "_weight_conversions", None) == []  # from_pretrained found nothing to convert
+            layers.setdefault(layer and layer[0], {})[name] = tensor
     for weights in layers.values():  # one layer after another, because splitting experts copies them
-        yield from (weights if as_in_file else revert_weight_conversion(model, weights)).items()
+        yield from (weights if has_names_of_file(model) else revert_weight_conversion(model, weights)).items()
+
+
+def has_names_of_file(model: torch.nn.Module) -> bool:
+    """Did `from_pretrained` find nothing to convert? Then `save_pretrained` will not either."""
+    return getattr(model, "_weight_conversions", None) == []
 
 
 class WeightSender:
@@ -315,7 +320,13 @@ class WeightSender:
         return checkpoint_weights(self.model)
 
     def _sent(self) -> Iterator[tuple[str, torch.Tensor]]:
-        return ((name, weight) for name, weight in self.weights() if weight.numel())
+        return ((name, weight.detach()) for name, weight in self.weights() if weight.numel())
+
+    def _sent_again(self) -> Iterator[tuple[str, torch.Tensor]]:
+        if type(self).weights is not WeightSender.weights or not has_names_of_file(self.model):
+            return self._sent()
+        names = [name for name, _, _ in self.agreed_on[0]]  # listing the model again would take milliseconds
+        return ((name, operator.attrgetter(name)(self.model).detach()) for name in names)
 
     def open_rendezvous(self, address: str | None) -> tuple[str, int]:
         """Hold a listening socket on `address` (None: this node's own) and a free port; returns both."""
@@ -342,13 +353,17 @@ class WeightSender:
 
     def scan_weights(self) -> None:
         """Begin to look at every weight. Called after `optimizer.step()`, it takes no time of the next sync."""
-        manifest, names, peaks = [], [], []
+        manifest, names, peaks, batch, size = [], [], [], [], 0
         for name, weight in self._sent():
             manifest.append([name, dtype_name(weight.dtype), list(weight.shape)])
             if weight.is_floating_point():
                 names.append(name)
-                peak = torch.linalg.vector_norm(weight.detach(), ord=math.inf)
-                peaks.append(peak.to(self.device, torch.bfloat16))
+                batch.append(weight)
+                size += weight.nbytes
+            if size >= BUCKET_BYTES:  # gathered weights are not to pile up
+                peaks, batch, size = [*peaks, *torch._foreach_norm(batch, ord=math.inf)], [], 0
+        if batch:
+            peaks += torch._foreach_norm(batch, ord=math.inf)
         self.scanned = manifest, names, peaks
 
     def prepare_weights(self, bucket_bytes: int = BUCKET_BYTES) -> Manifest | None:
@@ -359,7 +374,9 @@ class WeightSender:
         if self.scanned is None:
             self.scan_weights()
         (manifest, names, peaks), self.scanned = self.scanned, None
-        finite = torch.stack(peaks).isfinite().tolist()
+        largest = torch.empty(len(peaks), dtype=torch.bfloat16, device=self.device)
+        torch._foreach_copy_(list(largest.unbind()), peaks)
+        finite = largest.isfinite().tolist()
         if wrong := [name for name, good in zip(names, finite, strict=True) if not good]:
             raise ValueError(
                 f"{len(wrong)} weights hold NaN or infinity and were not sent: {', '.join(wrong[:8])}. Go on from "
@@ -379,12 +396,12 @@ class WeightSender:
 
         Returns `bytes`, `buckets` and `seconds`; None on a rank of a sharded trainer that is not in the group.
         """
-        start, weights = time.perf_counter(), self._sent()
+        start = time.perf_counter()
         if self.group is None:
-            for _ in weights:
+            for _ in self.weights():
                 pass  # takes part in gathering
             return None
-        weight = None
+        weights, weight = self._sent_again(), None
 
         def pack(number: int) -> None:
             nonlocal weight
@@ -645,7 +662,7 @@ class WorkerExtension:
     @agreed
     def inspect_weights(self) -> dict:
         """What this worker holds, and what of it is FP8; repairs zero rows of the first load. See `inspect_weights`."""
-        repair_zero_rows(self.get_model())
+        repair_zero_rows(self.get_model().parameters())
         return inspect_weights(self.get_model()) | {"rank": self.rank}
 
 

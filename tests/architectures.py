@@ -1,13 +1,20 @@
-"""One process that starts engines one after another: the sync of many architectures, without a start of Python for each.
+"""The sync of many architectures: one process that starts engines one after another, without a start of Python for each.
 
-`Local` stands in for Ray's handles; the sync, its proof, vLLM, torchao and gloo are the real ones.
+    python tests/architectures.py 1 opt falcon    # tensor parallel size, names of ARCHITECTURES; a line of JSON for each
+
+A tiny random model is written, trainer and engine start from it, the sync is proved, the weights change, and the engine
+follows; for names in FRESH it is then compared with a fresh engine from the saved checkpoint. `Local` stands in for Ray's
+handles; the sync, its proof, vLLM, torchao and gloo are the real ones.
 """
 
 import concurrent.futures
 import contextlib
 import gc
+import json
+import multiprocessing
 import os
-import socket
+import sys
+import tempfile
 
 from harness import driver
 from random_models import byte_tokenizer
@@ -15,7 +22,9 @@ from random_models import byte_tokenizer
 import torch
 import transformers
 from transformers import AutoModelForCausalLM, set_seed
+from safetensors.torch import load_file
 from vllm.distributed import cleanup_dist_env_and_memory
+from vllm.v1.executor import multiproc_executor
 
 SMALL = dict(
     vocab_size=320,
@@ -54,6 +63,10 @@ ARCHITECTURES = {
     "qwen-2-moe": ("Qwen2MoeConfig", MOE | dict(num_experts=4, shared_expert_intermediate_size=256)),
     "qwen-3-moe": ("Qwen3MoeConfig", MOE | dict(num_experts=4, head_dim=64)),
 }
+
+# One of each kind: a replay; sessions because of a transposed, a computed and a packed weight; a head with a bias and
+# vLLM's Transformers backend; experts.
+FRESH = {"opt", "gpt2", "falcon", "phi-2", "qwen-3-moe", "mixtral", "gemma-3"}
 
 
 def build(folder, name: str, seed: int = 0, dtype=torch.bfloat16) -> str:
@@ -133,14 +146,65 @@ def local_pair(path: str, config: driver.Config, engine_path: str | None = None,
         driver.wait = plain_wait
 
 
-def start_workers_from_a_fork_server() -> None:
-    """Let tensor-parallel workers begin as copies of a process that has imported all they need, for speed."""
-    import multiprocessing
+def follow(name: str, tensor_parallel_size: int, folder: str) -> dict:
+    """Prove one architecture, change its weights, sync; what was found."""
+    config = driver.Config(
+        trainer_device="cpu",
+        tensor_parallel_size=tensor_parallel_size,
+        learning_rate=1e-3,
+        quantization="fp8-weight-only",
+        bucket_mib=1,
+    )
+    old, new, settings = (
+        build(f"{folder}/old", name),
+        f"{folder}/new",
+        dict(bucket_bytes=100_000, timeout_s=60),
+    )
+    with local_pair(old, config) as (trainer, engine):
+        proof = driver.prove_sync(trainer, engine, max_tokens=8, **settings)
+        with torch.no_grad():
+            for parameter in trainer.target.model.parameters():
+                parameter.add_(torch.randn_like(parameter), alpha=0.01)
+        sync = driver.sync_weights_to_quantized_engine(trainer, engine, **settings)
+        trainer.target.save_pretrained(new)
+        in_file = {
+            name: (list(t.shape), str(t.dtype)) for name, t in load_file(f"{new}/model.safetensors").items()
+        }
+        travels = {name: (list(t.shape), str(t.dtype)) for name, t in trainer.target.weights()}
+        synced = driver.observe([engine], 60)
+    found = {
+        "proof": {key: proof[key] for key in ("verified", "path", "because", "tensors", "answers")},
+        "path": sync["path"],
+        "compared": sync["compared"],
+        "buckets": sync["sender"]["buckets"],
+        "as_in_file": travels == in_file,
+        "fp8": sum(digest.endswith(".qdata") for digest in synced.digests[0][0]),
+    }
+    if name in FRESH:
+        with local_engine(new, config) as llm:
+            llm.collective_rpc("inspect_weights")
+            answers = llm.answer(driver.PROMPTS, 8)
+            found["fresh"] = (
+                llm.collective_rpc("stored_digests") == synced.digests[0] and answers == synced.answers[0]
+            )
+    return found
 
-    from vllm.v1.executor import multiproc_executor
 
-    context = multiprocessing.get_context("forkserver")
+def main(tensor_parallel_size: int, names: list[str]) -> None:
+    context = multiprocessing.get_context("forkserver")  # workers begin with all imports done
     context.set_forkserver_preload(
         ["rlhf_utils", "vllm.v1.worker.cpu_worker", "vllm.v1.executor.multiproc_executor"]
     )
     multiproc_executor.get_mp_context = lambda: context
+    for name in names:
+        gc.freeze()  # what has been imported is not garbage; vLLM collects often
+        with tempfile.TemporaryDirectory() as folder:
+            try:
+                found = follow(name, tensor_parallel_size, folder)
+            except Exception as error:
+                found = {"error": f"{type(error).__name__}: {error}"}
+        print("FOUND " + json.dumps({name: found}), flush=True)
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), sys.argv[2:] or list(ARCHITECTURES))

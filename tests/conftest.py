@@ -37,7 +37,7 @@ def config():
             if DEVICE == "cuda"
             else {}
         )
-        wanted = driver.Config(verify=True, **on_gpus)
+        wanted = driver.Config(**on_gpus)
         config, _ = driver.resolve(wanted, connect(dataclasses.replace(wanted, num_engines=3), cleanup))
         yield config
 

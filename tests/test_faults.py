@@ -21,7 +21,18 @@ import psutil
 import pytest
 import ray
 import torch
-from harness import DEVICE, PROMPTS, Remote, driver, generate, observe, sync, vllm_arguments
+from harness import (
+    DEVICE,
+    PROMPTS,
+    Remote,
+    act_before_bucket,
+    driver,
+    generate,
+    observe,
+    sync,
+    vllm_arguments,
+    zero_and_sync,
+)
 from rlhf_utils import stateless_init_process_group
 from vllm import SamplingParams
 
@@ -54,24 +65,7 @@ def start(config, models, cleanup, shape: str = SHAPE):
 @pytest.fixture
 def quick(config):
     """The program's settings with a limit of 10 s."""
-    return dataclasses.replace(config, timeout_s=10.0, verify=False)
-
-
-def act_before_bucket(trainer, number: int, pid: int | None, how: int) -> None:
-    """In the trainer: before it packs that bucket of the next sync, send a signal to a process (None: to itself)."""
-    plain = trainer.sender.buckets.send
-
-    def send(pack):
-        def pack_or_act(i):
-            if i == number:
-                time.sleep(0.2)  # the buckets before have arrived
-                os.kill(pid or os.getpid(), how)
-                time.sleep(0.2)
-            pack(i)
-
-        return plain(pack_or_act)
-
-    trainer.sender.buckets.send = send
+    return dataclasses.replace(config, timeout_s=10.0)
 
 
 def failing_sync(config, pair, error=RuntimeError) -> str:
@@ -96,11 +90,8 @@ def as_it_was(pair):
     def restore(trainer) -> None:
         trainer.model.load_state_dict(trainer.kept)
         trainer.optimizer.state.clear()
-        trainer.optimizer.param_groups[0]["lr"], trainer.step, trainer.nonfinite = (
-            trainer.kept_rate,
-            trainer.kept_step,
-            [],
-        )
+        trainer.optimizer.param_groups[0]["lr"], trainer.step = trainer.kept_rate, trainer.kept_step
+        trainer.scanned = None
 
     on(pair.trainer, keep)
     try:
@@ -108,6 +99,13 @@ def as_it_was(pair):
     finally:
         on(pair.trainer, restore)
         driver.sync_weights_to_quantized_engine(pair.trainer, pair.actor)
+
+
+def assert_as_by_session(config, pair) -> None:
+    """The engine holds and says what a reload session with the trainer's weights gives."""
+    replayed = observe(pair.llm)
+    zero_and_sync(config, pair.trainer, pair.actor, by_session=True)
+    assert observe(pair.llm) == replayed
 
 
 def refuses(pair) -> bool:
@@ -141,7 +139,8 @@ def test_trainer_dies_before_during_and_after_a_broadcast(quick, models):
         assert "trainer (rank 0): The actor" in message and "rank 1, bucket 4 of 8 (" in message
         assert refuses(pair)
         next_trainer()
-        assert sync(quick, pair.trainer, pair.actor)["verified"] and observe(pair.llm) == expected
+        sync(quick, pair.trainer, pair.actor)
+        assert observe(pair.llm) == expected
         long = SamplingParams(max_tokens=400, ignore_eos=True)
         generating = pair.actor.generate.remote(PROMPTS * 400, long, use_tqdm=False)
         for actor, message in (
@@ -264,13 +263,13 @@ def test_weights_that_are_not_finite_are_not_sent(quick, pair):
             "trainer (rank 0): ValueError:" in message
             and "weights hold NaN or infinity and were not sent" in message
         )
-        assert "model.decoder.embed_tokens.weight" in message and "--allow-nonfinite" in message
+        assert "model.decoder.embed_tokens.weight" in message
         assert observe(pair.llm) == before
     assert observe(pair.llm) == before
 
 
 def test_a_changed_model_is_refused_with_every_difference(quick, pair):
-    """Renamed, missing, added, reshaped, another dtype, all between two syncs; not a byte moves."""
+    """Renamed, missing, added, reshaped, all between two syncs; not a byte moves."""
     driver.join_group(quick, "cpu", pair.trainer, [pair.actor])
     sync(quick, pair.trainer, pair.actor)
     before = observe(pair.llm)
@@ -290,7 +289,6 @@ def test_a_changed_model_is_refused_with_every_difference(quick, pair):
         "missing: model.decoder.embed_positions.weight [514, 128]",
         "misshapen: model.decoder.final_layer_norm.weight is [64], the engine's model has [128]",
         "unexpected: model.decoder.counter [2]",
-        "dtype: model.decoder.counter is 'int32', expected a float type",
     ):
         assert line in message
     assert observe(pair.llm) == before
@@ -373,10 +371,8 @@ def test_generation_and_syncs_asked_for_during_a_sync(quick, pair):
         sync(quick, pair.trainer, pair.actor)
     assert syncing.is_alive() and generate(pair.llm) == expected
     syncing.join()
-    assert (
-        results[0]["verified"] and len(driver.generate([pair.actor], PROMPTS, quick, [0] * len(PROMPTS))) == 4
-    )
-    assert sync(quick, pair.trainer, pair.actor, verify=True)["compared_tensors"] == 72
+    assert results and len(driver.generate([pair.actor], PROMPTS, quick, [0] * len(PROMPTS))) == 4
+    assert_as_by_session(quick, pair)
 
 
 def test_two_hundred_syncs_do_not_drift(quick, pair):
@@ -398,11 +394,13 @@ def test_two_hundred_syncs_do_not_drift(quick, pair):
         for i in range(200):
             on(pair.trainer, move)
             result = sync(quick, pair.trainer, pair.actor)
-            assert result["changed"] and result["path"] == "replay"
+            assert result["path"] == ("session" if result["compared"] else "replay") and result[
+                "compared"
+            ] <= (i == 0)
             times.append(result["seconds"])
             before = usage() if i == 49 else before
         after = usage()
-        assert sync(quick, pair.trainer, pair.actor, verify=True)["compared_tensors"] == 72
+        assert_as_by_session(quick, pair)
     assert after[0] - before[0] < 20 and after[1] <= before[1] + 2, (before, after)
     assert sorted(times[-50:])[25] < 2 * sorted(times[50:100])[25]
 

@@ -79,19 +79,22 @@ def run(*flags: str, cwd: Path) -> tuple[dict, list[dict], str]:
 def default_run(tmp_path_factory):
     """A newcomer's command, from another directory (and a checkpoint half way)."""
     folder = tmp_path_factory.mktemp("default")
-    return folder, *run("--verify", "--save-every", "10", cwd=folder)
+    return folder, *run("--save-every", "10", cwd=folder)
 
 
 def test_default_run(default_run):
-    """A verified first sync, and a summary with everything in it."""
+    """A proved sync, and a summary with everything in it."""
     folder, summary, _, printed = default_run
     assert summary["device"] == "cpu" and summary["model"] == "tiny" and summary["world_size"] == 3
     assert summary["quantization"] == "fp8-weight-only"
-    assert summary["fp8_linear_layers"] == 8 and summary["unquantized_linear_layers"] == 1
+    assert summary["fp8_linear_layers"] == 8
     assert 0 < summary["weights_gib"] < summary["bf16_weights_gib"]
-    assert summary["weights_version"] == 21  # one at the start, one for each step
+    assert summary["weights_version"] == 22  # the proof, the comparison with a session, one for each step
     sync = summary["sync"]
-    assert sync["verified"] is True and sync["changed"] is False and sync["compared_tensors"] == 72
+    assert sync["verified"] is True and sync["path"] == "replay" and sync["because"] is None
+    assert (
+        sync["tensors"] == 2 * 44 and sync["answers"] == 4
+    )  # parameters, 8 scales, and buffers, of 2 workers
     assert sync["gb_per_s"] == pytest.approx(sync["bytes"] / sync["seconds"] / 1e9)
     layer = (
         4 * (128 * 128 + 128) + (128 * 256 + 256) + (256 * 128 + 128) + 2 * 2 * 128
@@ -100,9 +103,9 @@ def test_default_run(default_run):
     assert any(sample["before"] != sample["after"] for sample in summary["samples"])
     assert set(summary["versions"]) == {"python", "torch", "vllm", "torchao", "ray", "transformers"}
     assert "No GPU found: running the same processes on the CPU" in printed
+    assert "engine rank 1: 8 linear layers in FP8, weights" in printed
     assert (
-        "engine rank 1: 8 linear layers in FP8, 1 not" in printed
-        and "RL with verified FP8 weight syncs" in printed
+        "Proved: set to zero and synced by replay, the engine is what it was when it had started" in printed
     )
     curves = imread(folder / "outputs" / "curves.png")
     assert curves.shape[1] > curves.shape[0] > 100 and curves.std() > 0
@@ -167,19 +170,12 @@ def test_two_unquantized_engines_on_two_nodes_show_no_mismatch(tmp_path):
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
     try:
         cluster.add_node(num_cpus=2)
-        flags = [
-            "--ray-address",
-            cluster.address,
-            "--num-engines",
-            "2",
-            "--tensor-parallel-size",
-            "1",
-            "--verify",
-        ]
+        flags = ["--ray-address", cluster.address, "--num-engines", "2", "--tensor-parallel-size", "1"]
         control = ["--quantization", "none", "--learning-rate", "0", "--temperature", "0.7", "--steps", "2"]
         summary, rows, printed = run(*flags, *control, cwd=tmp_path)
         assert summary["world_size"] == 3 and len(summary["ranks"]) == 2 and "engine rank 1:" in printed
-        assert summary["fp8_linear_layers"] == 0 and summary["sync"]["compared_tensors"] == 40
+        assert summary["fp8_linear_layers"] == 0 and summary["sync"]["path"] == "session"
+        assert summary["sync"]["tensors"] == 2 * 36 and summary["sync"]["answers"] == 8
         assert len(rows) == 2 and rows[-1]["weights_version"] == 3
         assert all(row["mismatch_kl"] < 1e-4 for row in rows)
         look = "import ray, sys; ray.init(sys.argv[1]); print([g['state'] for g in ray.util.placement_group_table().values()])"

@@ -2,24 +2,32 @@
 
 import contextlib
 import dataclasses
+import re
+import shutil
+import subprocess
+import sys
 
 import pytest
 import ray
 import torch
 import transformers
 from harness import (
+    HERE,
     PROMPTS,
     Remote,
     driver,
     generate,
+    load_weights,
     observe,
+    prove,
     seed_demonstration,
     seed_group,
     seed_loop,
     sync,
     sync_versus_cold_start,
 )
-from rlhf_utils import BUCKET_BYTES, WeightSender, make_manifest
+from random_models import build_random_model
+from rlhf_utils import WeightSender
 from vllm import SamplingParams
 
 CPU = torch.device("cpu")
@@ -30,116 +38,143 @@ def rejoin(config, pair) -> None:
     driver.join_group(config, "cpu", pair.trainer, [pair.actor])
 
 
-def compare(pair, model, group) -> list[dict]:
-    """What `verify_weights` finds when this process sends a model."""
-    manifest = make_manifest(model, torch.bfloat16)
-    ray.get(pair.actor.collective_rpc.remote("agree_on_weights", args=(manifest,)))
-    comparing = pair.actor.collective_rpc.remote("verify_weights")
-    WeightSender(model, manifest, group, CPU, BUCKET_BYTES).send()
-    return ray.get(comparing)
+def test_sync_equals_cold_start(config, models, tmp_path):
+    """TP=2, with Ray, an FP8 KV cache, and a fresh engine in a process of its own, by vLLM's own checksums."""
+    config = dataclasses.replace(config, bucket_mib=1, kv_cache_dtype="fp8")
+    result = sync_versus_cold_start(config, *models("tiny-qwen3"), "cpu", more_syncs=1)
+    assert result["proof"]["path"] == result["path"] == "replay" and result["sync"]["compared"]
+    assert [rank["fp8_linear_layers"] for rank in result["ranks"]] == [8, 8]
+    assert result["tensors"] == 2 * 26
 
 
-@pytest.mark.parametrize("shape", ["tiny-opt", "tiny-qwen3", "tiny-llama"])
-@pytest.mark.parametrize("tensor_parallel_size", [1, 2])
-def test_sync_equals_cold_start(config, models, tmp_path, shape, tensor_parallel_size):
-    """Guards against stale, swapped, half-loaded or twice-rounded weights, and a tied head's packed old copy."""
-    config = dataclasses.replace(
-        config, tensor_parallel_size=tensor_parallel_size, bucket_mib=1, learning_rate=1e-2
-    )
-    if shape == "tiny-llama":  # options that these cases may as well have
-        option = {"kv_cache_dtype": "fp8"} if tensor_parallel_size == 1 else {"quantize_head": True}
-        config = dataclasses.replace(config, **option)
-    result = sync_versus_cold_start(config, models(shape)[0], str(tmp_path), "cpu", more_syncs=1)
-    assert (
-        result["sync"]["compared_tensors"] == result["tensors"]
-    )  # --verify looked at every tensor of every rank
-    assert [result[which]["path"] for which in ("sync", "again", "session")] == [
-        "replay",
-        "replay",
-        "session",
-    ]
-    assert result["sync"]["weights_version"] == 1 and result["again"]["weights_version"] == 2
-    assert [rank["fp8_linear_layers"] for rank in result["ranks"]] == [
-        8 + config.quantize_head
-    ] * tensor_parallel_size
-
-
-def test_unquantized_sync_equals_cold_start(config, models, tmp_path, capfd):
-    """The BF16 control. On the CPU vLLM hides its linear weights in packed copies, so only outputs can tell."""
-    config = dataclasses.replace(config, tensor_parallel_size=1, quantization="none", learning_rate=1e-2)
-    result = sync_versus_cold_start(config, models("tiny-qwen3")[0], str(tmp_path), "cpu")
-    assert result["ranks"][0]["fp8_linear_layers"] == 0 and len(result["sync"]["hidden_tensors"]) == 8
-    assert result["sync"]["path"] == "session"
-    assert "syncs are reload sessions, because vLLM's CPU backend has packed" in capfd.readouterr().out
-
-
-def test_recording_is_made_anew_when_it_no_longer_fits(config, models, capfd):
-    """New parameters in the trainer, tensors that moved in the engine, another size of buckets; and when it must not be."""
+def test_two_engines_replay_the_same_weights(config, models, capfd):
+    """One broadcast for both; each is proved and each compares its second sync."""
     config, (old, new) = (
-        dataclasses.replace(config, tensor_parallel_size=1, verify=False),
-        models("tiny-llama"),
+        dataclasses.replace(config, tensor_parallel_size=1, num_engines=2),
+        models("tiny-opt"),
     )
+    with contextlib.ExitStack() as cleanup:
+        trainer, engines, ranks = driver.start(config, old, "cpu", cleanup)
+        assert len(ranks) == 2 and "engine rank 1: 8 linear layers in FP8" in capfd.readouterr().out
+        proof = prove(config, trainer, engines)
+        assert proof["path"] == "replay" and proof["tensors"] == 2 * 44 and proof["answers"] == 8
+        cold = driver.observe(engines, 60)
+        driver.wait([trainer.__ray_call__.remote(load_weights, new)], 60, "loading")
+        assert sync(config, trainer, engines)["compared"] and not sync(config, trainer, engines)["compared"]
+        first, second = zip(*driver.observe(engines, 60))
+        assert first == second and first != (cold.digests[0], cold.answers[0])
 
-    def replace_a_weight(trainer):
+
+def test_parameters_may_be_replaced_and_move(config, models, capfd):
+    """In the trainer, in the engine, and another size of buckets, each between two syncs."""
+    config, (old, new) = dataclasses.replace(config, tensor_parallel_size=1), models("tiny-llama")
+
+    def replace_a_weight(trainer) -> None:
         head = trainer.model.lm_head
         head.weight = torch.nn.Parameter(head.weight.detach().clone())
 
-    def move_a_tensor(llm):
+    def move_weights(trainer) -> None:
+        for parameter in trainer.model.parameters():
+            parameter.data = parameter.data.clone()
+
+    def move_a_tensor(llm) -> None:
         worker = llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker
         norm = worker.get_model().model.norm
         norm.weight.data = norm.weight.data.clone()
 
-    def derive_in_attention(llm, sinks: bool):
-        """As FlashInfer's attention, which makes something of its own of sinks, if the model has any."""
-        worker = llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker
-        impl = worker.get_model().model.layers[0].self_attn.attn.impl
-        hook = {"process_weights_after_loading": lambda self, dtype: None}
-        impl.__class__ = type("Derives", (type(impl),), hook)
-        impl._sinks_source = torch.ones(4) if sinks else None
-
-    def derive_in_a_method(llm):
-        """As a quantization method that makes something of its own of the loaded weight."""
-        worker = llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker
-        worker.get_model().model.norm.quant_method = object()
-
     with contextlib.ExitStack() as cleanup:
-        trainer = driver.start_trainer(config, new, cleanup)
-        actor = driver.start_engine(config, old, "cpu", cleanup)
-        driver.join_group(config, "cpu", trainer, [actor])
+        trainer, [actor], _ = driver.start(config, old, "cpu", cleanup)
+        prove(config, trainer, actor)
+        driver.wait([trainer.__ray_call__.remote(load_weights, new)], 60, "loading")
+        assert sync(config, trainer, actor)["compared"]
         llm = Remote(actor)
-
-        def sync_twice(agreements: int, **settings) -> dict:
-            """Replays of what was recorded for these weights and tensors; all bytes were zero before."""
+        expected = observe(llm)
+        capfd.readouterr()
+        for who, change, agreements, compared, settings in [
+            (trainer, replace_a_weight, 0, False, {}),
+            (trainer, move_weights, 0, False, {}),
+            (actor, move_a_tensor, 0, True, {}),
+            (trainer, lambda trainer: None, 1, True, {"bucket_bytes": 100_000}),
+        ]:
+            ray.get(who.__ray_call__.remote(change))
             llm.collective_rpc("reset_weights")
-            assert [sync(config, trainer, actor, **settings)["path"] for _ in range(2)] == [
-                "replay",
-                "replay",
-            ]
+            result = sync(config, trainer, actor, **settings)
+            assert result["path"] == ("session" if compared else "replay") and result["compared"] == compared
+            assert sync(config, trainer, actor, **settings)["path"] == "replay" and observe(llm) == expected
             assert capfd.readouterr().out.count("Agreed on 21 weights") == agreements
-            return observe(llm)
 
-        expected = sync_twice(1)
-        ray.get(trainer.__ray_call__.remote(replace_a_weight))
-        assert sync_twice(1) == expected
-        ray.get(actor.__ray_call__.remote(move_a_tensor))
-        assert sync_twice(0) == expected
-        assert sync_twice(1, bucket_bytes=100_000) == expected
-        ray.get(actor.__ray_call__.remote(derive_in_attention, False))
-        assert sync_twice(1) == expected
-        for number, (derive, name) in enumerate(
-            [
-                ((derive_in_attention, True), "model.layers.0.self_attn.attn"),
-                ((derive_in_a_method,), "model.norm"),
-            ]
-        ):
-            ray.get(actor.__ray_call__.remote(*derive))
-            assert sync(config, trainer, actor, bucket_bytes=10**6 + number)["path"] == "session"
-            assert (
-                f"because vLLM derives more than FP8 rows from the weights of {name}"
-                in capfd.readouterr().out
-            )
-            assert observe(llm) == expected
-            ray.get(actor.__ray_call__.remote(derive_in_attention, False))
+
+class Sharded(WeightSender):
+    """One of two ranks of an FSDP2 trainer."""
+
+    def __init__(self, path: str, rank: int, port: int):
+        from torch.distributed.fsdp import fully_shard
+
+        torch.distributed.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+        mesh = torch.distributed.init_device_mesh("cpu", (2,))
+        model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+        for layer in model.model.layers:
+            fully_shard(layer, mesh=mesh)
+        super().__init__(fully_shard(model, mesh=mesh), "cpu")
+
+    def weights(self):
+        """Every weight, gathered from both ranks."""
+        return ((name, weight.full_tensor()) for name, weight in super().weights())
+
+    def double(self) -> list[int]:
+        """Other weights; returns the shape of a shard."""
+        with torch.no_grad():
+            for parameter in self.model.parameters():
+                parameter.mul_(2)
+        return list(self.model.lm_head.weight.to_local().shape)
+
+
+def test_a_sharded_trainer(config, models, tmp_path):
+    """Two `fully_shard` ranks; the engine equals one that starts from the gathered checkpoint."""
+    from vllm.utils.network_utils import get_open_port
+
+    config, (old, _), port = (
+        dataclasses.replace(config, tensor_parallel_size=1),
+        models("tiny-llama"),
+        get_open_port(),
+    )
+    model = transformers.AutoModelForCausalLM.from_pretrained(old, dtype=torch.float32)
+    with torch.no_grad():
+        torch._foreach_mul_(list(model.parameters()), 2)
+    model.save_pretrained(tmp_path)
+    transformers.AutoTokenizer.from_pretrained(old).save_pretrained(tmp_path)
+    with contextlib.ExitStack() as cleanup:
+        trainers = [ray.remote(Sharded).options(num_cpus=0).remote(old, rank, port) for rank in (0, 1)]
+        for trainer in trainers:
+            cleanup.callback(ray.kill, trainer)
+        actor, fresh = (driver.start_engine(config, path, "cpu", cleanup) for path in (old, str(tmp_path)))
+        driver.join_group(config, "cpu", trainers[0], [actor])
+        driver.prove_fp8([actor, fresh], config)
+        assert prove(config, trainers, actor)["path"] == "replay"
+        assert driver.wait([trainer.double.remote() for trainer in trainers], 60, "doubling") == [
+            [130, 128],
+            [129, 128],
+        ]
+        assert sync(config, trainers, actor)["compared"] and sync(config, trainers, actor)["path"] == "replay"
+        assert not driver.differences([actor], driver.observe([fresh], 60, driver.PROMPTS, 16), 60)
+
+
+def test_the_recipe_in_readme(tmp_path):
+    """From a folder that holds nothing but the two files."""
+    text = (HERE.parent / "README.md").read_text()
+    code = re.search(r"<!-- copy the sync -->\n```python\n(.*?)```", text, re.DOTALL)[1]
+    assert len([line for line in code.splitlines() if line.strip()]) <= 35
+    path = build_random_model(tmp_path / "model")
+    folder = tmp_path / "alone"
+    folder.mkdir()
+    for name in ("rlhf_online_quant.py", "rlhf_utils.py"):
+        shutil.copy(HERE.parent / name, folder)
+    (folder / "mine.py").write_text(code.replace("facebook/opt-125m", path))
+    command = [sys.executable, "mine.py"]
+    run = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=200)
+    assert run.returncode == 0, run.stderr[-3000:]
+    assert "proved by replay" in run.stdout and re.search(r"^2 replay '", run.stdout, re.MULTILINE)
+    assert len(set(re.findall(r"^\d \w+ '(.*)'$", run.stdout, re.MULTILINE))) > 1, "it learns something"
 
 
 def test_answers_read_as_vllm_decodes_them(pair):
@@ -185,8 +220,6 @@ def test_seed_loop(config, pair, dtype):
     first = observe(pair.llm)
     assert not any(seed_loop(pair.llm, model, group)) and observe(pair.llm) == first
 
-    assert compare(pair, model, group) == [{"compared": 36, "different": [], "hidden": []}] * 2
-
     shown = seed_demonstration(pair.llm, group, pair.old, CPU, dtype)
     assert shown["not_zero"] == [] and shown["zero_scales"] == []
     vocabulary = model.config.vocab_size
@@ -196,33 +229,17 @@ def test_seed_loop(config, pair, dtype):
     rejoin(config, pair)
 
 
-def test_verify_sees_one_wrong_byte(config, pair):
-    """A comparison that cannot fail proves nothing: the sender's weights are not the engine's here."""
-    sync(config, pair.trainer, pair.actor)
-    group = seed_group(pair.llm, 2, CPU)
-    model = transformers.AutoModelForCausalLM.from_pretrained(pair.new, dtype=torch.float32)
-    with torch.no_grad():
-        model.model.decoder.layers[1].self_attn.v_proj.weight[-1, -1] += (
-            10  # the last row of rank 1's fused q, k, v
-        )
-    rank0, rank1 = compare(pair, model, group)
-    name = "model.decoder.layers.1.self_attn.qkv_proj.weight"
-    assert rank0["different"] == [] and rank1["different"] == [f"{name} qdata", f"{name} scale"]
-    rejoin(config, pair)
-
-
 def test_wrong_manifest_is_refused_before_a_byte_moves(config, pair):
     """Every mistake in one message, and the engine goes on with what it has."""
     sync(config, pair.trainer, pair.actor)
     before = observe(pair.llm)
-    manifest = ray.get(pair.trainer.weight_manifest.remote())
+    manifest = ray.get(pair.trainer.__ray_call__.remote(lambda trainer: trainer.agreed_on[0]))
     (first, *_), *rest = manifest
     wrong = [[first, "int64", [3, 3]], *rest[:-1], rest[0], ["model.lora", "bfloat16", [1]]]
     with pytest.raises(RuntimeError) as error:
         ray.get(pair.actor.collective_rpc.remote("agree_on_weights", args=(wrong,)))
     for line in (
         f"misshapen: {first} is [3, 3], the engine's model has [259, 128]",
-        f"dtype: {first} is 'int64', expected a float type",
         f"duplicate: {rest[0][0]}",
         "unexpected: model.lora [1]",
         f"missing: {rest[-1][0]}",
@@ -245,13 +262,15 @@ def test_engine_refuses_to_generate_while_torn(config, pair):
     ray.get(updating)
     with pytest.raises(RuntimeError, match="refusing to generate"):
         generate(pair.llm)
-    with pytest.raises(RuntimeError, match="missing: model.decoder.embed_tokens.weight"):
+    with pytest.raises(
+        RuntimeError, match="engine parameters got no weight and are stale: .*embed_tokens.weight"
+    ):
         pair.llm.collective_rpc("check_weights_changed")
     with pytest.raises(RuntimeError, match="refusing to generate"):
         generate(pair.llm)
     rejoin(config, pair)
-    result = sync(config, pair.trainer, pair.actor)
-    assert result["weights_version"] == version + 1 and observe(pair.llm) == before
+    sync(config, pair.trainer, pair.actor)
+    assert pair.llm.get_weights_version() == version + 1 and observe(pair.llm) == before
 
 
 def test_no_fp8_layer_is_an_error(config, models, tmp_path):

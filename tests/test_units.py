@@ -5,6 +5,7 @@ import json
 import math
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,7 +17,8 @@ import triton
 from harness import driver
 from tokenizers import Tokenizer, decoders, models
 from torchao.float8.inference import Float8MMConfig, addmm_float8_unwrapped_inference
-from torchao.quantization import Float8Tensor, PerRow
+from torchao.quantization import Float8Tensor, PerBlock, PerRow, PerTensor
+from torchao.quantization.quantize_.workflows.float8 import float8_tensor
 from torchao.quantization.quantize_.workflows.float8.float8_tensor import QuantizeTensorToFloat8Kwargs
 from transformers import PreTrainedTokenizerFast
 from triton.backends.compiler import GPUTarget
@@ -54,11 +56,46 @@ def test_digest_sees_order_and_single_bits():
 
 @pytest.mark.parametrize("device", DEVICES)
 def test_weights_that_are_not_finite_are_found(device):
-    """NaN, infinity, and what becomes infinite in BF16; whole numbers are left alone."""
+    """NaN, infinity, and what becomes infinite in BF16; whole numbers and empty weights are left alone."""
     model = torch.nn.ParameterDict({name: torch.ones(3, 4) for name in ("a", "nan", "inf", "huge", "b")})
+    model["empty"], model["fp16"] = torch.ones(0, 4), torch.ones(2, dtype=torch.float16)
     model["nan"].data[2, 3], model["inf"].data[0, 0], model["huge"].data[1, 1] = math.nan, -math.inf, 3.4e38
     model.register_buffer("count", torch.tensor(3))
-    assert rlhf_utils.find_nonfinite(model.to(device)) == ["huge", "inf", "nan"]  # by name
+    with pytest.raises(
+        ValueError, match="3 weights hold NaN or infinity and were not sent: huge, inf, nan. Go on"
+    ):
+        rlhf_utils.WeightSender(model.to(device), device).prepare_weights()
+    for name in ("nan", "inf", "huge"):
+        torch.nn.init.ones_(model[name])
+    names = [name for name, _, _ in rlhf_utils.WeightSender(model, device).prepare_weights()]
+    assert sorted(names) == ["a", "b", "count", "fp16", "huge", "inf", "nan"]
+
+
+def test_ipv6_and_names():
+    """Two ranks meet at ::1, and at a host name."""
+    for address in ("::1", "localhost"):
+        listening, results = rlhf_utils.listen(address), {}
+        port = listening.getsockname()[1]
+        settings = dict(world_size=2, device="cpu", timeout_s=10)
+
+        def join(rank: int, **more) -> None:
+            results[rank] = rlhf_utils.stateless_init_process_group(address, port, rank, **settings, **more)
+
+        threads = [threading.Thread(target=join, args=(0,), kwargs={"listen_socket": listening})]
+        threads.append(threading.Thread(target=join, args=(1,)))
+        tensors = [torch.arange(5.0), torch.zeros(5)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(20)
+        threads = [
+            threading.Thread(target=results[rank].broadcast, args=(tensors[rank], 0)) for rank in (0, 1)
+        ]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(20)
+        assert torch.equal(*tensors)
 
 
 def test_pieces_hold_every_row_once_without_overlap():
@@ -68,12 +105,12 @@ def test_pieces_hold_every_row_once_without_overlap():
     for size, pieces in plan_buckets(manifest, 256):
         ends = [piece.offset + piece.nbytes for piece in pieces]
         assert all(end <= piece.offset for end, piece in zip(ends, pieces[1:])) and ends[-1] <= size
-        assert size <= 256 or len(pieces) == 1 and pieces[0].shape[0] == 1, (
+        assert size <= 256 or len(pieces) == 1 and pieces[0].end - pieces[0].row == 1, (
             "only a wider row may exceed a bucket"
         )
         for piece in pieces:
             assert piece.row == rows[piece.name] and piece.offset % 16 == 0
-            rows[piece.name] += piece.shape[0] if piece.shape else 1
+            rows[piece.name] = piece.end
     assert rows == {name: shape[0] if shape else 1 for name, _, shape in manifest}
 
 
@@ -137,10 +174,11 @@ def test_scaled_mm_is_torchaos(rows, device, bias, monkeypatch):
     full, x = torch.randn(64, 96, device=device).bfloat16(), torch.randn(rows, 96, device=device).bfloat16()
     weight = Float8Tensor.from_hp(full, mm_config=Float8MMConfig(use_fast_accum=True), **kwargs)
     bias = torch.randn(64, device=device).bfloat16() if bias else None
-    products = {}
+    rlhf_utils.patch_torchao_and_vllm()
+    patched, products = float8_tensor.addmm_float8_unwrapped_inference, {}
     for ours in (False, True):
-        product = rlhf_utils.scaled_mm if ours else addmm_float8_unwrapped_inference
-        monkeypatch.setattr(rlhf_utils.float8_tensor, "addmm_float8_unwrapped_inference", product)
+        product = patched if ours else addmm_float8_unwrapped_inference
+        monkeypatch.setattr(float8_tensor, "addmm_float8_unwrapped_inference", product)
         torch.compiler.reset()
         compiled = torch.compile(torch.nn.functional.linear, dynamic=True, fullgraph=True)
         products[ours] = [linear(x, weight, bias) for linear in (torch.nn.functional.linear, compiled)]
@@ -169,6 +207,19 @@ def test_zero_rows_are_repaired():
     expected[[3, 7]] = 0
     assert repair_zero_rows([torch.randn(3), broken]) == 2
     assert torch.equal(broken.dequantize(), expected) and (broken.scale > 0).all()
+
+
+def test_zero_blocks_of_any_granularity_are_repaired():
+    """One scale for all, and one for each block of 128 x 128."""
+    weight = torch.randn(256, 384, dtype=torch.bfloat16)
+    weight[:128, 128:256] = 0
+    for broken, count in (
+        (Float8Tensor.from_hp(weight, granularity=PerBlock([128, 128])), 1),
+        (Float8Tensor.from_hp(torch.zeros_like(weight), granularity=PerTensor()), 1),
+    ):
+        assert repair_zero_rows([broken]) == count and repair_zero_rows([broken]) == 0
+        assert (broken.qdata.view(torch.uint8)[:128, 128:256] == 0).all() and (broken.scale > 0).all()
+        assert broken.dequantize().isfinite().all()
 
 
 def test_answers_keep_their_first_space():
@@ -300,13 +351,6 @@ def test_bad_flags_are_seen_before_anything_starts(flags, message):
         driver.main(driver.Config(**flags))
 
 
-def test_a_head_cannot_be_quantized_alone():
-    with pytest.raises(
-        SystemExit, match="Found --quantize-head --quantization none; expected a quantization"
-    ):
-        driver.resolve(driver.Config(quantize_head=True, quantization="none"), 0)
-
-
 @pytest.mark.parametrize("flags", [dict(samples_per_prompt=1), dict(temperature=0.0)])
 def test_groups_need_different_answers(flags):
     with pytest.raises(SystemExit, match="expected 2 or more samples above temperature 0"):
@@ -315,6 +359,7 @@ def test_groups_need_different_answers(flags):
 
 def test_compiled_code_with_fp8_weights_can_be_stored():
     """vLLM moves the inputs of what it stores to the meta device; `tests/bench_startup.py` shows what that saves."""
+    rlhf_utils.patch_torchao_and_vllm()
     weight = Float8Tensor.from_hp(torch.randn(32, 64, dtype=torch.bfloat16), granularity=PerRow())
     empty = torch.empty_like(weight, device="meta", pin_memory=False)
     assert isinstance(empty, Float8Tensor) and empty.qdata.is_meta and empty.scale.is_meta
