@@ -678,12 +678,15 @@ def on_workers(engines: list, method: str, *args) -> list:
     return [llm.collective_rpc.remote(method, args=args) for llm in engines]
 
 
-def agree_on_weights(trainers: list, engines: list, bucket_bytes: int, timeout_s: float) -> None:
-    """Check the trainer's weights; if they are others than those agreed on, or there are none yet, agree on them."""
+def agree_on_weights(trainers: list, engines: list, bucket_bytes: int, timeout_s: float) -> str | None:
+    """Check the trainer's weights; if both ends have not agreed on them yet, let them.
+
+    Returns why the updates will be reload sessions, if that is known now.
+    """
     preparing = [trainer.prepare_weights.remote(bucket_bytes) for trainer in trainers]
     manifest = wait(preparing, timeout_s, "checking the trainer's weights")[0]
     if manifest is None:
-        return
+        return None
     asked = on_workers(engines, "agree_on_weights", manifest, bucket_bytes)
     replies = sum(wait(asked, timeout_s, "agreeing on the weights"), [])
     manifest = replies[0][0]
@@ -692,9 +695,10 @@ def agree_on_weights(trainers: list, engines: list, bucket_bytes: int, timeout_s
             "the workers want other dtypes for the same weights: start all engines the same way"
         )
     wait([trainers[0].agree_on_weights.remote(manifest, bucket_bytes)], timeout_s, "agreeing on the weights")
-    because = "; ".join(sorted({reason for _, reason in replies if reason}))
+    because = "; ".join(sorted({reason for _, reason in replies if reason})) or None
     how = f"reload sessions, because {because}" if because else "replays of what vLLM would copy"
     print(f"Agreed on {len(manifest)} weights; weight syncs are {how}")
+    return because
 
 
 def broadcast_weights(
@@ -715,15 +719,19 @@ class Observation(NamedTuple):
 
     digests: list[list[dict[str, int]]]
     answers: list[list[dict]]
+    repeatable: bool  # asked twice, the engines say the same twice
 
 
-def observe(
-    engines: list, timeout_s: float, prompts: list[str] | None = None, max_tokens: int = 32
-) -> Observation:
+def observe(engines: list, timeout_s: float, prompts: list[str] | None = None, max_tokens=32) -> Observation:
     """Look at engines; without `prompts` they are asked what they were asked the last time."""
     digests = wait(on_workers(engines, "stored_digests"), timeout_s, "reading the engine's tensors")
-    asked = [llm.answer.remote(prompts, max_tokens) for llm in engines]
-    return Observation(digests, wait(asked, 10 * timeout_s, "asking the engine"))
+    first, second = (
+        wait([llm.answer.remote(prompts, max_tokens) for llm in engines], 10 * timeout_s, "asking the engine")
+        for _ in range(2)
+    )
+    if repr(first) != repr(second):
+        print("This engine does not answer the same twice: only its tensors are compared")
+    return Observation(digests, first, repr(first) == repr(second))
 
 
 def differences(engines: list, expected: Observation, timeout_s: float) -> list[str]:
@@ -736,14 +744,14 @@ def differences(engines: list, expected: Observation, timeout_s: float) -> list[
         for name in sorted(worker.keys() | expected_worker.keys())
         if worker.get(name) != expected_worker.get(name)
     ]
-    if different:
+    if different or not expected.repeatable:
         return different  # do not ask: wrong weights can leave NaN in the KV cache for ever
     answers = wait([llm.answer.remote() for llm in engines], 10 * timeout_s, "asking the engine")
     return [
         f"the answer to {right['prompt']!r} (engine {i})"
         for i, (given, expected_answers) in enumerate(zip(answers, expected.answers, strict=True))
         for answer, right in zip(given, expected_answers, strict=True)
-        if answer != right
+        if answer != right or any(map(math.isnan, [*answer["logprobs"], *right["logprobs"]]))
     ]
 
 
@@ -777,12 +785,13 @@ def prove_sync(
     Raises:
         RuntimeError: which tensors or answers differ after a session, or why there was none.
     """
-    trainers, engines, because = as_list(train_model), as_list(quantized_llm), None
+    trainers, engines = as_list(train_model), as_list(quantized_llm)
+    if any(wait([llm.get_weights_version.remote() for llm in engines], timeout_s, "reading the version")):
+        raise RuntimeError(
+            "prove_sync compares with a cold start, and an engine has been updated: start it anew"
+        )
     cold = observe(engines, timeout_s, prompts or PROMPTS, max_tokens)
-    repeatable = not differences(engines, cold, timeout_s)
-    if not repeatable:
-        print("This engine does not answer the same twice: only its tensors are compared")
-    agree_on_weights(trainers, engines, bucket_bytes, timeout_s)
+    because = agree_on_weights(trainers, engines, bucket_bytes, timeout_s)
     for by_session in (False, True):
         wait(on_workers(engines, "zero_weights"), timeout_s, "setting the engine's weights to zero")
         start, ranks = time.perf_counter(), []
@@ -790,15 +799,16 @@ def prove_sync(
             sent, ranks = broadcast_weights(trainers, engines, timeout_s, by_session)
             seconds = time.perf_counter() - start
             different = differences(engines, cold, timeout_s)
-            if not repeatable:
-                different = [name for name in different if not name.startswith("the answer")]
             wrong = f"these are not as they were at the start: {some(different)}" if different else None
         except RuntimeError as error:
             wrong = str(error)
-        path = "session" if by_session or any(rank["path"] == "session" for rank in ranks) else "replay"
+        replayed = any(rank["path"] == "replay" for rank in ranks) or not (ranks or because or by_session)
+        path = "replay" if replayed else "session"
         if wrong is None:
             break
         if path == "session":
+            if ranks:  # the broadcast went well: let nobody generate with these weights
+                wait(on_workers(engines, "zero_weights"), timeout_s, "setting the engine's weights to zero")
             raise RuntimeError(
                 "this model cannot be synced: after a reload session of vLLM's with the weights that the engine has "
                 f"started from, {wrong}" + (f". Before, {because}" if because else "")
@@ -812,7 +822,7 @@ def prove_sync(
         "path": path,
         "because": because,
         "tensors": sum(len(worker) for engine in cold.digests for worker in engine),
-        "answers": sum(map(len, cold.answers)) if repeatable else 0,
+        "answers": sum(map(len, cold.answers)) * cold.repeatable,
         "before": cold.answers[0],
     }
 
@@ -823,7 +833,7 @@ def sync_result(sent: dict, ranks: list[dict], seconds: float) -> dict:
         "bytes": sent["bytes"],
         "seconds": seconds,
         "gb_per_s": sent["bytes"] / seconds / 1e9,
-        "path": ranks[0]["path"],
+        "path": "session" if any(rank["path"] == "session" for rank in ranks) else "replay",
         "sender": sent,
         "ranks": ranks,
     }
@@ -865,6 +875,7 @@ def sync_weights_to_quantized_engine(
             wait(on_workers(engines, "trust_replay", because), timeout_s, "choosing sessions")
         else:
             wait(on_workers(engines, "trust_replay"), timeout_s, "choosing replays")
+            print("A replay and a session of the first other weights gave the same tensors and answers")
     return sync_result(sent, ranks, time.perf_counter() - start) | {"compared": compared}
 
 
@@ -925,6 +936,7 @@ def rlhf_training_iteration(
         **trained,
         "rollout_s": rollout_s,
         "sync_s": sync["seconds"],
+        "sync_path": sync["path"],
         "sync_gb_per_s": sync["gb_per_s"],
         "step_s": time.perf_counter() - start,
         "weights_version": versions[0],
@@ -1222,8 +1234,8 @@ def prove_fp8(engines: list, config: Config) -> list[dict]:
     print(f"  not in FP8: {some(ranks[0]['unquantized'])}")
     if config.quantization != "none" and not all(rank["fp8_linear_layers"] for rank in ranks):
         raise SystemExit(
-            f"--quantization {config.quantization} had no effect: an engine rank has no Float8Tensor layer. Reasons "
-            "are above; use a torchao FP8 config and shard dimensions that are multiples of 16, or --quantization none"
+            f"--quantization {config.quantization} had no effect: an engine rank has no Float8Tensor layer. Use a "
+            "torchao FP8 config and shard dimensions that are multiples of 16, or --quantization none"
         )
     return ranks
 
@@ -1268,7 +1280,10 @@ def main(config: Config) -> dict:
         startup["trainer and engine"] = time.time() - began - sum(startup.values())
         samples = prompts_of_step(config, prompts, 0)[:4]
         bucket_bytes = config.bucket_mib * 2**20
-        sync = prove_sync(trainer, engines, samples, config.max_tokens, bucket_bytes, config.timeout_s)
+        try:
+            sync = prove_sync(trainer, engines, samples, config.max_tokens, bucket_bytes, config.timeout_s)
+        except RuntimeError as error:
+            raise RuntimeError(f"{config.model}: {error}") from error
         before = sync.pop("before")
         print(
             f"Proved: set to zero and synced by {sync['path']}, the engine is what it was when it had started, in "

@@ -383,7 +383,10 @@ class WeightSender:
                 "an earlier checkpoint with a lower learning rate"
             )
         self.prepared = manifest, bucket_bytes
-        return None if self.prepared == self.agreed_on else manifest
+        if self.prepared == self.agreed_on:
+            return None
+        self.buckets = self.agreed_on = None  # until `agree_on_weights`
+        return manifest
 
     def agree_on_weights(self, manifest: Manifest, bucket_bytes: int = BUCKET_BYTES) -> None:
         """Prepare to send what `prepare_weights` has listed; the dtypes in `manifest` are those that travel."""
@@ -419,9 +422,11 @@ class WeightSender:
                 sources.append(weight if whole else weight[piece.row : piece.end])
             torch._foreach_copy_(targets, sources)
 
-        buckets = self.buckets.send(pack)
-        for _ in weights:
-            pass  # a sharded trainer's other ranks go on to the end, too
+        try:
+            buckets = self.buckets.send(pack)
+        finally:
+            for _ in weights:
+                pass  # the other ranks of a sharded trainer go on to the end, too
         sent = sum(piece.nbytes for pieces in self.buckets.pieces for piece, _ in pieces)
         return {"bytes": sent, "buckets": buckets, "seconds": time.perf_counter() - start}
 
@@ -483,6 +488,7 @@ class WorkerExtension:
     because: str | None = None  # why there is no replay
     never_replay: str | None = None  # ... and why there will be none
     session: ReloadSession | None = None  # that `update_weight` has opened
+    update_failed = False  # an `update_weight`, and no complete update since
     unproven: dict[str, int] | None = None  # what was stored before the first replay, until one was compared
     last_seen: dict[str, int] | None = None  # what was stored when `check_weights_changed` was last asked
 
@@ -503,6 +509,7 @@ class WorkerExtension:
     ) -> None:
         """Join the trainer's group as rank `rank_offset` + this worker's rank; see `stateless_init_process_group`."""
         self.buckets = self.replay = None
+        repair_zero_rows(self.get_model().parameters())  # of the first load
         self.last_seen = self.last_seen or stored_digests(self.get_model())
         self.weight_group = stateless_init_process_group(
             master_address, master_port, rank_offset + self.rank, world_size, self.device, backend, timeout_s
@@ -523,9 +530,7 @@ class WorkerExtension:
         if self.never_replay is None:
             try:
                 self.recording = record_copies(self.get_model(), manifest)
-                manifest = [
-                    [name, self.recording.wire_dtype(name, own), shape] for name, own, shape in manifest
-                ]
+                manifest = self.recording.for_the_wire(manifest)
             except CannotReplay as reason:
                 self.because = str(reason)
         self.buckets = Buckets(manifest, bucket_bytes, self.weight_group, self.device)
@@ -568,7 +573,7 @@ class WorkerExtension:
             self._replay_buckets()
         else:
             self._load_by_session()
-        self.manifest = self.buckets.manifest
+        self.manifest, self.update_failed = self.buckets.manifest, False
         compare = False
         if replaying and self.unproven is not None:
             compare = stored_digests(self.get_model()) != self.unproven
@@ -588,15 +593,17 @@ class WorkerExtension:
             repack_heads(self.get_model())
 
     def _load_by_session(self) -> None:
-        session, weights = ReloadSession(self.get_model(), self.model_config), self.buckets.receive_whole()
+        numbers, session = self.buckets.receive(), None
         try:
-            session.load(weights)
+            session = ReloadSession(self.get_model(), self.model_config)
+            session.load(self.buckets.put_together(numbers))
         finally:
             try:
-                for _ in weights:
+                for _ in numbers:
                     pass  # to the end, whatever happens
             finally:
-                session.close()
+                if session is not None:
+                    session.close()
 
     @agreed
     def update_weight(self, name: str, dtype_name: str, shape: list[int]) -> None:
@@ -604,10 +611,11 @@ class WorkerExtension:
         weight = torch.empty(tuple(shape), dtype=getattr(torch, dtype_name), device=self.device)
         broadcast(self.weight_group, weight, name)  # before any check: rank 0 is already sending
         if self.session is None:
-            self.session = ReloadSession(self.get_model(), self.model_config)
+            self.update_failed, self.session = False, ReloadSession(self.get_model(), self.model_config)
         try:
             self.session.load([(name, weight)])
         except Exception:
+            self.update_failed = True
             self._abandon_session()
             raise
 
@@ -617,6 +625,8 @@ class WorkerExtension:
 
         The first time: since this worker joined a group. Raises ValueError if a parameter got no weight.
         """
+        if self.update_failed:
+            raise ValueError("an `update_weight` has failed: send all weights again")
         if self.session is not None:
             session = self.session
             self._abandon_session()
@@ -850,10 +860,10 @@ class Buckets:
                 f"{len(wrong)} of {len(self.plan)} buckets came in with other bytes than were sent: {names}"
             )
 
-    def receive_whole(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """Ranks 1..TP: `receive`, put together again: yield (name, tensor in memory of its own) of each weight."""
+    def put_together(self, numbers: Iterator[int]) -> Iterator[tuple[str, torch.Tensor]]:
+        """Ranks 1..TP: yield (name, tensor in memory of its own) of each weight, from what `receive` yields."""
         whole = None
-        for number in self.receive():
+        for number in numbers:
             self.wait_on_host(number)  # vLLM's loaders make the host wait in any case
             for piece, view in self.pieces[number]:
                 if piece.row == 0:
@@ -885,12 +895,18 @@ class Recording(NamedTuple):
     copies: list[Copy]
     tensors: dict[str, torch.Tensor]
 
-    def wire_dtype(self, weight: str, own: str) -> str:
-        """The dtype of all that the weight is copied into, if that is one and no wider than its own; else its own."""
-        dtypes = {copy.target.dtype for copy in self.copies if copy.weight == weight}
-        if len(dtypes) != 1 or (dtype := dtypes.pop()).itemsize > getattr(torch, own).itemsize:
-            return own
-        return dtype_name(dtype)
+    def for_the_wire(self, manifest: Manifest) -> Manifest:
+        """Each weight in the dtype of all that it is copied into, if that is one and no wider than its own; else as it is."""
+        wanted: dict[str, set[torch.dtype]] = {}
+        for copy in self.copies:
+            wanted.setdefault(copy.weight, set()).add(copy.target.dtype)
+        result = []
+        for name, own, shape in manifest:
+            narrower = [d for d in wanted.get(name, ()) if d.itemsize <= getattr(torch, own).itemsize]
+            result.append(
+                [name, dtype_name(narrower[0]) if narrower and len(wanted[name]) == 1 else own, shape]
+            )
+        return result
 
 
 @contextlib.contextmanager
@@ -1060,7 +1076,10 @@ def bind(copy: Copy, piece: Piece, view: torch.Tensor, live: torch.Tensor, rows:
     if piece.end - piece.row < (piece.full_shape or [1])[0]:  # cut between buckets
         first = source.storage_offset() // width
         along = [d for d in range(source.ndim) if source.shape[d] > 1 and source.stride(d) % width == 0]
-        if len(along) > 1 or 0 in source.stride():
+        within = [
+            (n - 1) * step for d, (n, step) in enumerate(zip(source.shape, source.stride())) if d not in along
+        ]
+        if len(along) > 1 or 0 in source.stride() or source.storage_offset() % width + sum(within) >= width:
             raise CannotReplay(f"the rows of {copy.weight} are taken in an order that cannot be cut")
         if along:
             step = source.stride(along[0]) // width
@@ -1088,7 +1107,7 @@ def bind(copy: Copy, piece: Piece, view: torch.Tensor, live: torch.Tensor, rows:
         or not live.qdata.is_contiguous()
     ):
         raise CannotReplay(f"{copy.tensor} is not quantized to FP8 row by row")
-    if source.dtype != live.dtype:
+    if (source.dtype, live.dtype) != (torch.bfloat16, torch.bfloat16):
         raise CannotReplay(f"{copy.weight} travels as {source.dtype}, vLLM quantizes {live.dtype}")
     span = slice(first, first + len(source))
     rows.append((source, live.qdata[span], live.scale[span]))

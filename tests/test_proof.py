@@ -138,6 +138,10 @@ def test_a_wrong_session_is_an_error_and_the_engine_stays_torn(llama, monkeypatc
             RuntimeError, match=rf"this model cannot be synced: after a reload session .*: {NORM} \(engine 0"
         ):
             driver.prove_sync(trainer, engine, max_tokens=8, **SETTINGS)
+        with pytest.raises(RuntimeError, match="refusing to generate"):
+            engine.target.answer(["a"])
+        with pytest.raises(RuntimeError, match="an engine has been updated: start it anew"):
+            driver.prove_sync(trainer, engine, max_tokens=8, **SETTINGS)
 
 
 def test_a_model_that_cannot_be_synced_ends_the_run_before_the_first_step(tmp_path, monkeypatch):
@@ -148,7 +152,10 @@ def test_a_model_that_cannot_be_synced_ends_the_run_before_the_first_step(tmp_pa
     path = build(tmp_path / "model", "mamba-2")
     program = Program("--model", path, "--tensor-parallel-size", "1", "--steps", "1", cwd=tmp_path)
     assert program.process.wait(240) == 1
-    assert "FAILED: this model cannot be synced" in program.printed() and "conv_weights" in program.printed()
+    assert (
+        f"FAILED: {path}: this model cannot be synced" in program.printed()
+        and "conv_weights" in program.printed()
+    )
     assert not (tmp_path / "outputs" / "metrics.jsonl").exists()
     program.assert_nothing_left()
 

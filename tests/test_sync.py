@@ -24,27 +24,18 @@ from harness import (
     seed_group,
     seed_loop,
     sync,
-    sync_versus_cold_start,
 )
 from random_models import build_random_model
 from rlhf_utils import WeightSender
 from vllm import SamplingParams
 
 CPU = torch.device("cpu")
+NORM = "model.decoder.final_layer_norm.weight"
 
 
 def rejoin(config, pair) -> None:
     """Put the trainer actor back in the group after a test was rank 0 itself."""
     driver.join_group(config, "cpu", pair.trainer, [pair.actor])
-
-
-def test_sync_equals_cold_start(config, models, tmp_path):
-    """TP=2, with Ray, an FP8 KV cache, and a fresh engine in a process of its own, by vLLM's own checksums."""
-    config = dataclasses.replace(config, bucket_mib=1, kv_cache_dtype="fp8")
-    result = sync_versus_cold_start(config, *models("tiny-qwen3"), "cpu", more_syncs=1)
-    assert result["proof"]["path"] == result["path"] == "replay" and result["sync"]["compared"]
-    assert [rank["fp8_linear_layers"] for rank in result["ranks"]] == [8, 8]
-    assert result["tensors"] == 2 * 26
 
 
 def test_two_engines_replay_the_same_weights(config, models, capfd):
@@ -61,7 +52,7 @@ def test_two_engines_replay_the_same_weights(config, models, capfd):
         cold = driver.observe(engines, 60)
         driver.wait([trainer.__ray_call__.remote(load_weights, new)], 60, "loading")
         assert sync(config, trainer, engines)["compared"] and not sync(config, trainer, engines)["compared"]
-        first, second = zip(*driver.observe(engines, 60))
+        first, second = zip(*driver.observe(engines, 60)[:2])
         assert first == second and first != (cold.digests[0], cold.answers[0])
 
 
@@ -255,9 +246,7 @@ def test_engine_refuses_to_generate_while_torn(config, pair):
     version = pair.llm.get_weights_version()
     group = seed_group(pair.llm, 2, CPU)
     weight = torch.randn(128)
-    updating = pair.actor.collective_rpc.remote(
-        "update_weight", args=("model.decoder.final_layer_norm.weight", "float32", [128])
-    )
+    updating = pair.actor.collective_rpc.remote("update_weight", args=(NORM, "float32", [128]))
     group.broadcast(weight, src=0)
     ray.get(updating)
     with pytest.raises(RuntimeError, match="refusing to generate"):
@@ -268,9 +257,18 @@ def test_engine_refuses_to_generate_while_torn(config, pair):
         pair.llm.collective_rpc("check_weights_changed")
     with pytest.raises(RuntimeError, match="refusing to generate"):
         generate(pair.llm)
+    for name, error in ((NORM, None), ("model.nonsense", "vLLM's loader failed at model.nonsense")):
+        updating = pair.actor.collective_rpc.remote("update_weight", args=(name, "float32", [128]))
+        group.broadcast(weight, src=0)
+        with pytest.raises(RuntimeError, match=error) if error else contextlib.nullcontext():
+            ray.get(updating)
+    with pytest.raises(RuntimeError, match="an `update_weight` has failed: send all weights again"):
+        pair.llm.collective_rpc("check_weights_changed")
+    with pytest.raises(RuntimeError, match="refusing to generate"):
+        generate(pair.llm)
     rejoin(config, pair)
     sync(config, pair.trainer, pair.actor)
-    assert pair.llm.get_weights_version() == version + 1 and observe(pair.llm) == before
+    assert pair.llm.get_weights_version() > version and observe(pair.llm) == before
 
 
 def test_no_fp8_layer_is_an_error(config, models, tmp_path):
