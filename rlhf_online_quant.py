@@ -4,25 +4,24 @@
       |-- trainer   Ray actor, GPU 0            full-precision Hugging Face model, AdamW
       `-- engine    Ray actor MyLLM(vllm.LLM)   FP8 through torchao, tensor parallel on GPUs 1-2
             weights: trainer == NCCL broadcast, full precision ==> each worker, quantized on arrival
-
-A step (`rlhf_training_iteration`): the engine samples G answers to each prompt; a function rewards them; the trainer
-measures how far the FP8 engine's probabilities are from its own, corrects for it, takes an optimizer step and sends its
-weights to the engine. Textbook PPO without a value network (advantages come from the group) and without generation
-that runs beside training (every answer comes from the newest weights).
+ A step (`rlhf_training_iteration`): the engine samples G answers to each prompt; a function rewards them; the
+trainer measures how far the FP8 engine's probabilities are from its own, corrects for it, takes an optimizer
+step and sends its weights to the engine. Textbook PPO without a value network (advantages come from the
+group) and without generation that runs beside training (every answer comes from the newest weights).
 
 Two things differ from the example that is usually copied:
 
-- `quantization="torchao"` is passed beside the torchao config. The config alone is ignored and the engine stays BF16.
-- A sync is one reload session, or a replay of the copies that it would make. `load_weights` once per parameter leaves a
-  quantized engine with uninitialized memory.
-
-And one thing is added: before the first step, the engine is zeroed and synced, and must then be, byte for byte and answer for
-answer, the engine that had started from the checkpoint (`prove_sync`). Otherwise the run ends there.
+- `quantization="torchao"` is passed beside the torchao config. The config alone is ignored and the engine
+  stays BF16.
+- A sync is one reload session, or a replay of the copies that it would make. `load_weights` once per
+  parameter leaves a quantized engine with uninitialized memory.
+ And one thing is added: before the first step, the engine is zeroed and synced, and must then be, byte for
+byte and answer for answer, the engine that had started from the checkpoint (`prove_sync`). Otherwise the run
+ends there.
 
 Without a GPU the same processes run on the CPU (gloo, weight-only FP8, a tiny random model).
-
-Names of dimensions: P prompts, G samples per prompt, B sequences of a micro-batch, T tokens, V vocabulary, N all sampled
-tokens of a step. `rewards_PG` has the shape (P, G).
+ Names of dimensions: P prompts, G samples per prompt, B sequences of a micro-batch, T tokens, V vocabulary, N
+all sampled tokens of a step. `rewards_PG` has the shape (P, G).
 """
 
 import contextlib
@@ -72,10 +71,11 @@ PROMPTS = [
     "The capital of France is",
     "The future of AI is",
 ]
-# Log-probabilities of the sampled tokens alone. vLLM would decode every token, and every log-probability's, as it comes,
-# and make the GPU wait at hundreds of sequences; `MyLLM.generate` decodes at the end.
+# Log-probabilities of the sampled tokens alone. vLLM would decode every token, and every log-probability's,
+# as it comes, and make the GPU wait at hundreds of sequences; `MyLLM.generate` decodes at the end.
 ROLLOUT = dict(logprobs=0, flat_logprobs=True, detokenize=False)
-# Mismatch KL (nats per token) that is nothing to worry about. "none" is BF16's rounding of the trainer's FP32 weights.
+# Mismatch KL (nats per token) that is nothing to worry about. "none" is BF16's rounding of the trainer's FP32
+# weights.
 USUAL_KL = {"none": 5e-3, "fp8": 5e-2}
 LINE_OF_STEP = (
     "step {step:4d} | reward {reward:.3f} | KL {mismatch_kl:.2e}, |d| max {mismatch_abs_max:.3f}, ESS "
@@ -89,18 +89,21 @@ class Config:
     """RL with an FP8 vLLM rollout engine, quantized online."""
 
     model: str = "auto"
-    """Hugging Face name, local folder, or `tiny` (random, built here). `auto`: facebook/opt-125m on GPUs, else tiny."""
+    """Hugging Face name, local folder, or `tiny` (random, built here). `auto`: facebook/opt-125m on GPUs,
+    else tiny."""
     trainer_device: Literal["auto", "cuda", "cpu"] = "auto"
     """Where the trainer runs; `auto` takes a GPU if the cluster has any."""
     trainer_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    """Precision of the trainer's weights. The engine computes in bfloat16, so that is what goes over the wire."""
+    """Precision of the trainer's weights. The engine computes in bfloat16, so that is what goes over the
+    wire."""
 
     tensor_parallel_size: int = 2
     """GPUs of an engine (CPU: processes). The trainer's GPU comes on top."""
     num_engines: int = 1
     """Engines that share the prompts of a step; each has its own tensor-parallel group."""
     quantization: str = "auto"
-    """`fp8-dynamic` (`auto` on GPUs), `fp8-weight-only` (`auto` on CPU), `none`, or a torchao config's JSON file."""
+    """`fp8-dynamic` (`auto` on GPUs), `fp8-weight-only` (`auto` on CPU), `none`, or a torchao config's JSON
+    file."""
     enforce_eager: bool = False
     """Start faster and generate much more slowly: no compilation, no CUDA graphs. Always so on the CPU."""
     max_model_len: int = 512
@@ -112,16 +115,19 @@ class Config:
     steps: int = 20
     """Training steps: rollouts, rewards, optimizer, sync. 0 only starts, syncs and samples."""
     prompts_file: Path | None = None
-    """UTF-8 text, one prompt a line. Default: sums for `--reward arithmetic`, else four prompts of vLLM's examples."""
+    """UTF-8 text, one prompt a line. Default: sums for `--reward arithmetic`, else four prompts of vLLM's
+    examples."""
     reward: str = "letters"
-    """`letters` (share of a-z, learnable from scratch), `arithmetic` (is the sum right?), or `module:function`, which
-    takes a list of prompts and a list of completions (str) and returns a list of floats."""
+    """`letters` (share of a-z, learnable from scratch), `arithmetic` (is the sum right?), or
+    `module:function`, which takes a list of prompts and a list of completions (str) and returns a list of
+    floats."""
     prompts_per_step: int = 8
     """P, prompts per step."""
     samples_per_prompt: int = 16
     """G, completions per prompt; advantages are relative to their mean."""
     max_tokens: int = 32
-    """Longest completion, in tokens. A completion cut off there is rewarded and learned from like any other."""
+    """Longest completion, in tokens. A completion cut off there is rewarded and learned from like any
+    other."""
     temperature: float = 1.0
     """Of the rollouts. The samples before and after training are always greedy."""
 
@@ -132,7 +138,8 @@ class Config:
     clip: float = 0.2
     """PPO: the probability ratio to the policy before the step counts within 1 - clip and 1 + clip."""
     kl_coef: float = 0.0
-    """Weight of the KL divergence to the initial policy in the loss; above 0 the trainer keeps a frozen copy."""
+    """Weight of the KL divergence to the initial policy in the loss; above 0 the trainer keeps a frozen
+    copy."""
     correction: Literal["token-truncate", "sequence-mask", "none"] = "token-truncate"
     """How the loss corrects for sampling with FP8: see `importance_weights`."""
     correction_cap: float = 2.0
@@ -140,7 +147,8 @@ class Config:
     max_grad_norm: float = 1.0
     """Gradients are scaled down to this norm."""
     tokens_per_microbatch: int = 8192
-    """Longest forward and backward pass (padded tokens); gradients accumulate over as many as the batch needs."""
+    """Longest forward and backward pass (padded tokens); gradients accumulate over as many as the batch
+    needs."""
     gradient_checkpointing: bool = False
     """Compute activations again in the backward pass: less memory, more time."""
 
@@ -153,12 +161,14 @@ class Config:
     track: Literal["none", "trackio", "wandb"] = "none"
     """Send the metrics there too (install it yourself)."""
     seed: int = 0
-    """Of the tiny model's weights, of prompts and of sampling. The same seed gives the same curve on the CPU."""
+    """Of the tiny model's weights, of prompts and of sampling. The same seed gives the same curve on the
+    CPU."""
     bucket_mib: int = 256
-    """Weights travel in buckets of this size (MiB), two of which each side keeps; a weight may be cut between rows."""
+    """Weights travel in buckets of this size (MiB), two of which each side keeps; a weight may be cut between
+    rows."""
     timeout_s: float = 30.0
-    """Longest wait (seconds) for a weight sync, and for a reward function. Start-up, a generation, a training step and a
-    checkpoint may take ten times as long."""
+    """Longest wait (seconds) for a weight sync, and for a reward function. Start-up, a generation, a training
+    step and a checkpoint may take ten times as long."""
     ray_address: str | None = None
     """An existing Ray cluster, such as `auto` or `10.0.0.1:6379`. Default: start a private one."""
 
@@ -175,7 +185,8 @@ class MyLLM(LLM):
     """vLLM with a version for its weights, which refuses to generate while they are incomplete.
 
     An update begins with `update_weight` or `receive_weights` and ends with `check_weights_changed` or with
-    `receive_weights` itself. At the end the prefix cache, which holds the old weights' keys and values, is reset.
+    `receive_weights` itself. At the end the prefix cache, which holds the old weights' keys and values, is
+    reset.
     """
 
     weights_version = 0
@@ -214,12 +225,14 @@ class MyLLM(LLM):
             raise RuntimeError(f"refusing to generate: {self.torn}; sync a complete set of weights first")
 
     def _add_request(self, *args, **kwargs):
-        """Every way to ask an LLM for something comes through here: generate, chat, enqueue, beam_search, encode, ..."""
+        """Every way to ask an LLM for something comes through here: generate, chat, enqueue, beam_search,
+        encode, ..."""
         self._refuse_if_torn()
         return super()._add_request(*args, **kwargs)
 
     def _run_engine(self, *args, **kwargs):
-        """... and every way to have it done through here, `wait_for_completion` of earlier requests included."""
+        """... and every way to have it done through here, `wait_for_completion` of earlier requests
+        included."""
         self._refuse_if_torn()
         return super()._run_engine(*args, **kwargs)
 
@@ -232,7 +245,8 @@ class MyLLM(LLM):
         return outputs
 
     def answer(self, prompts: list[str] | None = None, max_tokens: int = 32) -> list[dict]:
-        """A greedy answer to each prompt: `prompt`, `text`, `token_ids`, `logprobs`. Without prompts: to the last ones again."""
+        """A greedy answer to each prompt: `prompt`, `text`, `token_ids`, `logprobs`. Without prompts: to the
+        last ones again."""
         self.asked = (prompts, max_tokens) if prompts else self.asked
         self.reset_prefix_cache()  # on GPUs the last bits depend on how much of a prompt was cached
         params = SamplingParams(temperature=0, max_tokens=self.asked[1], **ROLLOUT)
@@ -253,7 +267,8 @@ class MyLLM(LLM):
 
 
 def decode(tokenizer, prompt: list[int], answer: list[int]) -> str:
-    """An answer's text as it follows its prompt; decoded alone, some tokenizers would drop its first space."""
+    """An answer's text as it follows its prompt; decoded alone, some tokenizers would drop its first
+    space."""
     options = dict(skip_special_tokens=True, clean_up_tokenization_spaces=False)
     return tokenizer.decode([*prompt[-1:], *answer], **options)[
         len(tokenizer.decode(prompt[-1:], **options)) :
@@ -267,9 +282,9 @@ def torchao_config(quantization: str) -> AOBaseConfig | None:
         SystemExit: neither a known name nor a readable torchao config.
     """
     named = {
-        # The lower bound keeps an all-zero activation row from being divided by its scale of 0; no other row changes.
-        # Inductor's settings stay vLLM's: torchao's tune every kernel by timing, which takes minutes and is not
-        # repeatable.
+        # The lower bound keeps an all-zero activation row from being divided by its scale of 0; no other row
+        # changes. Inductor's settings stay vLLM's: torchao's tune every kernel by timing, which takes minutes
+        # and is not repeatable.
         "fp8-dynamic": Float8DynamicActivationFloat8WeightConfig(
             granularity=PerRow(), activation_value_lb=1e-12, set_inductor_config=False
         ),
@@ -315,7 +330,8 @@ def engine_arguments(config: Config, path: str, device: str) -> dict:
 
 
 class Trainer(WeightSender):
-    """The full-precision side: model, optimizer, and, by what it inherits, rank 0 of the weight-update group."""
+    """The full-precision side: model, optimizer, and, by what it inherits, rank 0 of the weight-update
+    group."""
 
     def __init__(self, config: Config, path: str):
         self.config, self.path = config, path
@@ -354,8 +370,8 @@ class Trainer(WeightSender):
         """`epochs` AdamW steps on a batch of rollouts; returns metrics (see README's glossary).
 
         Args:
-            rollouts: dicts with `prompt` and `completion` (token ids), `logprobs` (the engine's, one per completion
-                token, in nats) and `advantage`.
+            rollouts: dicts with `prompt` and `completion` (token ids), `logprobs` (the engine's, one per
+                completion token, in nats) and `advantage`.
         """
         config, start = self.config, time.perf_counter()
         if self.device.type == "cuda":
@@ -391,7 +407,8 @@ class Trainer(WeightSender):
         )
 
     def _pad(self, rollouts: list[dict]) -> dict[str, torch.Tensor]:
-        """One micro-batch, padded on the right. Position t predicts token t + 1; the mask holds the completions'."""
+        """One micro-batch, padded on the right. Position t predicts token t + 1; the mask holds the
+        completions'."""
         longest = max(len(rollout["prompt"] + rollout["completion"]) for rollout in rollouts)
         tokens_BL = torch.zeros(len(rollouts), longest, dtype=torch.long)
         attend_BL, mask_BL, engine_BL = torch.zeros_like(tokens_BL), tokens_BL.bool(), tokens_BL.float()
@@ -434,7 +451,8 @@ class Trainer(WeightSender):
 
 
 def compute_advantages(rewards_PG: torch.Tensor) -> torch.Tensor:
-    """Rewards, centred and scaled within each group, as in GRPO (Shao et al. 2024, arXiv:2402.03300, section 4.1.2).
+    """Rewards, centred and scaled within each group, as in GRPO (Shao et al. 2024, arXiv:2402.03300, section
+    4.1.2).
 
     >>> compute_advantages(torch.tensor([[0.0, 0.0, 1.0, 1.0], [3.0, 3.0, 3.0, 3.0]]))
     tensor([[-0.8660, -0.8660,  0.8660,  0.8660],
@@ -447,13 +465,15 @@ def compute_advantages(rewards_PG: torch.Tensor) -> torch.Tensor:
 def importance_weights(
     old_BT: torch.Tensor, engine_BT: torch.Tensor, mask_BT: torch.Tensor, correction: str, cap: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Weights that correct for tokens having been sampled by the engine and not by the trainer; and where `cap` acted.
+    """Weights that correct for tokens having been sampled by the engine and not by the trainer; and where
+    `cap` acted.
 
     With r = trainer's probability / engine's, of the same token under the same weights:
-      - `token-truncate`: min(r, cap) for each token. Truncated importance sampling: Ionides 2008, "Truncated Importance
-        Sampling"; for rollout engines Yao et al. 2025, "Your Efficient RL Framework Secretly Brings You Off-Policy RL".
-      - `sequence-mask`: the product of r over the completion, or 0 if that exceeds cap. Liu et al. 2025, "When Speed
-        Kills Stability: Demystifying RL Collapse from the Training-Inference Mismatch".
+      - `token-truncate`: min(r, cap) for each token. Truncated importance sampling: Ionides 2008, "Truncated
+        Importance Sampling"; for rollout engines Yao et al. 2025, "Your Efficient RL Framework Secretly
+        Brings You Off-Policy RL".
+      - `sequence-mask`: the product of r over the completion, or 0 if that exceeds cap. Liu et al. 2025,
+        "When Speed Kills Stability: Demystifying RL Collapse from the Training-Inference Mismatch".
       - `none`: 1.
     """
     log_ratio_BT = (old_BT - engine_BT) * mask_BT
@@ -474,9 +494,9 @@ def compute_ppo_loss(logprobs_BT: torch.Tensor, batch: dict[str, torch.Tensor], 
         batch: `old_BT` (the same before the step), `engine_BT` (those that the tokens were sampled with),
             `advantages_B1`, `mask_BT` (True for completion tokens) and, with `kl_coef`, `reference_BT`.
 
-    Returns:
-        The loss, and metrics, both summed over the completions' tokens: dividing by the tokens of the whole batch makes
-        every token count the same, however the batch is split (DAPO: Yu et al. 2025, arXiv:2503.14476, section 3.3).
+    Returns: The loss, and metrics, both summed over the completions' tokens: dividing by the tokens of the
+        whole batch makes every token count the same, however the batch is split (DAPO: Yu et al. 2025,
+        arXiv:2503.14476, section 3.3).
     """
     mask_BT, old_BT, advantages_B1 = batch["mask_BT"], batch["old_BT"], batch["advantages_B1"]
     ratio_BT = (logprobs_BT - old_BT).exp()
@@ -498,7 +518,8 @@ def compute_ppo_loss(logprobs_BT: torch.Tensor, batch: dict[str, torch.Tensor], 
 
 
 def k3(log_ratio: torch.Tensor) -> torch.Tensor:
-    """Per-sample estimate of KL(q || p) in nats from log p - log q on samples of q: unbiased and never negative.
+    """Per-sample estimate of KL(q || p) in nats from log p - log q on samples of q: unbiased and never
+    negative.
 
     Schulman 2020, "Approximating KL Divergence", joschu.net/blog/kl-approx.html.
     """
@@ -506,13 +527,15 @@ def k3(log_ratio: torch.Tensor) -> torch.Tensor:
 
 
 def measure_mismatch(old_N: torch.Tensor, engine_N: torch.Tensor) -> dict[str, float]:
-    """How far the engine's log-probabilities (nats) of its own tokens are from the trainer's, under the same weights.
+    """How far the engine's log-probabilities (nats) of its own tokens are from the trainer's, under the same
+    weights.
 
-    The effective sample size, (sum r)^2 / sum r^2 with r as in `importance_weights`, is given as a share of the tokens
-    (Kong 1992, "A Note on Importance Sampling using Standardized Weights").
+    The effective sample size, (sum r)^2 / sum r^2 with r as in `importance_weights`, is given as a share of
+    the tokens (Kong 1992, "A Note on Importance Sampling using Standardized Weights").
 
     >>> measure_mismatch(torch.tensor([-1.0, -1.0]), torch.tensor([-1.0, -1.5]))  # doctest: +ELLIPSIS
-    {'mismatch_kl': 0.074..., 'mismatch_abs_mean': 0.25, 'mismatch_abs_max': 0.5, 'effective_sample_size': 0.943...}
+    {'mismatch_kl': 0.074..., 'mismatch_abs_mean': 0.25, 'mismatch_abs_max': 0.5, 'effective_sample_size':
+    0.943...}
     """
     log_ratio_N = old_N.double() - engine_N.double()
     ratio_N = log_ratio_N.exp()
@@ -525,7 +548,8 @@ def measure_mismatch(old_N: torch.Tensor, engine_N: torch.Tensor) -> dict[str, f
 
 
 def split_by_tokens(rollouts: list[dict], limit: int) -> list[list[dict]]:
-    """Micro-batches of at most `limit` tokens after padding, in the given order; a longer rollout gets its own."""
+    """Micro-batches of at most `limit` tokens after padding, in the given order; a longer rollout gets its
+    own."""
     parts: list[list[dict]] = []
     longest = 0
     for rollout in rollouts:
@@ -547,7 +571,8 @@ def letters(prompts: list[str], completions: list[str]) -> list[float]:
 
 
 def arithmetic(prompts: list[str], completions: list[str]) -> list[float]:
-    """1 where the completion's first number is the sum of the prompt's last two, else 0: for a pretrained model."""
+    """1 where the completion's first number is the sum of the prompt's last two, else 0: for a pretrained
+    model."""
     sums = [str(sum(map(int, re.findall(r"\d+", prompt)[-2:]))) for prompt in prompts]
     first = [(re.findall(r"\d+", completion) or [None])[0] for completion in completions]
     return [float(number == right) for number, right in zip(first, sums, strict=True)]
@@ -613,10 +638,11 @@ def compute_rewards(outputs: list, reward: Callable = letters, timeout_s: float 
 
 
 def wait(refs: list, timeout_s: float, doing: str, patience_s: float = 0.0) -> list:
-    """`ray.get(refs)` with a time limit, whose one error names every actor that failed, died or did not answer.
+    """`ray.get(refs)` with a time limit, whose one error names every actor that failed, died or did not
+    answer.
 
-    Raises:
-        RuntimeError: an actor failed or died. The others have had 4 more seconds, and `patience_s` from the start on,
+    Raises: RuntimeError: an actor failed or died. The others have had 4 more seconds, and `patience_s` from
+        the start on,
             because what fails first is not always the cause.
         TimeoutError: it took longer than `timeout_s` seconds.
     """
@@ -715,7 +741,8 @@ def broadcast_weights(
 
 
 class Observation(NamedTuple):
-    """What engines hold and say: digests of every stored tensor, by engine and worker; greedy answers, by engine."""
+    """What engines hold and say: digests of every stored tensor, by engine and worker; greedy answers, by
+    engine."""
 
     digests: list[list[dict[str, int]]]
     answers: list[list[dict]]
@@ -735,7 +762,8 @@ def observe(engines: list, timeout_s: float, prompts: list[str] | None = None, m
 
 
 def differences(engines: list, expected: Observation, timeout_s: float) -> list[str]:
-    """Names of the tensors that are not as expected; if all are, the prompts that are answered differently."""
+    """Names of the tensors that are not as expected; if all are, the prompts that are answered
+    differently."""
     digests = wait(on_workers(engines, "stored_digests"), timeout_s, "reading the engine's tensors")
     different = [
         f"{name} (engine {i}, worker {j})"
@@ -771,16 +799,16 @@ def prove_sync(
 ) -> dict:
     """Prove, before the first step, that a sync makes an engine what vLLM's own loading makes it, or raise.
 
-    Trainer and engines have started from the same checkpoint. Every weight of the engines is set to zero, then synced: by
-    replay, and if that is not possible or gives something else, by a reload session, which then serves from now on. All
-    stored tensors and the greedy answers to `prompts` must be what they were before.
+    Trainer and engines have started from the same checkpoint. Every weight of the engines is set to zero,
+    then synced: by replay, and if that is not possible or gives something else, by a reload session, which
+    then serves from now on. All stored tensors and the greedy answers to `prompts` must be what they were
+    before.
 
     Args:
         train_model, quantized_llm: as for `sync_weights_to_quantized_engine`.
 
-    Returns:
-        What the sync returns, and `verified`, `path` ("replay" or "session"), `because` (why it is no replay), `tensors` and
-        `answers` (how many were compared), and `before`, the first engine's answers.
+    Returns: What the sync returns, and `verified`, `path` ("replay" or "session"), `because` (why it is no
+        replay), `tensors` and `answers` (how many were compared), and `before`, the first engine's answers.
 
     Raises:
         RuntimeError: which tensors or answers differ after a session, or why there was none.
@@ -845,20 +873,21 @@ def sync_weights_to_quantized_engine(
 ) -> dict:
     """Bring engines to the trainer's weights: broadcast, quantization on arrival, digests, cache reset.
 
-    The first replay that brings other weights than the engine held is followed by a reload session with the same ones: what
-    vLLM derives from weights and keeps elsewhere would be the old if replays leave it alone. Stored tensors and answers
-    must be the same after both; otherwise sessions serve from now on. Once a run.
+    The first replay that brings other weights than the engine held is followed by a reload session with the
+    same ones: what vLLM derives from weights and keeps elsewhere would be the old if replays leave it alone.
+    Stored tensors and answers must be the same after both; otherwise sessions serve from now on. Once a run.
 
     Args:
-        train_model: handle of the trainer's actor, a `WeightSender`; of a sharded trainer all ranks, the sender first.
-        quantized_llm: handle of the `MyLLM` actor, or a list of them, which have joined one group with the sender.
+        train_model: handle of the trainer's actor, a `WeightSender`; of a sharded trainer all ranks, the
+            sender first.
+        quantized_llm: handle of the `MyLLM` actor, or a list of them, which have joined one group with the
+            sender.
 
-    Returns:
-        `bytes` on the wire, `seconds` from the call to the reset prefix cache, `gb_per_s` (1e9), `path` ("replay" or
-        "session"), `compared` (whether this was that sync), `sender` and per-rank details.
+    Returns: `bytes` on the wire, `seconds` from the call to the reset prefix cache, `gb_per_s` (1e9), `path`
+        ("replay" or "session"), `compared` (whether this was that sync), `sender` and per-rank details.
 
-    Raises:
-        RuntimeError: what is wrong with which weight on which rank, or who died. Unless no byte has moved, the engine refuses
+    Raises: RuntimeError: what is wrong with which weight on which rank, or who died. Unless no byte has
+        moved, the engine refuses
             to generate. Or: another sync is running.
         TimeoutError: the group did not finish in `timeout_s` seconds.
     """
@@ -903,7 +932,8 @@ def generate(engines: list, prompts: list[str], config: Config, seeds: list[int]
 def rlhf_training_iteration(
     train_model, quantized_llm: list, prompts: list[str], config: Config, step: int = 0
 ) -> tuple[list, list[list[float]], dict]:
-    """Rollouts, rewards, one training step, sync. Returns vLLM's outputs, rewards (P, G), and the step's metrics."""
+    """Rollouts, rewards, one training step, sync. Returns vLLM's outputs, rewards (P, G), and the step's
+    metrics."""
     start, samples = time.perf_counter(), config.samples_per_prompt
     seeds = [
         (config.seed * 10**6 + step * len(prompts) + i) * samples for i in range(len(prompts))
@@ -996,8 +1026,8 @@ def train(config: Config, trainer, engines: list, prompts: list[str]) -> list[di
 def resolve(config: Config, gpus: int) -> tuple[Config, str]:
     """Fill in every `auto` for a cluster with that many GPUs; returns the config and the engines' device.
 
-    Raises:
-        SystemExit: flags that contradict each other; too few GPUs, with the count found, the count needed and the command
+    Raises: SystemExit: flags that contradict each other; too few GPUs, with the count found, the count needed
+        and the command
             that fits.
     """
     if config.samples_per_prompt < 2 or config.temperature <= 0:
@@ -1092,17 +1122,20 @@ def actor_environment() -> dict[str, str]:
     environment = {
         "VLLM_LOGGING_LEVEL": "ERROR",
         "PYTHONWARNINGS": "ignore::FutureWarning",
-        # Without a GPU: two ranks share one NUMA node and a few cores, which vLLM refuses by default; KV cache in GiB.
+        # Without a GPU: two ranks share one NUMA node and a few cores, which vLLM refuses by default; KV
+        # cache in GiB.
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",
         "VLLM_CPU_KVCACHE_SPACE": "1",
-        # vLLM's scheduler runs inside the actor: one process less to start, and batches that do not depend on timing.
+        # vLLM's scheduler runs inside the actor: one process less to start, and batches that do not depend on
+        # timing.
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
     }
     return {name: os.environ.get(name, value) for name, value in environment.items()}
 
 
-# A process of its own that knows Ray's processes below the driver, waits for the driver's clean-up or its end, gives them
-# 4 s and kills those that are left: what is stopped or stuck in a collective does not end by itself.
+# A process of its own that knows Ray's processes below the driver, waits for the driver's clean-up or its
+# end, gives them 4 s and kills those that are left: what is stopped or stuck in a collective does not end by
+# itself.
 REAPER = """
 import contextlib, select, sys, psutil
 seen = set()
@@ -1119,7 +1152,8 @@ for process in psutil.wait_procs(seen - {psutil.Process()}, timeout=4)[1]:
 
 
 def connect(config: Config, cleanup: contextlib.ExitStack) -> int:
-    """Connect to Ray or start a private cluster, of which `cleanup` leaves nothing; returns the number of GPUs."""
+    """Connect to Ray or start a private cluster, of which `cleanup` leaves nothing; returns the number of
+    GPUs."""
     os.environ.setdefault(
         "RAY_process_group_cleanup_enabled", "true"
     )  # a killed actor takes its children along
@@ -1165,7 +1199,8 @@ def start_trainer(config: Config, path: str, cleanup: contextlib.ExitStack):
 
 
 def start_engine(config: Config, path: str, device: str, cleanup: contextlib.ExitStack, first_rank: int = 1):
-    """Start loading the engine, one GPU bundle per worker, and return the actor's handle; `cleanup` stops it."""
+    """Start loading the engine, one GPU bundle per worker, and return the actor's handle; `cleanup` stops
+    it."""
     bundle = {"GPU": 1} if device == "cuda" else {"CPU": 1}
     placement = PlacementGroupSchedulingStrategy(
         reserve([bundle] * config.tensor_parallel_size, config.timeout_s, cleanup),

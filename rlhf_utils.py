@@ -5,7 +5,7 @@
 
 A sync, as the driver asks for it (`sync_weights_to_quantized_engine` in rlhf_online_quant.py):
 
-    manifest = trainer.prepare_weights()                  # raises if there is NaN; None if it is the one agreed on
+    manifest = trainer.prepare_weights()                  # raises if there is NaN; None if agreed on already
     if manifest:                                          # the first time, and after a change
         manifest = workers.agree_on_weights(manifest)     # what would vLLM's loaders do with these weights?
         trainer.agree_on_weights(manifest)
@@ -23,12 +23,11 @@ Reading order. The first three parts are a complete, right sync; the others make
 
 Four rules decide the code:
 
-1. One reload session for a whole update, or a replay of the copies that it would make. `model.load_weights` outside a
-   session rebuilds every layer that it touches from uninitialized memory: a call per parameter destroys the model.
-2. A worker never leaves a broadcast early. Whatever fails while loading is kept until the last bucket has come in;
-   otherwise the sender waits for ever.
+1. One reload session for a whole update, or a replay of the copies that it would make. Outside of a session,
+   `model.load_weights` rebuilds every layer that it touches from uninitialized memory.
+2. A worker never leaves a broadcast early. Whatever fails while loading is kept until the last bucket is in.
 3. All workers agree on errors (`agreed`). One reply too many in vLLM's executor answers the next call.
-4. Nobody waits for another rank without a limit (`wait_on_host`), and whoever gives up says what it waited for.
+4. Nobody waits for a broadcast without a limit (`wait_on_host`); whoever gives up says what it waited for.
 
 Whether all this is right for a model is not argued here but measured, at every start: `prove_sync` in
 rlhf_online_quant.py. vLLM is imported where it is used: the trainer's process starts without it.
@@ -63,7 +62,7 @@ Manifest = list[list]  # [[name, dtype name such as "bfloat16", shape], ...] in 
 NamedTensors = Iterable[tuple[str, torch.Tensor]]
 
 
-# ----- 1. The group: rank 0 is the trainer, ranks 1..TP are the engine's workers --------------------------------------
+# ----- 1. The group: rank 0 is the trainer, ranks 1..TP are the engine's workers --------------------------
 
 
 class GlooGroup:
@@ -77,7 +76,7 @@ class GlooGroup:
         self.gloo = dist.ProcessGroupGloo(dist.PrefixStore("weights", store), rank, world_size, options)
 
     def broadcast(self, tensor: torch.Tensor, src: int, stream: object = None) -> None:
-        """Send `tensor` (contiguous, any dtype) from rank `src` to the same tensor of every other rank; blocks."""
+        """Send `tensor` (contiguous, any dtype) from rank `src` to that of every other rank; blocks."""
         options = dist.BroadcastOptions()
         options.rootRank = src
         data = as_bytes(tensor)
@@ -107,14 +106,14 @@ def stateless_init_process_group(
 ):
     """Join the weight-update group and return an object with `broadcast(tensor, src, stream=None)`.
 
-    It leaves torch.distributed's default group alone, so it works inside a vLLM worker. Every rank must call it; rank 0
-    serves the rendezvous on `master_address` (IPv4, IPv6 or a name) only. What travels there is never unpickled.
+    It leaves torch.distributed's default group alone, so it works inside a vLLM worker. Every rank must call
+    it; rank 0 serves the rendezvous, on `master_address` (IPv4, IPv6, name) only. Nothing is unpickled.
 
     Args:
         device: where this rank's tensors live; without `backend`, CUDA means NCCL and CPU means gloo.
         backend: "nccl" or "gloo"; give it when the two ends differ (gloo is for a group with any CPU rank).
-        timeout_s: seconds to wait for the other ranks, and for each broadcast (by `Buckets`: NCCL itself has no timeout).
-        listen_socket: rank 0 may bring a socket that listens already, so that no other program can take the port.
+        timeout_s: seconds to wait for the other ranks, and (in `Buckets`) for each broadcast.
+        listen_socket: rank 0 may bring a socket that listens already, so that nobody else can take the port.
 
     Raises:
         TimeoutError: which ranks did not arrive in time.
@@ -183,7 +182,7 @@ def broadcast(group, tensor: torch.Tensor, what: str, stream=None) -> None:
 
 
 def wait_on_host(event, group, what: str) -> None:
-    """Until a broadcast has ended; aborts and raises TimeoutError, where NCCL would wait for ever for a dead rank."""
+    """Until a broadcast has ended; aborts and raises TimeoutError, where NCCL would wait for ever."""
     deadline = time.monotonic() + group.timeout_s
     while not event.query():
         if time.monotonic() > deadline:
@@ -192,14 +191,15 @@ def wait_on_host(event, group, what: str) -> None:
         time.sleep(1e-4)
 
 
-# ----- 2. The session: vLLM's own way to load a whole new set of weights into a running model --------------------------
+# ----- 2. The session: vLLM's own way to load a whole new set of weights into a running model -------------
 
 
 class ReloadSession:
-    """One update of a whole vLLM model in place: open it, `load` every weight once in any number of calls, close.
+    """One update of a whole vLLM model in place: open, `load` every weight once (in any number of calls),
+    close.
 
-    vLLM's loaders slice, fuse and quantize. The tensors keep their addresses, as captured CUDA graphs need. A session that
-    failed is to be closed too: the model can then be reloaded, but holds no valid weights until a session was complete.
+    vLLM's loaders slice, fuse and quantize. The tensors keep their addresses, as captured CUDA graphs need.
+    Close one that failed, too: the model holds no valid weights then, but can be reloaded.
     """
 
     def __init__(self, model: torch.nn.Module, model_config):
@@ -215,7 +215,7 @@ class ReloadSession:
         initialize_layerwise_reload(model)
 
     def load(self, weights: NamedTensors) -> None:
-        """Give checkpoint tensors (full shapes, any float dtype) to vLLM's loaders; an error names the weight."""
+        """Give checkpoint tensors (full shapes, any dtype) to vLLM's loaders; an error names the weight."""
         at = "the first weight"
 
         def watched() -> Iterator[tuple[str, torch.Tensor]]:
@@ -247,7 +247,7 @@ class ReloadSession:
 
 
 def repack_heads(model: torch.nn.Module) -> None:
-    """On the CPU a tied head, which is no layer of its own to a session, would go on using a packed old copy."""
+    """On the CPU a tied head, to a session no layer of its own, would go on using a packed old copy."""
     from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
 
     for module in model.modules():
@@ -256,7 +256,7 @@ def repack_heads(model: torch.nn.Module) -> None:
 
 
 def repair_zero_rows(parameters: Iterable[torch.Tensor]) -> int:
-    """Give FP8 blocks whose scale is 0 (a row each for PerRow) zero bytes and scale 1, in place; returns how many.
+    """Give FP8 blocks (PerRow: rows) whose scale is 0 zero bytes and scale 1, in place; returns how many.
 
     torchao 0.18 divides an all-zero row (or one so small that amax / 448 underflows) by its scale of 0: NaN.
     """
@@ -273,13 +273,13 @@ def repair_zero_rows(parameters: Iterable[torch.Tensor]) -> int:
     return repaired
 
 
-# ----- 3. The two ends -------------------------------------------------------------------------------------------------
+# ----- 3. The two ends ------------------------------------------------------------------------------------
 
 
 def checkpoint_weights(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    """Names and tensors of what `save_pretrained` would write, layer by layer; a tied head goes by the embedding's name.
+    """Names and tensors of what `save_pretrained` would write, layer by layer; a tied weight once.
 
-    Inside a Hugging Face model experts may be fused and names differ from the file's, for which vLLM's loaders are made.
+    vLLM's loaders are made for the file. Inside a Hugging Face model experts may be fused, and names differ.
     """
     ignored = getattr(model, "_keys_to_ignore_on_save", None) or ()
     seen, layers = set(), {}
@@ -300,8 +300,9 @@ def has_names_of_file(model: torch.nn.Module) -> bool:
 class WeightSender:
     """The trainer's end, to inherit from or to hold: rank 0 of the group, and the twin of `WorkerExtension`.
 
-    Weights may change, move and be replaced between syncs. A sharded trainer (FSDP2) overrides `weights` to gather each
-    one; all of its ranks call `prepare_weights` and `send_weights`, and the one that has joined the group sends.
+    Weights may change, move and be replaced between syncs. A sharded trainer (FSDP2) overrides `weights` to
+    gather them; all of its ranks call `prepare_weights` and `send_weights`, and the one that has joined the
+    group sends.
 
     Args:
         model: any module; of a Hugging Face model the weights travel as `save_pretrained` would write them.
@@ -316,14 +317,15 @@ class WeightSender:
         self.prepared = self.agreed_on = None  # (manifest, bucket size)
 
     def weights(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """Yield (name, full tensor) of every weight, always in the same order. What a sharded trainer overrides."""
+        """Yield (name, full tensor) of every weight, always in the same order. To be overridden."""
         return checkpoint_weights(self.model)
 
     def _sent(self) -> Iterator[tuple[str, torch.Tensor]]:
         return ((name, weight.detach()) for name, weight in self.weights() if weight.numel())
 
     def _sent_again(self) -> Iterator[tuple[str, torch.Tensor]]:
-        if type(self).weights is not WeightSender.weights or not has_names_of_file(self.model):
+        overridden = getattr(self.weights, "__func__", None) is not WeightSender.weights
+        if overridden or not has_names_of_file(self.model):
             return self._sent()
         names = [name for name, _, _ in self.agreed_on[0]]  # listing the model again would take milliseconds
         return ((name, operator.attrgetter(name)(self.model).detach()) for name in names)
@@ -352,7 +354,7 @@ class WeightSender:
         )
 
     def scan_weights(self) -> None:
-        """Begin to look at every weight. Called after `optimizer.step()`, it takes no time of the next sync."""
+        """Begin to look at every weight. After `optimizer.step()` it takes no time of the next sync."""
         manifest, names, peaks, batch, size = [], [], [], [], 0
         for name, weight in self._sent():
             manifest.append([name, dtype_name(weight.dtype), list(weight.shape)])
@@ -379,8 +381,8 @@ class WeightSender:
         finite = largest.isfinite().tolist()
         if wrong := [name for name, good in zip(names, finite, strict=True) if not good]:
             raise ValueError(
-                f"{len(wrong)} weights hold NaN or infinity and were not sent: {', '.join(wrong[:8])}. Go on from "
-                "an earlier checkpoint with a lower learning rate"
+                f"{len(wrong)} weights hold NaN or infinity and were not sent: {', '.join(wrong[:8])}. Go on "
+                "from an earlier checkpoint with a lower learning rate"
             )
         self.prepared = manifest, bucket_bytes
         if self.prepared == self.agreed_on:
@@ -389,7 +391,7 @@ class WeightSender:
         return manifest
 
     def agree_on_weights(self, manifest: Manifest, bucket_bytes: int = BUCKET_BYTES) -> None:
-        """Prepare to send what `prepare_weights` has listed; the dtypes in `manifest` are those that travel."""
+        """Prepare to send what `prepare_weights` has listed, in the dtypes of `manifest`."""
         self.buckets = None  # its memory is free before new buckets take theirs
         self.buckets = Buckets(manifest, bucket_bytes, self.group, self.device)
         self.agreed_on = self.prepared
@@ -397,7 +399,7 @@ class WeightSender:
     def send_weights(self) -> dict | None:
         """Broadcast every bucket, then the digests of what was sent, beside the workers' `receive_weights`.
 
-        Returns `bytes`, `buckets` and `seconds`; None on a rank of a sharded trainer that is not in the group.
+        Returns `bytes`, `buckets` and `seconds`; None on a rank that is not in the group.
         """
         start = time.perf_counter()
         if self.group is None:
@@ -414,8 +416,8 @@ class WeightSender:
                     name, weight = next(weights)
                     if name != piece.name or list(weight.shape) != piece.full_shape:
                         raise ValueError(
-                            f"found {name} {list(weight.shape)}, expected {piece.name} {piece.full_shape}: the "
-                            "weights have changed since `prepare_weights`; sync again"
+                            f"found {name} {list(weight.shape)}, expected {piece.name} {piece.full_shape}: "
+                            "the weights have changed since `prepare_weights`"
                         )
                 whole = list(view.shape) == piece.full_shape
                 targets.append(view)
@@ -432,10 +434,10 @@ class WeightSender:
 
 
 def agreed(method):
-    """Decorator for worker methods: all workers run it, under vLLM's config; all learn of any error, the last one raises it.
+    """Decorator for worker methods: all workers run it, all learn of any error, and the last one raises it.
 
-    vLLM's executor reads replies in rank order and stops at the first error; a reply behind it would stay in the queue
-    and answer the next call. The last worker has none behind it.
+    vLLM's executor reads replies in rank order and stops at the first error; a reply behind it would stay in
+    the queue and answer the next call. The last worker has none behind it.
     """
 
     @functools.wraps(method)
@@ -470,14 +472,14 @@ def agreed(method):
 
 
 class WorkerExtension:
-    """The engine's end: what a vLLM worker can do besides generating. `worker_extension_cls="rlhf_utils.WorkerExtension"`.
+    """The engine's end: `worker_extension_cls="rlhf_utils.WorkerExtension"` adds it to vLLM's workers.
 
-    Called by name, `llm.collective_rpc("method", args=(...))`. Two ways to bring new weights, both quantized on arrival:
+    Called by name, `llm.collective_rpc("method", args=(...))`. Two ways to bring new weights:
       - `agree_on_weights` once, then `receive_weights`: everything in one call, against a `WeightSender`;
-      - `update_weight(name, dtype_name, shape)` for each weight beside its broadcast, then `check_weights_changed()`.
+      - `update_weight(name, dtype_name, shape)` beside the broadcast of each, then `check_weights_changed()`.
 
-    An update that fails leaves weights that are no version of anything, and **a plain `vllm.LLM` would go on generating with
-    them**. `MyLLM` in rlhf_online_quant.py refuses to, until an update was complete: use it, or do the same.
+    An update that fails leaves weights that are no version of anything, and **a plain `vllm.LLM` would go on
+    generating with them**. `MyLLM` in rlhf_online_quant.py refuses to until an update was complete.
     """
 
     weight_group = None
@@ -507,7 +509,7 @@ class WorkerExtension:
         backend=None,
         timeout_s=60.0,
     ) -> None:
-        """Join the trainer's group as rank `rank_offset` + this worker's rank; see `stateless_init_process_group`."""
+        """Join the trainer's group as rank `rank_offset` + this worker's rank."""
         self.buckets = self.replay = None
         repair_zero_rows(self.get_model().parameters())  # of the first load
         self.last_seen = self.last_seen or stored_digests(self.get_model())
@@ -519,10 +521,10 @@ class WorkerExtension:
     def agree_on_weights(
         self, manifest: Manifest, bucket_bytes: int = BUCKET_BYTES
     ) -> tuple[Manifest, str | None]:
-        """Prepare to receive these weights. Returns them with the dtype in which each has to travel, the engine's where
-        that is no wider than the trainer's, and why updates will be reload sessions (None: they will be replays).
+        """Prepare to receive these weights. Returns them in the dtypes in which they have to travel, and why
+        updates will be reload sessions (None: they will be replays).
 
-        Raises one ValueError with all that is wrong if names or shapes are not those of the last complete set.
+        Raises one ValueError with all that is wrong if names or shapes differ from the last complete set's.
         """
         if self.manifest is not None:
             check_manifest(manifest, self.manifest)
@@ -555,12 +557,10 @@ class WorkerExtension:
 
     @agreed
     def receive_weights(self, by_session: bool = False) -> dict:
-        """Receive a complete set of weights as agreed on, by replay if there is one. Blocks until it has come.
+        """Receive a complete set of weights as agreed on, by replay if there is one; blocks.
 
-        Returns `path` ("replay" or "session") and `compare`: whether these are the first *other* weights that were
-        replayed, of which a session has to give the same (see `sync_weights_to_quantized_engine`).
-
-        Raises ConnectionError if a bucket differs from what was sent; it names the bucket's first and last weight.
+        Returns `path` ("replay" or "session") and `compare`: whether these are the first *other* weights that
+        were replayed, of which a session has to give the same (see `sync_weights_to_quantized_engine`).
         """
         if self.buckets is None:
             raise RuntimeError("no weights have been agreed on with this trainer: call agree_on_weights")
@@ -621,7 +621,7 @@ class WorkerExtension:
 
     @agreed
     def check_weights_changed(self) -> bool:
-        """End the update that `update_weight` began, if any; has a stored byte changed since this was last asked?
+        """End the update that `update_weight` began, if any; has a stored byte changed since the last call?
 
         The first time: since this worker joined a group. Raises ValueError if a parameter got no weight.
         """
@@ -644,15 +644,15 @@ class WorkerExtension:
 
     @agreed
     def stored_digests(self) -> dict[str, int]:
-        """A 64-bit digest of every tensor of this worker's model, by name: parameters, their parts, and buffers."""
+        """See the function of this name."""
         return stored_digests(self.get_model())
 
     @agreed
     def zero_weights(self) -> None:
         """Set every byte that comes from weights to zero, so that what the next sync forgets will show.
 
-        These are all parameters; the buffers whose last name is that of a weight that travels; and those that were not there
-        before the first load, since vLLM has derived them.
+        These are all parameters; the buffers whose last name is that of a weight that travels; and those that
+        were not there before the first load, since vLLM has derived them.
         """
         from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
         from vllm.model_executor.model_loader.reload.meta import SKIP_LOAD_TENSORS
@@ -671,7 +671,7 @@ class WorkerExtension:
 
     @agreed
     def inspect_weights(self) -> dict:
-        """What this worker holds, and what of it is FP8; repairs zero rows of the first load. See `inspect_weights`."""
+        """See the function of this name; repairs zero rows of the first load."""
         repair_zero_rows(self.get_model().parameters())
         return inspect_weights(self.get_model()) | {"rank": self.rank}
 
@@ -690,13 +690,13 @@ def check_manifest(manifest: Manifest, expected: Manifest) -> None:
     problems += [f"missing: {name} {shape}" for name, shape in shapes.items() if name not in seen]
     if problems:
         raise ValueError(
-            f"{len(problems)} weights do not fit the engine's model; send a model of the architecture and shapes that the "
-            "engine was started with:\n  " + "\n  ".join(problems)
+            f"{len(problems)} weights do not fit the engine's model; send a model of the architecture and "
+            "shapes that the engine was started with:\n  " + "\n  ".join(problems)
         )
 
 
 def stored_digests(model: torch.nn.Module) -> dict[str, int]:
-    """A 64-bit digest of every tensor that a vLLM model stores, by name: parameters, their parts, and buffers."""
+    """A 64-bit digest of every tensor that a vLLM model stores, by name: parameters (and parts), buffers."""
     tensors = {}
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         tensors |= plain_tensors(name, tensor)
@@ -706,7 +706,7 @@ def stored_digests(model: torch.nn.Module) -> dict[str, int]:
 
 
 def plain_tensors(name: str, tensor: torch.Tensor) -> dict[str, torch.Tensor]:
-    """The tensors that hold the bytes, by name: torchao's FP8 bytes and scales, or any other tensor itself."""
+    """The tensors that hold the bytes, by name: torchao's bytes and scales, or any other tensor itself."""
     if not is_traceable_wrapper_subclass(tensor):
         return {name: tensor}
     parts = [(f"{name}.{part}", getattr(tensor, part)) for part in tensor.__tensor_flatten__()[0]]
@@ -714,7 +714,7 @@ def plain_tensors(name: str, tensor: torch.Tensor) -> dict[str, torch.Tensor]:
 
 
 def inspect_weights(model: torch.nn.Module) -> dict:
-    """Count what is really FP8, tensor by tensor. Sizes in GiB of this worker's shard, and what they were in BF16."""
+    """Count what is really FP8, tensor by tensor. Sizes in GiB of this shard, as stored and in BF16."""
     from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
 
     fp8, unquantized, stored, loaded = 0, [], 0, 0
@@ -731,7 +731,7 @@ def inspect_weights(model: torch.nn.Module) -> dict:
     return {"fp8_linear_layers": fp8, "unquantized": unquantized, **sizes}
 
 
-# ----- 4. The buckets: both ends make the same plan from the same manifest ---------------------------------------------
+# ----- 4. The buckets: both ends make the same plan from the same manifest --------------------------------
 
 
 class Piece(NamedTuple):
@@ -752,10 +752,10 @@ class Piece(NamedTuple):
 
 
 def plan_buckets(manifest: Manifest, bucket_bytes: int = BUCKET_BYTES) -> list[tuple[int, list[Piece]]]:
-    """Split a manifest into (size in bytes, pieces), filling each bucket; a weight may be cut between two rows.
+    """Split a manifest into (size in bytes, pieces), filling each bucket; weights may be cut between rows.
 
     >>> plan = plan_buckets([["a", "bfloat16", [3]], ["b", "bfloat16", [5, 16]]], 128)
-    >>> [(piece.name, piece.row, piece.end, piece.offset) for piece in plan[0][1]]  # offsets are aligned to 16 bytes
+    >>> [(piece.name, piece.row, piece.end, piece.offset) for piece in plan[0][1]]
     [('a', 0, 3, 0), ('b', 0, 3, 16)]
     >>> [(piece.name, piece.row, piece.end, piece.offset) for piece in plan[1][1]]
     [('b', 3, 5, 0)]
@@ -776,11 +776,10 @@ def plan_buckets(manifest: Manifest, bucket_bytes: int = BUCKET_BYTES) -> list[t
 
 
 class Buckets:
-    """Fixed memory for weights on their way: two buckets in turn, so that one travels while the other is worked on.
+    """Fixed memory for weights on their way: two buckets in turn; one travels while the other is worked on.
 
-    Both ends work on buckets in the current stream and broadcast in a stream of their own (on the CPU both are
-    nothing); the host waits for nothing until the end. Every rank raises TimeoutError, with the names of the weights, if
-    a broadcast has made no progress for `group.timeout_s` seconds.
+    Both ends work on buckets in the current stream and broadcast in a stream of their own (on the CPU both
+    are nothing); the host waits for nothing until the end.
     """
 
     def __init__(self, manifest: Manifest, bucket_bytes: int, group, device: torch.device):
@@ -804,7 +803,7 @@ class Buckets:
         return f"bucket {number + 1} of {len(self.plan)} ({pieces[0].name} .. {pieces[-1].name})"
 
     def broadcast(self, number: int, tensor: torch.Tensor) -> None:
-        """Bucket `number`, or the digests after the last, from rank 0 after all that the current stream has to do."""
+        """Bucket `number`, or at last the digests, after all that the current stream has to do."""
         self.wire.wait_stream(self.streams.current_stream())
         self.events.append(self.streams.Event())
         with self.streams.stream(self.wire):
@@ -816,7 +815,7 @@ class Buckets:
         wait_on_host(self.events[number], self.group, self.names(number))
 
     def send(self, pack: Callable[[int], None]) -> int:
-        """Rank 0: `pack(number)` fills each bucket before it goes; the digests come last. Returns how many buckets."""
+        """Rank 0: `pack(number)` fills each bucket before it goes; digests come last. Returns how many."""
         self.events = []
         for number, bucket in enumerate(self.buckets):
             if number > 1:
@@ -834,9 +833,9 @@ class Buckets:
         return len(self.buckets)
 
     def receive(self) -> Iterator[int]:
-        """Ranks 1..TP: yield the number of each bucket when it has come in, then compare with the sender's digests.
+        """Ranks 1..TP: yield the number of each bucket that has come in, then compare digests.
 
-        The order of collectives is the sender's: every bucket, then the digests. Run it to the end, even after an error.
+        Run it to the end, even after an error: the sender sends all buckets, then the digests.
         Raises ConnectionError if a bucket differs from what was sent; it names its first and last weight.
         """
         self.events = []
@@ -861,7 +860,7 @@ class Buckets:
             )
 
     def put_together(self, numbers: Iterator[int]) -> Iterator[tuple[str, torch.Tensor]]:
-        """Ranks 1..TP: yield (name, tensor in memory of its own) of each weight, from what `receive` yields."""
+        """Ranks 1..TP: yield (name, tensor in memory of its own) of each weight from `receive`'s numbers."""
         whole = None
         for number in numbers:
             self.wait_on_host(number)  # vLLM's loaders make the host wait in any case
@@ -873,7 +872,7 @@ class Buckets:
                     yield piece.name, whole
 
 
-# ----- 5. The replay: what a session would copy, learned once, done again without vLLM's loaders -----------------------
+# ----- 5. The replay: what a session would copy, learned once, done again without vLLM's loaders ----------
 
 
 class CannotReplay(Exception):
@@ -881,7 +880,7 @@ class CannotReplay(Exception):
 
 
 class Copy(NamedTuple):
-    """From a view of a received weight to a view, of the same sizes, of a tensor of the engine's; both without memory."""
+    """From a view of a received weight to one of an engine's tensor, of the same sizes; both on meta."""
 
     weight: str
     source: torch.Tensor
@@ -890,13 +889,13 @@ class Copy(NamedTuple):
 
 
 class Recording(NamedTuple):
-    """What vLLM's loaders copy; `tensors` are the engine's, as the loaders see them: full precision, meta device."""
+    """What vLLM's loaders copy; `tensors` are the engine's as the loaders see them: unquantized, on meta."""
 
     copies: list[Copy]
     tensors: dict[str, torch.Tensor]
 
     def for_the_wire(self, manifest: Manifest) -> Manifest:
-        """Each weight in the dtype of all that it is copied into, if that is one and no wider than its own; else as it is."""
+        """Each weight in the dtype that it is copied into, if that is one and no wider; else as it is."""
         wanted: dict[str, set[torch.dtype]] = {}
         for copy in self.copies:
             wanted.setdefault(copy.weight, set()).add(copy.target.dtype)
@@ -964,7 +963,7 @@ class CopyRecorder(TorchFunctionMode):
 
 
 def record_copies(model: torch.nn.Module, manifest: Manifest) -> Recording:
-    """What a reload session would copy, learned from weights that have a shape and no memory. The model stays as it is.
+    """What a reload session would copy, learned from weights without memory. The model stays as it is.
 
     Raises CannotReplay, with the reason, if the loaders do more than copy.
     """
@@ -1039,7 +1038,7 @@ class Replay:
             self.steps.append((rows, tuple(zip(*plain))))
 
     def __call__(self, number: int) -> None:
-        """Bucket `number` is in its memory. Done once as written, then as a CUDA graph: hundreds of small kernels."""
+        """Bucket `number` is in its memory. Done once as written, then as a CUDA graph."""
         if number in self.graphs:
             return self.graphs[number].replay()
         self._quantize_and_copy(number)
@@ -1068,7 +1067,7 @@ class Replay:
 
 
 def bind(copy: Copy, piece: Piece, view: torch.Tensor, live: torch.Tensor, rows: list, plain: list) -> None:
-    """Append what of a copy lies in a piece, as views of bucket and live tensor, to the arguments of a replay.
+    """Append what of a copy lies in a piece, as views of bucket and live tensor, to what a replay does.
 
     That is (source, qdata, scale) to `rows`, or (target, source) to `plain`.
     """
@@ -1113,14 +1112,15 @@ def bind(copy: Copy, piece: Piece, view: torch.Tensor, live: torch.Tensor, rows:
     rows.append((source, live.qdata[span], live.scale[span]))
 
 
-# ----- 6. Bytes: digests, and rows quantized as torchao does it --------------------------------------------------------
+# ----- 6. Bytes: digests, and rows quantized as torchao does it -------------------------------------------
 
 
 def digest(tensor: torch.Tensor) -> torch.Tensor:
-    """64-bit checksum of a tensor's bytes, as an int64 scalar on its device: no copy to the host, no synchronization.
+    """64-bit checksum of a tensor's bytes, as an int64 scalar on its device: no copy to the host, no waiting.
 
-    The sum over i of (2i + 1) word_i modulo 2^64, of the bytes as 64-bit words. Any one changed word changes it, and so do
-    two swapped ones unless distance times difference is a multiple of 2^63. It is meant for accidents, not attackers.
+    The sum over i of (2i + 1) word_i modulo 2^64, of the bytes as 64-bit words. Any one changed word changes
+    it, and so do two swapped ones unless distance times difference is a multiple of 2^63. For accidents, not
+    attackers.
     """
     data = as_bytes(tensor.contiguous())
     if data.numel() % 8:
@@ -1145,7 +1145,8 @@ def digest_kernel(words, count, total, BLOCK: tl.constexpr):
 def quantize_rows(source: torch.Tensor, qdata: torch.Tensor, scale: torch.Tensor) -> None:
     """Write `source` (rows, columns; BF16) as FP8 e4m3 bytes and one FP32 scale per row, shape (rows, 1).
 
-    Bit-identical to torchao 0.18's PerRow: amax / 448 is rounded to BF16 before it becomes FP32. Only all-zero rows
+    Bit-identical to torchao 0.18's PerRow: amax / 448 is rounded to BF16 before it becomes FP32. Only
+    all-zero rows
     differ: zero bytes and scale 1 (see `repair_zero_rows`).
     """
     if source.is_cuda:
@@ -1189,7 +1190,7 @@ def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-# ----- 7. The patches --------------------------------------------------------------------------------------------------
+# ----- 7. The patches -------------------------------------------------------------------------------------
 
 
 @functools.cache
@@ -1222,9 +1223,9 @@ def patch_torchao_and_vllm() -> None:
         fastest_scaled_mm(output, a_data, b_data, a_scale, b_scale, bias, use_fast_accum)
         return output
 
-    # Why: for a scale per row, cuBLAS takes one tile of 128 x 128, which leaves most of a GPU idle in a decoding step;
-    # vLLM's CUTLASS kernels are faster at up to 128 rows (`tests/bench_rollout.py` compares whole engines).
-    # Delete when: torch._scaled_mm is as fast at 1 to 128 rows.
+    # Why: for a scale per row, cuBLAS takes one tile of 128 x 128, which leaves most of a GPU idle in a
+    # decoding step; vLLM's CUTLASS kernels are faster at up to 128 rows (`tests/bench_rollout.py` compares
+    # whole engines). Delete when: torch._scaled_mm is as fast at 1 to 128 rows.
     float8_tensor.addmm_float8_unwrapped_inference = scaled_mm
 
     @Float8Tensor.implements(torch.ops.aten.empty_like.default)

@@ -139,6 +139,7 @@ def test_resumed_run_gives_the_same_curve(default_run, tmp_path):
         "sync_gb_per_s",
         "trainer_gib",
         "weights_version",
+        "sync_path",
     }
     stable = [
         [{k: v for k, v in row.items() if k not in changing} for row in run] for run in (rows[10:14], resumed)
