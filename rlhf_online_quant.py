@@ -534,8 +534,7 @@ def measure_mismatch(old_N: torch.Tensor, engine_N: torch.Tensor) -> dict[str, f
     the tokens (Kong 1992, "A Note on Importance Sampling using Standardized Weights").
 
     >>> measure_mismatch(torch.tensor([-1.0, -1.0]), torch.tensor([-1.0, -1.5]))  # doctest: +ELLIPSIS
-    {'mismatch_kl': 0.074..., 'mismatch_abs_mean': 0.25, 'mismatch_abs_max': 0.5, 'effective_sample_size':
-    0.943...}
+    {'mismatch_kl': 0.074..., 'mismatch_abs_mean': 0.25, 'mismatch_abs_max': 0.5, 'effective_sample_size': 0.943...}
     """
     log_ratio_N = old_N.double() - engine_N.double()
     ratio_N = log_ratio_N.exp()
