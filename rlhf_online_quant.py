@@ -4,7 +4,8 @@
       |-- trainer   Ray actor, GPU 0            full-precision Hugging Face model, AdamW
       `-- engine    Ray actor MyLLM(vllm.LLM)   FP8 through torchao, tensor parallel on GPUs 1-2
             weights: trainer == NCCL broadcast, full precision ==> each worker, quantized on arrival
- A step (`rlhf_training_iteration`): the engine samples G answers to each prompt; a function rewards them; the
+
+A step (`rlhf_training_iteration`): the engine samples G answers to each prompt; a function rewards them; the
 trainer measures how far the FP8 engine's probabilities are from its own, corrects for it, takes an optimizer
 step and sends its weights to the engine. Textbook PPO without a value network (advantages come from the
 group) and without generation that runs beside training (every answer comes from the newest weights).
@@ -15,12 +16,14 @@ Two things differ from the example that is usually copied:
   stays BF16.
 - A sync is one reload session, or a replay of the copies that it would make. `load_weights` once per
   parameter leaves a quantized engine with uninitialized memory.
- And one thing is added: before the first step, the engine is zeroed and synced, and must then be, byte for
+
+And one thing is added: before the first step, the engine is zeroed and synced, and must then be, byte for
 byte and answer for answer, the engine that had started from the checkpoint (`prove_sync`). Otherwise the run
 ends there.
 
 Without a GPU the same processes run on the CPU (gloo, weight-only FP8, a tiny random model).
- Names of dimensions: P prompts, G samples per prompt, B sequences of a micro-batch, T tokens, V vocabulary, N
+
+Names of dimensions: P prompts, G samples per prompt, B sequences of a micro-batch, T tokens, V vocabulary, N
 all sampled tokens of a step. `rewards_PG` has the shape (P, G).
 """
 

@@ -11,7 +11,7 @@ A sync, as the driver asks for it (`sync_weights_to_quantized_engine` in rlhf_on
         trainer.agree_on_weights(manifest)
     trainer.send_weights()  |  workers.receive_weights()  # at the same time
 
-Reading order. The first three parts are a complete, right sync; the others make it fast.
+Reading order. Parts 1 to 4, with the digests of part 6, are a complete, right sync; part 5 makes it fast.
 
     1. the group       who sends to whom
     2. the session     how vLLM takes a whole new set of weights, and quantizes it
