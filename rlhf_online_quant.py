@@ -845,7 +845,7 @@ def prove_sync(
             )
         because = f"after a replay {wrong}"
         print(f"Weight syncs are reload sessions, because {because}")
-        wait(on_workers(engines, "trust_replay", because), timeout_s, "choosing sessions")
+        wait(on_workers(engines, "settle_path", because), timeout_s, "choosing sessions")
     return {
         **sync_result(sent, ranks, seconds),
         "verified": wrong is None,
@@ -903,9 +903,9 @@ def sync_weights_to_quantized_engine(
         if different := differences(engines, replayed, timeout_s):
             because = f"a replay and a session of the same new weights differ in {some(different)}"
             print(f"Weight syncs are reload sessions from now on, because {because}")
-            wait(on_workers(engines, "trust_replay", because), timeout_s, "choosing sessions")
+            wait(on_workers(engines, "settle_path", because), timeout_s, "choosing sessions")
         else:
-            wait(on_workers(engines, "trust_replay"), timeout_s, "choosing replays")
+            wait(on_workers(engines, "settle_path"), timeout_s, "choosing replays")
             print("A replay and a session of the first other weights gave the same tensors and answers")
     return sync_result(sent, ranks, time.perf_counter() - start) | {"compared": compared}
 

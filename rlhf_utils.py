@@ -496,7 +496,7 @@ class WorkerExtension:
 
     def __new__(cls, *args, **kwargs):
         """The first thing that happens in a worker, before there is a model."""
-        patch_torchao_and_vllm()
+        patch_torchao()
         return super().__new__(cls)
 
     @agreed
@@ -548,8 +548,8 @@ class WorkerExtension:
                 self.because = str(reason)
 
     @agreed
-    def trust_replay(self, because_not: str | None = None) -> None:
-        """Replay from now on without further comparison, or, with a reason against it, never again."""
+    def settle_path(self, because_not: str | None = None) -> None:
+        """End the comparisons: replay from now on or, with a reason against it, never again."""
         self.unproven = None
         if because_not is not None:
             self.never_replay = self.because = because_not
@@ -1194,7 +1194,7 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 
 @functools.cache
-def patch_torchao_and_vllm() -> None:
+def patch_torchao() -> None:
     """What a worker changes in torchao, before it builds its model. Importing this module changes nothing."""
     from torchao.quantization.quantize_.workflows.float8 import float8_tensor
 

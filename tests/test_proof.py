@@ -239,7 +239,7 @@ def state():
 before = state()
 import rlhf_utils
 imported = state(), "vllm" in sys.modules
-rlhf_utils.patch_torchao_and_vllm()
+rlhf_utils.patch_torchao()
 print(json.dumps([before == imported[0], imported[1], before == state()]))
 """
     printed = subprocess.run(

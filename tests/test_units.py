@@ -174,7 +174,7 @@ def test_scaled_mm_is_torchaos(rows, device, bias, monkeypatch):
     full, x = torch.randn(64, 96, device=device).bfloat16(), torch.randn(rows, 96, device=device).bfloat16()
     weight = Float8Tensor.from_hp(full, mm_config=Float8MMConfig(use_fast_accum=True), **kwargs)
     bias = torch.randn(64, device=device).bfloat16() if bias else None
-    rlhf_utils.patch_torchao_and_vllm()
+    rlhf_utils.patch_torchao()
     patched, products = float8_tensor.addmm_float8_unwrapped_inference, {}
     for ours in (False, True):
         product = patched if ours else addmm_float8_unwrapped_inference
@@ -359,7 +359,7 @@ def test_groups_need_different_answers(flags):
 
 def test_compiled_code_with_fp8_weights_can_be_stored():
     """vLLM moves the inputs of what it stores to the meta device; `tests/bench_startup.py` shows what that saves."""
-    rlhf_utils.patch_torchao_and_vllm()
+    rlhf_utils.patch_torchao()
     weight = Float8Tensor.from_hp(torch.randn(32, 64, dtype=torch.bfloat16), granularity=PerRow())
     empty = torch.empty_like(weight, device="meta", pin_memory=False)
     assert isinstance(empty, Float8Tensor) and empty.qdata.is_meta and empty.scale.is_meta
