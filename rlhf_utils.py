@@ -39,7 +39,6 @@ import contextlib
 import functools
 import logging
 import math
-import operator
 import re
 import socket
 import time
@@ -282,19 +281,22 @@ def checkpoint_weights(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tens
     vLLM's loaders are made for the file. Inside a Hugging Face model experts may be fused, and names differ.
     """
     ignored = getattr(model, "_keys_to_ignore_on_save", None) or ()
-    seen, layers = set(), {}
+    seen, weights = set(), {}
     for name, tensor in model.state_dict(keep_vars=True).items():
         if id(tensor) not in seen and name not in ignored:
             seen.add(id(tensor))
-            layer = re.match(r".*?\.\d+\.", name)
-            layers.setdefault(layer and layer[0], {})[name] = tensor
-    for weights in layers.values():  # one layer after another, because splitting experts copies them
-        yield from (weights if has_names_of_file(model) else revert_weight_conversion(model, weights)).items()
-
-
-def has_names_of_file(model: torch.nn.Module) -> bool:
-    """Did `from_pretrained` find nothing to convert? Then `save_pretrained` will not either."""
-    return getattr(model, "_weight_conversions", None) == []
+            weights[name] = tensor
+    if (
+        getattr(model, "_weight_conversions", None) == []
+    ):  # by `from_pretrained`, which had nothing to convert
+        yield from weights.items()
+        return
+    layers = {}
+    for name, tensor in weights.items():
+        layer = re.match(r".*?\.\d+\.", name)
+        layers.setdefault(layer and layer[0], {})[name] = tensor
+    for layer in layers.values():  # one after another, because splitting experts copies them
+        yield from revert_weight_conversion(model, layer).items()
 
 
 class WeightSender:
@@ -313,22 +315,15 @@ class WeightSender:
         self.model, self.device = model, torch.device(device)
         self.group: object | None = None
         self.buckets: Buckets | None = None  # None until both ends have agreed
-        self.scanned: tuple[Manifest, list[str], list[torch.Tensor]] | None = None
+        self.scanned: tuple[Manifest, list[str]] | None = None  # what there is, and which of it is not finite
         self.prepared = self.agreed_on = None  # (manifest, bucket size)
 
     def weights(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Yield (name, full tensor) of every weight, always in the same order. To be overridden."""
         return checkpoint_weights(self.model)
 
-    def _sent(self) -> Iterator[tuple[str, torch.Tensor]]:
-        return ((name, weight.detach()) for name, weight in self.weights() if weight.numel())
-
-    def _sent_again(self) -> Iterator[tuple[str, torch.Tensor]]:
-        overridden = getattr(self.weights, "__func__", None) is not WeightSender.weights
-        if overridden or not has_names_of_file(self.model):
-            return self._sent()
-        names = [name for name, _, _ in self.agreed_on[0]]  # listing the model again would take milliseconds
-        return ((name, operator.attrgetter(name)(self.model).detach()) for name in names)
+    def _not_empty(self) -> Iterator[tuple[str, torch.Tensor]]:
+        return ((name, weight) for name, weight in self.weights() if weight.numel())
 
     def open_rendezvous(self, address: str | None) -> tuple[str, int]:
         """Hold a listening socket on `address` (None: this node's own) and a free port; returns both."""
@@ -353,10 +348,11 @@ class WeightSender:
             master_address, master_port, 0, world_size, self.device, backend, timeout_s, self.listen_socket
         )
 
+    @torch.no_grad()
     def scan_weights(self) -> None:
-        """Begin to look at every weight. After `optimizer.step()` it takes no time of the next sync."""
+        """Look at every weight. After `optimizer.step()`, which has to wait anyway, it delays no sync."""
         manifest, names, peaks, batch, size = [], [], [], [], 0
-        for name, weight in self._sent():
+        for name, weight in self._not_empty():
             manifest.append([name, dtype_name(weight.dtype), list(weight.shape)])
             if weight.is_floating_point():
                 names.append(name)
@@ -366,7 +362,10 @@ class WeightSender:
                 peaks, batch, size = [*peaks, *torch._foreach_norm(batch, ord=math.inf)], [], 0
         if batch:
             peaks += torch._foreach_norm(batch, ord=math.inf)
-        self.scanned = manifest, names, peaks
+        largest = torch.empty(len(peaks), dtype=torch.bfloat16, device=self.device)
+        torch._foreach_copy_(list(largest.unbind()), peaks)
+        wrong = [name for name, finite in zip(names, largest.isfinite().tolist(), strict=True) if not finite]
+        self.scanned = manifest, wrong
 
     def prepare_weights(self, bucket_bytes: int = BUCKET_BYTES) -> Manifest | None:
         """Check the weights before a byte moves. Returns their manifest, or None if it is the one agreed on.
@@ -375,11 +374,8 @@ class WeightSender:
         """
         if self.scanned is None:
             self.scan_weights()
-        (manifest, names, peaks), self.scanned = self.scanned, None
-        largest = torch.empty(len(peaks), dtype=torch.bfloat16, device=self.device)
-        torch._foreach_copy_(list(largest.unbind()), peaks)
-        finite = largest.isfinite().tolist()
-        if wrong := [name for name, good in zip(names, finite, strict=True) if not good]:
+        (manifest, wrong), self.scanned = self.scanned, None
+        if wrong:
             raise ValueError(
                 f"{len(wrong)} weights hold NaN or infinity and were not sent: {', '.join(wrong[:8])}. Go on "
                 "from an earlier checkpoint with a lower learning rate"
@@ -396,6 +392,7 @@ class WeightSender:
         self.buckets = Buckets(manifest, bucket_bytes, self.group, self.device)
         self.agreed_on = self.prepared
 
+    @torch.no_grad()
     def send_weights(self) -> dict | None:
         """Broadcast every bucket, then the digests of what was sent, beside the workers' `receive_weights`.
 
@@ -406,7 +403,7 @@ class WeightSender:
             for _ in self.weights():
                 pass  # takes part in gathering
             return None
-        weights, weight = self._sent_again(), None
+        weights, weight = self._not_empty(), None
 
         def pack(number: int) -> None:
             nonlocal weight
