@@ -5,51 +5,86 @@
       `-- engine    Ray actor MyLLM(vllm.LLM)   FP8 through torchao, tensor parallel on GPUs 1-2
             weights: trainer == NCCL broadcast, full precision ==> each worker, quantized on arrival
 
-A step (`rlhf_training_iteration`): the engine samples G answers to each prompt; a function rewards them; the
-trainer measures how far the FP8 engine's probabilities are from its own, corrects for it, takes an optimizer
-step and sends its weights to the engine. Textbook PPO without a value network (advantages come from the
-group) and without generation that runs beside training (every answer comes from the newest weights).
+    prove_sync(trainer, engines)                            # a sync is right, or the run ends here
+    for every step:                                         # `rlhf_training_iteration`
+        outputs = engines.generate(prompts)                 # G answers to each, with log-probabilities
+        advantages = compute_advantages(compute_rewards(outputs))
+        trainer.train_step(outputs, advantages)             # PPO's loss, corrected for FP8
+        sync_weights_to_quantized_engine(trainer, engines)  # every answer comes from the newest weights
 
-Two things differ from the example that is usually copied:
+Left out, because it hides the pattern: a value network (advantages come from the group), generation beside
+training, sharded trainers (rlhf_utils.py takes them). Both ends of the wire are in rlhf_utils.py.
 
-- `quantization="torchao"` is passed beside the torchao config. The config alone is ignored and the engine
-  stays BF16.
-- A sync is one reload session, or a replay of the copies that it would make. `load_weights` once per
-  parameter leaves a quantized engine with uninitialized memory.
+Reading order:
 
-And one thing is added: before the first step, the engine is zeroed and synced, and must then be, byte for
-byte and answer for answer, the engine that had started from the checkpoint (`prove_sync`). Otherwise the run
-ends there.
+    1. config        2. the loop      3. the objective    4. the sync
+    5. the trainer   6. the engine    7. start and stop   8. before anything starts
 
 Without a GPU the same processes run on the CPU (gloo, weight-only FP8, a tiny random model).
 
-Names of dimensions: P prompts, G samples per prompt, B sequences of a micro-batch, T tokens, V vocabulary, N
-all sampled tokens of a step. `rewards_PG` has the shape (P, G).
+Names of dimensions: P prompts, G samples per prompt, B sequences of a micro-batch, L tokens of a sequence,
+T = L - 1 predicted ones, V vocabulary, N all sampled tokens at hand. `rewards_PG` has the shape (P, G).
 """
 
 import contextlib
 import dataclasses
 import importlib
 import importlib.util
+import inspect
 import json
+import logging
 import math
+import multiprocessing.forkserver
 import os
+import pkgutil
 import queue
 import random
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal
+
+# What every process of a run has in its environment, if the user has not set it.
+ENVIRONMENT = {
+    "VLLM_LOGGING_LEVEL": "ERROR",
+    "PYTHONWARNINGS": "ignore",
+    "TORCH_CPP_LOG_LEVEL": "ERROR",
+    "TRANSFORMERS_VERBOSITY": "error",
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    # Without a GPU: two workers share a NUMA node, which vLLM refuses by default; and KV cache in GiB.
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    # vLLM's scheduler runs inside the actor: a process less, and batches that do not depend on timing.
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+}
+
+
+def be_quiet() -> None:
+    """Libraries' errors only, unless VLLM_LOGGING_LEVEL asks for more. Some warn while they are imported."""
+    if os.environ.get("VLLM_LOGGING_LEVEL", "ERROR") == "ERROR":
+        warnings.simplefilter("ignore")
+        for name in ("torchao", "torch.utils._pytree", "vllm", "ray", "transformers"):
+            logging.getLogger(name).setLevel(logging.ERROR)
+
+
+if __name__ == "__main__":
+    os.environ |= {name: os.environ.get(name, value) for name, value in ENVIRONMENT.items()}
+    print("Importing PyTorch, vLLM and Ray ...", flush=True)
+if "VLLM_LOGGING_LEVEL" in os.environ:  # in this program and its processes; not where this file is imported
+    be_quiet()
 
 import psutil
 import ray
+import tokenizers
 import torch
 import torchao
 import transformers
@@ -57,10 +92,12 @@ import tyro
 import vllm
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
-from rich.console import Console
-from rich.table import Table
 from torchao.core.config import AOBaseConfig, config_from_dict, config_to_dict
-from torchao.quantization import Float8DynamicActivationFloat8WeightConfig, Float8WeightOnlyConfig, PerRow
+from torchao.quantization import (
+    Float8DynamicActivationFloat8WeightConfig,
+    Float8WeightOnlyConfig,
+    PerRow,
+)
 from vllm import LLM, SamplingParams
 
 from rlhf_utils import BUCKET_BYTES, WeightSender
@@ -74,17 +111,9 @@ PROMPTS = [
     "The capital of France is",
     "The future of AI is",
 ]
-# Log-probabilities of the sampled tokens alone. vLLM would decode every token, and every log-probability's,
-# as it comes, and make the GPU wait at hundreds of sequences; `MyLLM.generate` decodes at the end.
-ROLLOUT = dict(logprobs=0, flat_logprobs=True, detokenize=False)
-# Mismatch KL (nats per token) that is nothing to worry about. "none" is BF16's rounding of the trainer's FP32
-# weights.
-USUAL_KL = {"none": 5e-3, "fp8": 5e-2}
-LINE_OF_STEP = (
-    "step {step:4d} | reward {reward:.3f} | KL {mismatch_kl:.2e}, |d| max {mismatch_abs_max:.3f}, ESS "
-    "{effective_sample_size:.3f} | {tokens_per_s:.0f} tokens/s | rollout {rollout_s:.2f} s, train {train_s:.2f} s, "
-    "sync {sync_s:.3f} s ({sync_gb_per_s:.2f} GB/s) | trainer {trainer_gib:.2f} GiB"
-)
+
+
+# ----- 1. Config --------------------------------------------------------------------------------------------
 
 
 @dataclasses.dataclass
@@ -92,88 +121,65 @@ class Config:
     """RL with an FP8 vLLM rollout engine, quantized online."""
 
     model: str = "auto"
-    """Hugging Face name, local folder, or `tiny` (random, built here). `auto`: facebook/opt-125m on GPUs,
-    else tiny."""
+    """Hugging Face name, local folder, or `tiny` (random). `auto`: facebook/opt-125m on GPUs, else tiny."""
     trainer_device: Literal["auto", "cuda", "cpu"] = "auto"
     """Where the trainer runs; `auto` takes a GPU if the cluster has any."""
-    trainer_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    """Precision of the trainer's weights. The engine computes in bfloat16, so that is what goes over the
-    wire."""
-
+    trainer_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Of the trainer's weights and optimizer. In bfloat16 small steps are lost in rounding."""
     tensor_parallel_size: int = 2
     """GPUs of an engine (CPU: processes). The trainer's GPU comes on top."""
     num_engines: int = 1
     """Engines that share the prompts of a step; each has its own tensor-parallel group."""
     quantization: str = "auto"
-    """`fp8-dynamic` (`auto` on GPUs), `fp8-weight-only` (`auto` on CPU), `none`, or a torchao config's JSON
-    file."""
+    """`fp8-dynamic` (`auto` on GPUs), `fp8-weight-only` (`auto` on CPU), `none`, or a torchao config's file."""
     enforce_eager: bool = False
     """Start faster and generate much more slowly: no compilation, no CUDA graphs. Always so on the CPU."""
     max_model_len: int = 512
     """Longest prompt plus completion, in tokens."""
-    gpu_memory_utilization: float = 0.8
-    """Share of each engine GPU that vLLM may fill with weights and KV cache."""
-    kv_cache_dtype: Literal["auto", "fp8"] = "auto"
-    """`fp8`: one byte for each element of the KV cache, at a cost in precision; `auto` is BF16."""
+    engine_args: str = "{}"
+    """JSON with any other keyword of vllm.LLM: '{"gpu_memory_utilization": 0.5, "kv_cache_dtype": "fp8"}'."""
+
     steps: int = 20
-    """Training steps: rollouts, rewards, optimizer, sync. 0 only starts, syncs and samples."""
+    """Training steps: rollouts, rewards, optimizer, sync. 0 only starts, proves and samples."""
     prompts_file: Path | None = None
-    """UTF-8 text, one prompt a line. Default: sums for `--reward arithmetic`, else four prompts of vLLM's
-    examples."""
+    """UTF-8 text, one prompt a line. Default: sums for `--reward arithmetic`, else vLLM's four examples."""
     reward: str = "letters"
-    """`letters` (share of a-z, learnable from scratch), `arithmetic` (is the sum right?), or
-    `module:function`, which takes a list of prompts and a list of completions (str) and returns a list of
-    floats."""
+    """`letters` (share of a-z), `arithmetic` (right sums), or `module:function`; see `compute_rewards`."""
     prompts_per_step: int = 8
     """P, prompts per step."""
     samples_per_prompt: int = 16
     """G, completions per prompt; advantages are relative to their mean."""
     max_tokens: int = 32
-    """Longest completion, in tokens. A completion cut off there is rewarded and learned from like any
-    other."""
+    """Longest completion, in tokens. One that is cut off is rewarded and learned from like any other."""
     temperature: float = 1.0
     """Of the rollouts. The samples before and after training are always greedy."""
-
     learning_rate: float | None = None
     """AdamW's step size. Default: 1e-6, and 5e-4 for the tiny model."""
     epochs: int = 1
     """Optimizer steps per rollout batch, each on all of it. PPO's clipping matters from the second on."""
-    clip: float = 0.2
-    """PPO: the probability ratio to the policy before the step counts within 1 - clip and 1 + clip."""
     kl_coef: float = 0.0
-    """Weight of the KL divergence to the initial policy in the loss; above 0 the trainer keeps a frozen
-    copy."""
+    """Weight of the KL divergence to the initial policy; above 0 the trainer keeps a frozen copy."""
     correction: Literal["token-truncate", "sequence-mask", "none"] = "token-truncate"
     """How the loss corrects for sampling with FP8: see `importance_weights`."""
-    correction_cap: float = 2.0
-    """C, the largest importance weight."""
-    max_grad_norm: float = 1.0
-    """Gradients are scaled down to this norm."""
     tokens_per_microbatch: int = 8192
-    """Longest forward and backward pass (padded tokens); gradients accumulate over as many as the batch
-    needs."""
+    """Longest forward and backward pass (padded tokens); gradients accumulate over as many as it takes."""
     gradient_checkpointing: bool = False
     """Compute activations again in the backward pass: less memory, more time."""
 
     output_dir: Path = Path("outputs")
     """Gets metrics.jsonl, curves.png, summary.json, and checkpoint-N."""
     save_every: int = 0
-    """Steps between checkpoints; 0 saves at the end only."""
+    """Steps between checkpoints; 0 saves at the end only (and, if it can, when a run fails)."""
     resume: Path | None = None
-    """A checkpoint folder of an earlier run with the same flags: go on from its model, optimizer and step."""
+    """A checkpoint-N of an earlier run with the same flags: go on from its model, optimizer and step."""
     track: Literal["none", "trackio", "wandb"] = "none"
     """Send the metrics there too (install it yourself)."""
     seed: int = 0
-    """Of the tiny model's weights, of prompts and of sampling. The same seed gives the same curve on the
-    CPU."""
-    bucket_mib: int = 256
-    """Weights travel in buckets of this size (MiB), two of which each side keeps; a weight may be cut between
-    rows."""
+    """Of the tiny model, prompts and sampling. On the CPU the same seed gives the same curve."""
     timeout_s: float = 30.0
-    """Longest wait (seconds) for a weight sync, and for a reward function. Start-up, a generation, a training
-    step and a checkpoint may take ten times as long."""
+    """Longest wait (seconds) for a sync or a reward function; ten times that for all that takes longer."""
     ray_address: str | None = None
-    """An existing Ray cluster, such as `auto` or `10.0.0.1:6379`. Default: start a private one."""
+    """An existing cluster (`auto`, `10.0.0.1:6379`) whose nodes share local folders. Default: a private one."""
 
     @property
     def world_size(self) -> int:
@@ -181,312 +187,312 @@ class Config:
         return 1 + self.num_engines * self.tensor_parallel_size
 
 
-# ----- The engine ----------------------------------------------------------------------------------------------------
+# ----- 2. The loop ------------------------------------------------------------------------------------------
 
 
-class MyLLM(LLM):
-    """vLLM with a version for its weights, which refuses to generate while they are incomplete.
-
-    An update begins with `update_weight` or `receive_weights` and ends with `check_weights_changed` or with
-    `receive_weights` itself. At the end the prefix cache, which holds the old weights' keys and values, is
-    reset.
-    """
-
-    weights_version = 0
-    torn: str | None = None  # why the weights are not one complete version
-    torn_until: str | None = None  # the worker method that completes them
-    asked: tuple[list[str], int] = (PROMPTS, 32)  # what `answer` was last asked: prompts, tokens
-
-    # What begins an update, and what ends it.
-    UPDATES = {
-        "update_weight": "check_weights_changed",
-        "receive_weights": "receive_weights",
-        "zero_weights": "receive_weights",
-        "reset_weights": "receive_weights",  # vLLM's own zeros
+def rlhf_training_iteration(
+    train_model, quantized_llm: list, prompts: list[str], config: Config, step: int = 0
+) -> tuple[list, list[list[float]], dict]:
+    """Rollouts, rewards, a training step, sync. Returns vLLM's outputs, rewards (P, G) and metrics."""
+    start = time.perf_counter()
+    outputs = generate(quantized_llm, prompts, config, step)
+    rollout_s = time.perf_counter() - start
+    rewards_PG = compute_rewards(outputs, load_reward(config.reward), config.timeout_s)
+    rollouts = to_rollouts(outputs, compute_advantages(torch.tensor(rewards_PG, dtype=torch.float64)))
+    [trained] = wait([train_model.train_step.remote(rollouts)], 10 * config.timeout_s, "the training step")
+    sync = sync_weights_to_quantized_engine(train_model, quantized_llm, timeout_s=config.timeout_s)
+    versions = [llm.get_weights_version.remote() for llm in quantized_llm]
+    tokens = sum(len(rollout["completion"]) for rollout in rollouts)
+    finished = [completion.finish_reason == "stop" for output in outputs for completion in output.outputs]
+    metrics = {
+        "step": step,
+        "reward": sum(map(sum, rewards_PG)) / len(rollouts),
+        "tokens": tokens,
+        "tokens_per_s": tokens / rollout_s,
+        "truncated": 1 - sum(finished) / len(finished),
+        **trained,
+        "rollout_s": rollout_s,
+        "sync_s": sync["seconds"],
+        "sync_path": sync["path"],
+        "sync_gb_per_s": sync["gb_per_s"],
+        "step_s": time.perf_counter() - start,
+        "weights_version": wait(versions, config.timeout_s, "reading the version")[0],
     }
-
-    def __repr__(
-        self,
-    ) -> str:  # LLM's own asks the workers, and Ray would put the answer before every log line
-        return "MyLLM"
-
-    def collective_rpc(self, method, timeout=None, args=(), kwargs=None):
-        """Call a method of every worker; keeps account of updates."""
-        if method in self.UPDATES:
-            self.torn_until = self.UPDATES[method]
-            self.torn = f"the weight update after version {self.weights_version} has not been completed"
-        results = super().collective_rpc(method, timeout, args, kwargs)
-        if self.torn and method == self.torn_until:
-            if not self.reset_prefix_cache():
-                raise RuntimeError("vLLM refused to reset the prefix cache: requests are still running")
-            self.weights_version += 1
-            self.torn = self.torn_until = None
-        return results
-
-    def _refuse_if_torn(self) -> None:
-        if self.torn:
-            raise RuntimeError(f"refusing to generate: {self.torn}; sync a complete set of weights first")
-
-    def _add_request(self, *args, **kwargs):
-        """Every way to ask an LLM for something comes through here: generate, chat, enqueue, beam_search,
-        encode, ..."""
-        self._refuse_if_torn()
-        return super()._add_request(*args, **kwargs)
-
-    def _run_engine(self, *args, **kwargs):
-        """... and every way to have it done through here, `wait_for_completion` of earlier requests
-        included."""
-        self._refuse_if_torn()
-        return super()._run_engine(*args, **kwargs)
-
-    def generate(self, *args, **kwargs):
-        """LLM.generate; decodes each answer at its end if vLLM did not token by token."""
-        outputs, tokenizer = super().generate(*args, **kwargs), self.get_tokenizer()
-        for output in outputs:
-            for answer in output.outputs:
-                answer.text = answer.text or decode(tokenizer, output.prompt_token_ids, answer.token_ids)
-        return outputs
-
-    def answer(self, prompts: list[str] | None = None, max_tokens: int = 32) -> list[dict]:
-        """A greedy answer to each prompt: `prompt`, `text`, `token_ids`, `logprobs`. Without prompts: to the
-        last ones again."""
-        self.asked = (prompts, max_tokens) if prompts else self.asked
-        self.reset_prefix_cache()  # on GPUs the last bits depend on how much of a prompt was cached
-        params = SamplingParams(temperature=0, max_tokens=self.asked[1], **ROLLOUT)
-        return [
-            {"prompt": output.prompt, "text": answer.text, "token_ids": list(answer.token_ids)}
-            | {"logprobs": list(answer.logprobs.logprobs)}
-            for output in self.generate(self.asked[0], params, use_tqdm=False)
-            for answer in output.outputs
-        ]
-
-    def get_weights_version(self) -> int:
-        """How many complete updates the weights have had; 0 means as loaded at start-up."""
-        return self.weights_version
-
-    def shutdown(self) -> None:
-        """Stop the engine's processes."""
-        self.llm_engine.engine_core.shutdown()
+    return outputs, rewards_PG, metrics
 
 
-def decode(tokenizer, prompt: list[int], answer: list[int]) -> str:
-    """An answer's text as it follows its prompt; decoded alone, some tokenizers would drop its first
-    space."""
-    options = dict(skip_special_tokens=True, clean_up_tokenization_spaces=False)
-    return tokenizer.decode([*prompt[-1:], *answer], **options)[
-        len(tokenizer.decode(prompt[-1:], **options)) :
+# Log-probabilities of the sampled tokens alone. vLLM would decode every token as it comes and make the GPU
+# wait at hundreds of sequences; `MyLLM.generate` decodes at the end.
+ROLLOUT = dict(logprobs=0, flat_logprobs=True, detokenize=False)
+
+
+def generate(engines: list, prompts: list[str], config: Config, step: int = 0) -> list:
+    """One vLLM RequestOutput per prompt, in order; each engine generates for an equal share of them.
+
+    Raises RuntimeError while a weight sync is running. (A call to the actor itself waits for its turn.)
+    """
+    if SYNCING.locked():
+        raise RuntimeError("refusing to generate: a weight sync is running; ask again when it has ended")
+    samples, first = config.samples_per_prompt, config.seed * 10**6 + step * len(prompts)
+    sampling = dict(n=samples, temperature=config.temperature, max_tokens=config.max_tokens, **ROLLOUT)
+    seeds = [(first + i) * samples for i in range(len(prompts))]  # vLLM adds the sample's index
+    params = [SamplingParams(seed=seed, **sampling) for seed in seeds]
+    share = math.ceil(len(prompts) / len(engines))
+    calls = [
+        llm.generate.remote(prompts[i : i + share], params[i : i + share], use_tqdm=False)
+        for llm, i in zip(engines, range(0, len(prompts), share))
     ]
+    return sum(wait(calls, 10 * config.timeout_s, "generating"), [])
 
 
-def torchao_config(quantization: str) -> AOBaseConfig | None:
-    """The torchao config behind `--quantization`; None for `none`.
+def to_rollouts(outputs: list, advantages_PG: torch.Tensor) -> list[dict]:
+    """What `Trainer.train_step` takes: token ids, the engine's log-probabilities (nats), advantages.
+
+    Raises RuntimeError if the engine gave a log-probability that is not finite.
+    """
+    rollouts = [
+        {
+            "prompt": list(output.prompt_token_ids),
+            "completion": list(completion.token_ids),
+            "logprobs": list(completion.logprobs.logprobs),
+            "advantage": advantage,
+        }
+        for output, advantages_G in zip(outputs, advantages_PG.tolist(), strict=True)
+        for completion, advantage in zip(output.outputs, advantages_G, strict=True)
+    ]
+    wrong = [rollout for rollout in rollouts if not all(map(math.isfinite, rollout["logprobs"]))]
+    if wrong:
+        raise RuntimeError(
+            f"the engine's log-probabilities of {len(wrong)} of {len(rollouts)} completions are not finite; "
+            "nothing was learned from them. Lower --learning-rate, or see whether --quantization none helps"
+        )
+    return rollouts
+
+
+def letters(prompts: list[str], completions: list[str]) -> list[float]:
+    """The share of characters that are lower-case letters a-z: what a random model can learn from scratch."""
+    return [len(re.findall("[a-z]", completion)) / max(1, len(completion)) for completion in completions]
+
+
+def arithmetic(prompts: list[str], completions: list[str]) -> list[float]:
+    """1 if the completion's first number is the sum of the prompt's last two: for a pretrained model."""
+    sums = [str(sum(map(int, re.findall(r"\d+", prompt)[-2:]))) for prompt in prompts]
+    first = [(re.findall(r"\d+", completion) or [None])[0] for completion in completions]
+    return [float(number == right) for number, right in zip(first, sums, strict=True)]
+
+
+def load_reward(name: str) -> Callable[..., list[float]]:
+    """The function behind `--reward`. Raises ValueError if there is none."""
+    shipped = {"letters": letters, "arithmetic": arithmetic}
+    if name in shipped:
+        return shipped[name]
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())
+    try:
+        if ":" not in name:
+            raise ValueError("no colon in it")
+        reward = pkgutil.resolve_name(name)
+    except (ImportError, AttributeError, ValueError, SyntaxError) as error:
+        raise ValueError(
+            f"--reward {name}: expected {', '.join(shipped)}, or module:function with the module here or "
+            f"installed. Found: {type(error).__name__}: {error}"
+        ) from error
+    if not callable(reward):
+        raise ValueError(f"--reward {name}: expected a function, found {type(reward).__name__}")
+    return reward
+
+
+def compute_rewards(outputs: list, reward: Callable = letters, timeout_s: float = 30.0) -> list[list[float]]:
+    """Rewards of every completion, in the shape (P, G).
+
+    Args:
+        reward: gets a list of prompts and a list of completions (str without special tokens; one of each per
+            completion) and returns as many floats. By parameters of these names it gets `finish_reasons`, too
+            ("length" for a completion that was cut off, else "stop"), and `completion_ids`, all token ids.
 
     Raises:
-        SystemExit: neither a known name nor a readable torchao config.
+        RuntimeError: the function raised, or returned anything but one finite number per completion.
+        TimeoutError: it has not returned for `timeout_s` seconds.
     """
-    named = {
-        # The lower bound keeps an all-zero activation row from being divided by its scale of 0; no other row
-        # changes. Inductor's settings stay vLLM's: torchao's tune every kernel by timing, which takes minutes
-        # and is not repeatable.
-        "fp8-dynamic": Float8DynamicActivationFloat8WeightConfig(
-            granularity=PerRow(), activation_value_lb=1e-12, set_inductor_config=False
-        ),
-        "fp8-weight-only": Float8WeightOnlyConfig(set_inductor_config=False),
-        "none": None,
+    name = getattr(reward, "__name__", repr(reward))
+    prompts = [output.prompt for output in outputs for _ in output.outputs]
+    completions = [completion for output in outputs for completion in output.outputs]
+    on_demand = {
+        "finish_reasons": lambda: [completion.finish_reason for completion in completions],
+        "completion_ids": lambda: [list(completion.token_ids) for completion in completions],
     }
-    if quantization in named:
-        return named[quantization]
     try:
-        return config_from_dict(json.loads(Path(quantization).read_text()))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise SystemExit(
-            f"--quantization {quantization}: expected {', '.join(named)}, or a file with the JSON of torchao's "
-            f"config_to_dict(config). Found: {type(error).__name__}: {error}"
-        ) from error
+        wanted = inspect.signature(reward).parameters
+    except (TypeError, ValueError):  # some functions that are not written in Python
+        wanted = {}
+    more = {key: values() for key, values in on_demand.items() if key in wanted}
+    answer = queue.Queue()
 
+    def ask() -> None:
+        """In a thread of its own, which may hang."""
+        try:
+            answer.put([float(value) for value in reward(prompts, [c.text for c in completions], **more)])
+        except BaseException as error:  # raised below; SystemExit would end this thread without a word
+            answer.put(error)
 
-def engine_arguments(config: Config, path: str, device: str) -> dict:
-    """Keyword arguments for `LLM`: an FP8 engine whose workers can receive weights."""
-    on_cpu = "mp" if config.tensor_parallel_size > 1 else "uni"  # vLLM has no Ray workers on the CPU
-    executor = "ray" if device == "cuda" else on_cpu
-    arguments = dict(
-        model=path,
-        dtype="bfloat16",  # torchao's PerRow quantizes nothing else
-        tensor_parallel_size=config.tensor_parallel_size,
-        distributed_executor_backend=executor,
-        worker_extension_cls="rlhf_utils.WorkerExtension",
-        enforce_eager=config.enforce_eager or device == "cpu",
-        max_model_len=config.max_model_len,
-        gpu_memory_utilization=config.gpu_memory_utilization,
-        kv_cache_dtype=config.kv_cache_dtype,
-        seed=config.seed,
-        logprobs_mode="processed_logprobs",  # of the distribution that is sampled from, temperature included
-        disable_log_stats=True,
-    )
-    if quantization := torchao_config(config.quantization):
-        as_json = json.dumps(config_to_dict(quantization))
-        arguments |= dict(quantization="torchao", hf_overrides={"quantization_config_dict_json": as_json})
-    return arguments
-
-
-# ----- The trainer ---------------------------------------------------------------------------------------------------
-
-
-class Trainer(WeightSender):
-    """The full-precision side: model, optimizer, and, by what it inherits, rank 0 of the weight-update
-    group."""
-
-    def __init__(self, config: Config, path: str):
-        self.config, self.path = config, path
-        model_config = transformers.AutoConfig.from_pretrained(path)
-        for name in vars(
-            model_config
-        ):  # the engine has no dropout: with it, trainer and engine would be two policies
-            if "dropout" in name or "layerdrop" in name:
-                setattr(model_config, name, 0.0)
-
-        def load(folder: str | Path) -> torch.nn.Module:
-            """A model without dropout, in training mode so that it can recompute activations."""
-            options = dict(config=model_config, dtype=config.trainer_dtype)
-            return (
-                transformers.AutoModelForCausalLM.from_pretrained(folder, **options)
-                .to(config.trainer_device)
-                .train()
-            )
-
-        super().__init__(load(config.resume or path), config.trainer_device)
-        if config.gradient_checkpointing:
-            self.model.gradient_checkpointing_enable()
-        self.reference = load(path) if config.kl_coef else None
-        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=config.learning_rate)
-        self.step = 0
-        if config.resume:
-            state = torch.load(config.resume / "trainer.pt", map_location=self.device, weights_only=True)
-            self.optimizer.load_state_dict(state["optimizer"])
-            self.step = state["step"]
-
-    def get_step(self) -> int:
-        """How many training steps the model has behind it."""
-        return self.step
-
-    def train_step(self, rollouts: list[dict]) -> dict:
-        """`epochs` AdamW steps on a batch of rollouts; returns metrics (see README's glossary).
-
-        Args:
-            rollouts: dicts with `prompt` and `completion` (token ids), `logprobs` (the engine's, one per
-                completion token, in nats) and `advantage`.
-        """
-        config, start = self.config, time.perf_counter()
-        if self.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats()
-        batches = [self._pad(part) for part in split_by_tokens(rollouts, config.tokens_per_microbatch)]
-        tokens = sum(int(batch["mask_BT"].sum()) for batch in batches)
-        sums = dict.fromkeys(("loss", "ppo_clipped", "corrected", "reference_kl"), 0.0)
-        for epoch in range(config.epochs):
-            for batch in batches:
-                logprobs_BT = self._logprobs(self.model, batch)
-                if epoch == 0:
-                    batch["old_BT"] = logprobs_BT.detach()
-                    if self.reference:
-                        with torch.no_grad():
-                            batch["reference_BT"] = self._logprobs(self.reference, batch)
-                loss, metrics = compute_ppo_loss(logprobs_BT, batch, config)
-                (loss / tokens).backward()
-                sums = {name: value + float(metrics[name]) for name, value in sums.items()}
-            grad_norm = float(torch.nn.utils.clip_grad_norm_(self.model.parameters(), config.max_grad_norm))
-            self.optimizer.step()
-            self.optimizer.zero_grad()
-        self.step += 1
-        self.scan_weights()
-        old_N = torch.cat([batch["old_BT"][batch["mask_BT"]] for batch in batches])
-        engine_N = torch.cat([batch["engine_BT"][batch["mask_BT"]] for batch in batches])
-        on_gpu = self.device.type == "cuda"
-        memory = torch.cuda.max_memory_allocated() if on_gpu else psutil.Process().memory_info().rss
-        return (
-            {name: value / tokens / config.epochs for name, value in sums.items()}
-            | measure_mismatch(old_N, engine_N)
-            | {"grad_norm": grad_norm, "train_s": time.perf_counter() - start}
-            | {"trainer_gib": memory / 2**30}
+    threading.Thread(target=ask, daemon=True).start()  # a daemon does not keep the program from ending
+    try:
+        rewards = answer.get(timeout=timeout_s)
+    except queue.Empty:
+        raise TimeoutError(f"reward function {name} has not returned for {timeout_s:g} s") from None
+    if isinstance(rewards, BaseException):
+        message = f"reward function {name} failed: {type(rewards).__name__}: {rewards}"
+        if "main thread" in str(rewards):  # signal.alarm, by which math_verify limits its time
+            message += ". It runs in a thread, where signals cannot be set: switch its own time limit off "
+            message += "(math_verify: timeout_seconds=None, parsing_timeout=None); --timeout-s is one"
+        raise RuntimeError(message) from rewards
+    largest = torch.finfo(torch.float32).max
+    wrong = [f"{value} for {c.text!r}" for value, c in zip(rewards, completions) if not abs(value) <= largest]
+    if wrong or len(rewards) != len(completions):
+        raise RuntimeError(
+            f"reward function {name}: expected {len(completions)} finite numbers, one per completion; found "
+            f"{len(rewards)} numbers, not finite: {wrong[:3] or 'none'}"
         )
-
-    def _pad(self, rollouts: list[dict]) -> dict[str, torch.Tensor]:
-        """One micro-batch, padded on the right. Position t predicts token t + 1; the mask holds the
-        completions'."""
-        longest = max(len(rollout["prompt"] + rollout["completion"]) for rollout in rollouts)
-        tokens_BL = torch.zeros(len(rollouts), longest, dtype=torch.long)
-        attend_BL, mask_BL, engine_BL = torch.zeros_like(tokens_BL), tokens_BL.bool(), tokens_BL.float()
-        for row, rollout in enumerate(rollouts):
-            start, end = len(rollout["prompt"]), len(rollout["prompt"] + rollout["completion"])
-            tokens_BL[row, :end] = torch.tensor(rollout["prompt"] + rollout["completion"])
-            attend_BL[row, :end] = 1
-            mask_BL[row, start:end] = True
-            engine_BL[row, start:end] = torch.tensor(rollout["logprobs"])
-        advantages_B1 = torch.tensor([[rollout["advantage"]] for rollout in rollouts])
-        batch = {"tokens_BL": tokens_BL, "attend_BL": attend_BL, "advantages_B1": advantages_B1}
-        batch |= {"mask_BT": mask_BL[:, 1:], "engine_BT": engine_BL[:, 1:]}
-        return {name: tensor.to(self.device) for name, tensor in batch.items()}
-
-    def _logprobs(self, model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-        """Log-probability (nats, at the rollouts' temperature) of each next token, shape (B, T)."""
-        tokens_BL = batch["tokens_BL"]
-        output = model(input_ids=tokens_BL, attention_mask=batch["attend_BL"], use_cache=False)
-        logits_BTV, targets_BT = output.logits[:, :-1].float() / self.config.temperature, tokens_BL[:, 1:]
-        losses = torch.nn.functional.cross_entropy(
-            logits_BTV.flatten(0, 1), targets_BT.flatten(), reduction="none"
-        )
-        return -losses.view_as(targets_BT)
-
-    def save_pretrained(self, folder: str | Path) -> None:
-        """Write model and tokenizer in Hugging Face format."""
-        self.model.save_pretrained(folder)
-        transformers.AutoTokenizer.from_pretrained(self.path).save_pretrained(folder)
-
-    def save_checkpoint(self, folder: Path) -> None:
-        """Write all that `--resume` needs; the folder appears when it is complete."""
-        aside = folder.with_name(folder.name + ".incomplete")
-        self.save_pretrained(aside)
-        torch.save({"optimizer": self.optimizer.state_dict(), "step": self.step}, aside / "trainer.pt")
-        shutil.rmtree(folder, ignore_errors=True)
-        aside.rename(folder)
-
-
-# ----- The objective: pure functions of numbers -----------------------------------------------------------------------
+    rows = iter(rewards)
+    return [[next(rows) for _ in output.outputs] for output in outputs]
 
 
 def compute_advantages(rewards_PG: torch.Tensor) -> torch.Tensor:
-    """Rewards, centred and scaled within each group, as in GRPO (Shao et al. 2024, arXiv:2402.03300, section
-    4.1.2).
+    """Rewards, centred and scaled within each group, as in GRPO.
 
-    >>> compute_advantages(torch.tensor([[0.0, 0.0, 1.0, 1.0], [3.0, 3.0, 3.0, 3.0]]))
+    Shao et al. 2024, arXiv:2402.03300, section 4.1.2. A group of equal rewards has no advantages, whatever
+    rounding makes of their mean.
+
+    >>> compute_advantages(torch.tensor([[0.0, 0.0, 1.0, 1.0], [0.7, 0.7, 0.7, 0.7]]))
     tensor([[-0.8660, -0.8660,  0.8660,  0.8660],
             [ 0.0000,  0.0000,  0.0000,  0.0000]])
     """
     centred_PG = rewards_PG - rewards_PG.mean(dim=1, keepdim=True)
-    return centred_PG / (rewards_PG.std(dim=1, keepdim=True) + 1e-6)
+    equal_P1 = (rewards_PG == rewards_PG[:, :1]).all(dim=1, keepdim=True)
+    return (centred_PG / (rewards_PG.std(dim=1, keepdim=True) + 1e-6)).masked_fill(equal_P1, 0.0)
 
 
-def importance_weights(
-    old_BT: torch.Tensor, engine_BT: torch.Tensor, mask_BT: torch.Tensor, correction: str, cap: float
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Weights that correct for tokens having been sampled by the engine and not by the trainer; and where
-    `cap` acted.
+def prompts_of_step(config: Config, prompts: list[str], step: int) -> list[str]:
+    """P prompts: the next ones in turn, or sums of their own for `--reward arithmetic` without a file."""
+    count = config.prompts_per_step
+    if config.reward == "arithmetic" and config.prompts_file is None:
+        draw = random.Random(f"{config.seed} {step}").randrange
+        return [f"Question: What is {draw(100)} + {draw(100)}? Answer:" for _ in range(count)]
+    return [prompts[(step * count + i) % len(prompts)] for i in range(count)]
 
-    With r = trainer's probability / engine's, of the same token under the same weights:
-      - `token-truncate`: min(r, cap) for each token. Truncated importance sampling: Ionides 2008, "Truncated
-        Importance Sampling"; for rollout engines Yao et al. 2025, "Your Efficient RL Framework Secretly
-        Brings You Off-Policy RL".
-      - `sequence-mask`: the product of r over the completion, or 0 if that exceeds cap. Liu et al. 2025,
-        "When Speed Kills Stability: Demystifying RL Collapse from the Training-Inference Mismatch".
-      - `none`: 1.
+
+LINE_OF_STEP = (
+    "step {step:4d} | reward {reward:.3f} | KL {mismatch_kl:.2e}, |d| max {mismatch_abs_max:.3f}, ESS "
+    "{effective_sample_size:.3f} | {tokens_per_s:.0f} tokens/s | rollout {rollout_s:.2f} s, "
+    "train {train_s:.2f} s, sync {sync_s:.3f} s ({sync_gb_per_s:.2f} GB/s) | trainer {trainer_gib:.2f} GiB"
+)
+# Mismatch KL (nats per token) that is nothing to worry about; "none": BF16's rounding of FP32 weights.
+USUAL_KL = {"none": 5e-3, "fp8": 5e-2}
+
+
+def train(config: Config, trainer, engines: list, prompts: list[str], first: int = 0) -> list[dict]:
+    """Steps `first` to `config.steps`: print, log and return their metrics, save checkpoints.
+
+    Whatever ends it early, what was learned is saved if the trainer lives; a note on the error says so.
     """
-    log_ratio_BT = (old_BT - engine_BT) * mask_BT
-    if correction == "none":
-        return torch.ones_like(old_BT), torch.zeros_like(mask_BT)
-    if correction == "token-truncate":
-        return log_ratio_BT.exp().clamp(max=cap), log_ratio_BT > math.log(cap)
-    log_ratio_BT = log_ratio_BT.sum(dim=1, keepdim=True).expand_as(mask_BT)
-    over_BT = log_ratio_BT > math.log(cap)
-    return log_ratio_BT.exp().masked_fill(over_BT, 0.0), over_BT
+    file = config.output_dir / "metrics.jsonl"
+    rows = read_metrics(config.output_dir)[:first] if config.resume else []
+    file.write_text("".join(map(to_json, rows)))
+    saved, folder = first, config.resume
+    with contextlib.ExitStack() as cleanup:
+        if config.track != "none":
+            tracker = importlib.import_module(config.track)
+            tracker.init(
+                project="rlhf-online-quant", config=json.loads(json.dumps(vars(config), default=str))
+            )
+            cleanup.callback(tracker.finish)
+        for step in range(first, config.steps):
+            try:
+                batch = prompts_of_step(config, prompts, step)
+                outputs, rewards_PG, metrics = rlhf_training_iteration(trainer, engines, batch, config, step)
+                rows.append(metrics)
+                with file.open("a") as log:
+                    log.write(to_json(metrics))
+                if config.track != "none":
+                    tracker.log(metrics, step=step)
+                print(LINE_OF_STEP.format(**metrics), flush=True)
+                warn_of(metrics, config, first)
+                if step % 10 == 0:
+                    answer, reward = outputs[0].outputs[0].text, rewards_PG[0][0]
+                    print(f"  sample: {outputs[0].prompt!r} -> {answer[:60]!r} | reward {reward:.3f}")
+                if step + 1 == config.steps or config.save_every and (step + 1) % config.save_every == 0:
+                    target = checkpoint_folder(config, step + 1)
+                    wait([trainer.save_checkpoint.remote(target)], 10 * config.timeout_s, f"saving {target}")
+                    saved, folder = step + 1, target
+            except Exception as error:
+                error.add_note(
+                    f"This was step {step}. {save_what_was_learned(config, trainer, saved, folder)}"
+                )
+                raise
+    return rows
+
+
+def to_json(row: dict) -> str:
+    """A line of metrics.jsonl; JSON knows no NaN and no infinity."""
+    finite = {name: None if isinstance(v, float) and not math.isfinite(v) else v for name, v in row.items()}
+    return json.dumps(finite, allow_nan=False) + "\n"
+
+
+def warn_of(metrics: dict, config: Config, first: int) -> None:
+    """Print what is wrong with a step, and what to do."""
+    usual = USUAL_KL["none" if config.quantization == "none" else "fp8"]
+    if not metrics["mismatch_kl"] <= usual:
+        print(
+            f"WARNING: mismatch KL above {usual:g}. If --quantization none shows it too, from the first step "
+            "on, the trainer computes something else than the engine. If only FP8 does, lower the learning rate."
+        )
+    changed = metrics["weights_changed"]
+    if (
+        config.trainer_dtype == "bfloat16"
+        and metrics["step"] == first
+        and metrics["grad_norm"]
+        and changed < 0.1
+    ):
+        print(
+            f"WARNING: this step changed {changed:.1%} of the weights; the rest of it was lost in bfloat16's "
+            f"rounding. Use --trainer-dtype float32, or more than --learning-rate {config.learning_rate:g}."
+        )
+
+
+def checkpoint_folder(config: Config, step: int) -> Path:
+    """Where the model goes that has `step` steps behind it."""
+    return config.output_dir.absolute() / f"checkpoint-{step}"
+
+
+def save_what_was_learned(config: Config, trainer, saved: int, folder: Path | None) -> str:
+    """Save the trainer's complete steps, if `folder` holds only `saved`; a sentence says what there is."""
+    try:  # not by `wait`: that an engine has died does not matter now
+        done = ray.get(trainer.get_step.remote(), timeout=config.timeout_s)
+        if done > saved:
+            target = checkpoint_folder(config, done)
+            ray.get(trainer.save_checkpoint.remote(target), timeout=10 * config.timeout_s)
+            saved, folder = done, target
+    except ray.exceptions.RayError as error:  # a GetTimeoutError is one
+        print(f"What the trainer had learned could not be saved: {cause_of(error)}", file=sys.stderr)
+    return (
+        f"{saved} complete steps are saved: go on with --resume {folder}" if folder else "No step is saved."
+    )
+
+
+def read_metrics(folder: Path) -> list[dict]:
+    """The rows of metrics.jsonl, one per step; a last one that was cut off is left out."""
+    file, rows = folder / "metrics.jsonl", []
+    for line in file.read_text().split("\n") if file.exists() else []:
+        with contextlib.suppress(json.JSONDecodeError):
+            rows.append(json.loads(line))
+    return rows
+
+
+# ----- 3. The objective: pure functions of numbers ----------------------------------------------------------
+
+CLIP = 0.2  # PPO: the probability ratio to the policy before the step counts within 1 - CLIP and 1 + CLIP
+CORRECTION_CAP = 2.0  # C, the largest importance weight
+MAX_GRAD_NORM = 1.0  # gradients are scaled down to this norm
 
 
 def compute_ppo_loss(logprobs_BT: torch.Tensor, batch: dict[str, torch.Tensor], config: Config) -> tuple:
@@ -501,28 +507,55 @@ def compute_ppo_loss(logprobs_BT: torch.Tensor, batch: dict[str, torch.Tensor], 
         whole batch makes every token count the same, however the batch is split (DAPO: Yu et al. 2025,
         arXiv:2503.14476, section 3.3).
     """
-    mask_BT, old_BT, advantages_B1 = batch["mask_BT"], batch["old_BT"], batch["advantages_B1"]
-    ratio_BT = (logprobs_BT - old_BT).exp()
-    clipped_BT = ratio_BT.clamp(1 - config.clip, 1 + config.clip)
-    gain_BT = torch.minimum(ratio_BT * advantages_B1, clipped_BT * advantages_B1)
-    weights_BT, corrected_BT = importance_weights(
-        old_BT, batch["engine_BT"], mask_BT, config.correction, config.correction_cap
-    )
-    reference_kl_BT = (
-        k3(batch["reference_BT"] - logprobs_BT) if config.kl_coef else torch.zeros_like(logprobs_BT)
-    )
-    loss = (config.kl_coef * reference_kl_BT - weights_BT * gain_BT)[mask_BT].sum()
+    mask_BT, old_BT = batch["mask_BT"], batch["old_BT"]
+    weights_BT, corrected_BT = importance_weights(old_BT, batch["engine_BT"], mask_BT, config.correction)
+    # From here on the completions' tokens alone: what stands elsewhere must not reach a gradient.
+    logprobs_N, old_N, weights_N = logprobs_BT[mask_BT], old_BT[mask_BT], weights_BT[mask_BT]
+    advantages_N = batch["advantages_B1"].expand_as(mask_BT)[mask_BT]
+    ratio_N = (logprobs_N - old_N).exp()
+    clipped_N = ratio_N.clamp(1 - CLIP, 1 + CLIP)
+    gain_N = torch.minimum(ratio_N * advantages_N, clipped_N * advantages_N)
+    reference_kl_N = torch.zeros_like(logprobs_N)
+    if config.kl_coef:
+        reference_kl_N = k3(batch["reference_BT"][mask_BT] - logprobs_N)
+    loss = (config.kl_coef * reference_kl_N - weights_N * gain_N).sum()
     return loss, {
         "loss": loss.detach(),
-        "ppo_clipped": (clipped_BT * advantages_B1 < ratio_BT * advantages_B1)[mask_BT].sum(),
+        "ppo_clipped": (clipped_N * advantages_N < ratio_N * advantages_N).sum(),
         "corrected": corrected_BT[mask_BT].sum(),
-        "reference_kl": reference_kl_BT.detach()[mask_BT].sum(),
+        "reference_kl": reference_kl_N.detach().sum(),
     }
 
 
+def importance_weights(
+    old_BT: torch.Tensor,
+    engine_BT: torch.Tensor,
+    mask_BT: torch.Tensor,
+    correction: str,
+    cap: float = CORRECTION_CAP,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Weights that correct for sampling by the engine and not by the trainer; and where `cap` acted.
+
+    With r = trainer's probability / engine's, of the same token under the same weights:
+      - `token-truncate`: min(r, cap) for each token. Truncated importance sampling: Ionides 2008, "Truncated
+        Importance Sampling"; for rollout engines Yao et al. 2025, "Your Efficient RL Framework Secretly
+        Brings You Off-Policy RL".
+      - `sequence-mask`: the product of r over the completion, or 0 if that exceeds cap. Liu et al. 2025,
+        "When Speed Kills Stability: Demystifying RL Collapse from the Training-Inference Mismatch".
+      - `none`: 1.
+    """
+    log_ratio_BT = (old_BT - engine_BT).masked_fill(~mask_BT, 0.0)
+    if correction == "none":
+        return torch.ones_like(old_BT), torch.zeros_like(mask_BT)
+    if correction == "token-truncate":
+        return log_ratio_BT.exp().clamp(max=cap), log_ratio_BT > math.log(cap)
+    log_ratio_BT = log_ratio_BT.sum(dim=1, keepdim=True).expand_as(mask_BT)
+    over_BT = log_ratio_BT > math.log(cap)
+    return log_ratio_BT.exp().masked_fill(over_BT, 0.0), over_BT
+
+
 def k3(log_ratio: torch.Tensor) -> torch.Tensor:
-    """Per-sample estimate of KL(q || p) in nats from log p - log q on samples of q: unbiased and never
-    negative.
+    """Estimate of KL(q || p) in nats from log p - log q of each sample of q: unbiased, never negative.
 
     Schulman 2020, "Approximating KL Divergence", joschu.net/blog/kl-approx.html.
     """
@@ -530,14 +563,13 @@ def k3(log_ratio: torch.Tensor) -> torch.Tensor:
 
 
 def measure_mismatch(old_N: torch.Tensor, engine_N: torch.Tensor) -> dict[str, float]:
-    """How far the engine's log-probabilities (nats) of its own tokens are from the trainer's, under the same
-    weights.
+    """How far the engine's log-probabilities (nats) of its tokens are from the trainer's, weights being equal.
 
     The effective sample size, (sum r)^2 / sum r^2 with r as in `importance_weights`, is given as a share of
     the tokens (Kong 1992, "A Note on Importance Sampling using Standardized Weights").
 
-    >>> measure_mismatch(torch.tensor([-1.0, -1.0]), torch.tensor([-1.0, -1.5]))  # doctest: +ELLIPSIS
-    {'mismatch_kl': 0.074..., 'mismatch_abs_mean': 0.25, 'mismatch_abs_max': 0.5, 'effective_sample_size': 0.943...}
+    >>> measure_mismatch(torch.tensor([-1.0, -1.0]), torch.tensor([-1.0, -1.5]))["mismatch_abs_mean"]
+    0.25
     """
     log_ratio_N = old_N.double() - engine_N.double()
     ratio_N = log_ratio_N.exp()
@@ -549,140 +581,7 @@ def measure_mismatch(old_N: torch.Tensor, engine_N: torch.Tensor) -> dict[str, f
     }
 
 
-def split_by_tokens(rollouts: list[dict], limit: int) -> list[list[dict]]:
-    """Micro-batches of at most `limit` tokens after padding, in the given order; a longer rollout gets its
-    own."""
-    parts: list[list[dict]] = []
-    longest = 0
-    for rollout in rollouts:
-        length = len(rollout["prompt"]) + len(rollout["completion"])
-        longest = max(longest, length)
-        if not parts or (len(parts[-1]) + 1) * longest > limit:
-            parts.append([])
-            longest = length
-        parts[-1].append(rollout)
-    return parts
-
-
-# ----- Rewards --------------------------------------------------------------------------------------------------------
-
-
-def letters(prompts: list[str], completions: list[str]) -> list[float]:
-    """The share of characters that are lower-case letters a-z: what a random model can learn from scratch."""
-    return [len(re.findall("[a-z]", completion)) / max(1, len(completion)) for completion in completions]
-
-
-def arithmetic(prompts: list[str], completions: list[str]) -> list[float]:
-    """1 where the completion's first number is the sum of the prompt's last two, else 0: for a pretrained
-    model."""
-    sums = [str(sum(map(int, re.findall(r"\d+", prompt)[-2:]))) for prompt in prompts]
-    first = [(re.findall(r"\d+", completion) or [None])[0] for completion in completions]
-    return [float(number == right) for number, right in zip(first, sums, strict=True)]
-
-
-def load_reward(name: str) -> Callable[[list[str], list[str]], list[float]]:
-    """The function behind `--reward`."""
-    shipped = {"letters": letters, "arithmetic": arithmetic}
-    if name in shipped:
-        return shipped[name]
-    module, _, function = name.partition(":")
-    if os.getcwd() not in sys.path:
-        sys.path.append(os.getcwd())
-    try:
-        return getattr(importlib.import_module(module), function)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise SystemExit(
-            f"--reward {name}: expected {', '.join(shipped)}, or module:function with the module here or installed. "
-            f"Found: {type(error).__name__}: {error}"
-        ) from error
-
-
-def compute_rewards(outputs: list, reward: Callable = letters, timeout_s: float = 30.0) -> list[list[float]]:
-    """Rewards of every completion, in the shape (P, G).
-
-    Raises:
-        RuntimeError: the function raised, or returned anything but one finite number per completion.
-        TimeoutError: it has not returned for `timeout_s` seconds.
-    """
-    prompts = [output.prompt for output in outputs for _ in output.outputs]
-    completions = [completion.text for output in outputs for completion in output.outputs]
-    answer = queue.Queue()
-
-    def ask() -> None:
-        """In a thread of its own, which may hang."""
-        try:
-            answer.put(([float(value) for value in reward(prompts, completions)], None))
-        except Exception as error:  # raised below
-            answer.put(([], error))
-
-    threading.Thread(target=ask, daemon=True).start()  # a daemon does not keep the program from ending
-    try:
-        rewards, error = answer.get(timeout=timeout_s)
-    except queue.Empty:
-        raise TimeoutError(
-            f"reward function {reward.__name__} has not returned for {timeout_s:g} s"
-        ) from None
-    if error:
-        raise RuntimeError(
-            f"reward function {reward.__name__} failed: {type(error).__name__}: {error}"
-        ) from error
-    wrong = [f"{value} for {text!r}" for value, text in zip(rewards, completions) if not math.isfinite(value)]
-    if wrong or len(rewards) != len(completions):
-        raise RuntimeError(
-            f"reward function {reward.__name__}: expected {len(completions)} finite numbers, one per completion; found "
-            f"{len(rewards)} numbers, not finite: {wrong[:3] or 'none'}"
-        )
-    rows = iter(rewards)
-    return [[next(rows) for _ in output.outputs] for output in outputs]
-
-
-# ----- The sync ------------------------------------------------------------------------------------------------------
-
-
-def wait(refs: list, timeout_s: float, doing: str, patience_s: float = 0.0) -> list:
-    """`ray.get(refs)` with a time limit, whose one error names every actor that failed, died or did not
-    answer.
-
-    Raises: RuntimeError: an actor failed or died. The others have had 4 more seconds, and `patience_s` from
-        the start on,
-            because what fails first is not always the cause.
-        TimeoutError: it took longer than `timeout_s` seconds.
-    """
-    start, pending, results, failures = time.monotonic(), list(refs), {}, []
-    deadline, next_sign = start + timeout_s, start + 10
-    while pending and (left := deadline - time.monotonic()) > 0:
-        done, pending = ray.wait(pending, timeout=min(2.0, left))
-        for ref in done:
-            try:
-                results[ref] = ray.get(ref)
-            except ray.exceptions.RayTaskError as error:
-                failures.append(f"{who(ref)}: {type(error.cause).__name__}: {error.cause}")
-            except ray.exceptions.RayError as error:
-                failures.append(f"{who(ref)}: {error}")
-        if not done and not failures:  # an actor that nothing is asked of at the moment may have died as well
-            failures = [f"{name} has died" for actor, name in ACTORS.items() if actor_state(actor) == "DEAD"]
-        if failures:
-            deadline = min(deadline, max(time.monotonic() + 4, start + patience_s))
-        elif time.monotonic() > next_sign:
-            next_sign += 10
-            print(f"... {doing}: {time.monotonic() - start:.0f} s", file=sys.stderr)
-    silent = f"no answer from {', '.join(map(who, pending))}" if pending else ""
-    if failures:
-        raise RuntimeError(f"{doing}: " + "; ".join(failures + [silent] * bool(silent)))
-    if pending:
-        raise TimeoutError(f"{doing} took longer than {timeout_s:g} s: {silent}")
-    return [results[ref] for ref in refs]
-
-
-def actor_state(actor: ray.ActorID) -> str:
-    """Ray's name for it, such as ALIVE or DEAD."""
-    return ray._private.state.actors(actor.hex())["State"]
-
-
-def who(ref: ray.ObjectRef) -> str:
-    """The actor that a call went to, for messages."""
-    actor = ref.task_id().actor_id()
-    return ACTORS.get(actor, "Ray" if actor.is_nil() else "the trainer")
+# ----- 4. The sync ------------------------------------------------------------------------------------------
 
 
 @contextlib.contextmanager
@@ -696,14 +595,106 @@ def one_at_a_time() -> Iterator[None]:
         SYNCING.release()
 
 
-def as_list(handles) -> list:
-    """One handle, or a list of them."""
-    return handles if isinstance(handles, list) else [handles]
+@one_at_a_time()
+def sync_weights_to_quantized_engine(
+    train_model, quantized_llm, *, bucket_bytes: int = BUCKET_BYTES, timeout_s: float = 30.0
+) -> dict:
+    """Bring engines to the trainer's weights: broadcast, quantization on arrival, digests, cache reset.
+
+    The first replay that brings other weights than the engine held is followed by a reload session with the
+    same ones: what vLLM derives from weights and keeps elsewhere would be the old if replays leave it alone.
+    Stored tensors and answers must be the same after both; else sessions serve from now on. Once a run.
+
+    Args:
+        train_model: handle of the trainer's actor, a `WeightSender`; of a sharded trainer all ranks, the
+            sender first.
+        quantized_llm: handle of the `MyLLM` actor, or a list of them, in one group with the sender.
+
+    Returns: `bytes` on the wire, `seconds` from the call to the reset prefix cache, `gb_per_s` (1e9), `path`
+        ("replay" or "session"), `compared` (whether this was that sync), `sender` and per-rank details.
+
+    Raises:
+        RuntimeError: what is wrong with which weight on which rank, or who died. Unless no byte has moved,
+            the engine refuses to generate. Or: another sync is running.
+        TimeoutError: the group did not finish in `timeout_s` seconds.
+    """
+    trainers, engines, start = as_list(train_model), as_list(quantized_llm), time.perf_counter()
+    agree_on_weights(trainers, engines, bucket_bytes, timeout_s)
+    sent, ranks = broadcast_weights(trainers, engines, timeout_s)
+    compared = any(rank["compare"] for rank in ranks)
+    if compared:
+        replayed = observe(engines, timeout_s)
+        sent, ranks = broadcast_weights(trainers, engines, timeout_s, by_session=True)
+        if different := differences(engines, replayed, timeout_s):
+            because = f"a replay and a session of the same new weights differ in {some(different)}"
+            print(f"Weight syncs are reload sessions from now on, because {because}")
+            wait(on_workers(engines, "settle_path", because), timeout_s, "choosing sessions")
+        else:
+            wait(on_workers(engines, "settle_path"), timeout_s, "choosing replays")
+            print("A replay and a session of the first other weights gave the same tensors and answers")
+    return sync_result(sent, ranks, time.perf_counter() - start) | {"compared": compared}
 
 
-def on_workers(engines: list, method: str, *args) -> list:
-    """Handles of calls of a method of every worker of every engine."""
-    return [llm.collective_rpc.remote(method, args=args) for llm in engines]
+@one_at_a_time()
+def prove_sync(
+    train_model,
+    quantized_llm,
+    prompts: list[str] | None = None,
+    max_tokens: int = 32,
+    bucket_bytes: int = BUCKET_BYTES,
+    timeout_s: float = 30.0,
+) -> dict:
+    """Prove, before the first step, that a sync makes an engine what vLLM's own loading makes it, or raise.
+
+    Trainer and engines have started from the same checkpoint. Every weight of the engines is set to zero,
+    then synced: by replay, and if that is not possible or gives something else, by a reload session, which
+    then serves from now on. All stored tensors and the greedy answers to `prompts` must be as before.
+
+    Args:
+        train_model, quantized_llm: as for `sync_weights_to_quantized_engine`.
+
+    Returns: What the sync returns, and `verified`, `because` (why it is no replay), `tensors` and `answers`
+        (how many were compared), and `before`, the first engine's answers.
+
+    Raises:
+        RuntimeError: which tensors or answers differ after a session, or why there was none.
+    """
+    trainers, engines = as_list(train_model), as_list(quantized_llm)
+    if any(wait([llm.get_weights_version.remote() for llm in engines], timeout_s, "reading the version")):
+        raise RuntimeError(
+            "prove_sync compares with a cold start, and an engine has been updated: start it anew"
+        )
+    cold = observe(engines, timeout_s, prompts or PROMPTS, max_tokens)
+    because = agree_on_weights(trainers, engines, bucket_bytes, timeout_s)
+    for by_session in [True] if because else [False, True]:
+        wait(on_workers(engines, "zero_weights"), timeout_s, "setting the engine's weights to zero")
+        start, ranks = time.perf_counter(), []
+        try:
+            sent, ranks = broadcast_weights(trainers, engines, timeout_s, by_session)
+            seconds = time.perf_counter() - start
+            different = differences(engines, cold, timeout_s)
+            wrong = f"these are not as they were at the start: {some(different)}" if different else None
+        except RuntimeError as error:
+            wrong = str(error)
+        if wrong is None:
+            break
+        if by_session:
+            if ranks:  # the broadcast went well: let nobody generate with these weights
+                wait(on_workers(engines, "zero_weights"), timeout_s, "setting the engine's weights to zero")
+            raise RuntimeError(
+                "this model cannot be synced: after a reload session of vLLM's with the weights that the "
+                f"engine has started from, {wrong}" + (f". Before, {because}" if because else "")
+            )
+        because = f"after a replay {wrong}"
+        print(f"Weight syncs are reload sessions, because {because}")
+        wait(on_workers(engines, "settle_path", because), timeout_s, "choosing sessions")
+    return sync_result(sent, ranks, seconds) | {
+        "verified": wrong is None,
+        "because": because,
+        "tensors": sum(len(engine["digests"]) for engine in cold),
+        "answers": sum(len(engine["answers"]) for engine in cold if engine["repeatable"]),
+        "before": cold[0]["answers"],
+    }
 
 
 def agree_on_weights(trainers: list, engines: list, bucket_bytes: int, timeout_s: float) -> str | None:
@@ -742,121 +733,6 @@ def broadcast_weights(
     return results[0], sum(results[len(sending) :], [])
 
 
-class Observation(NamedTuple):
-    """What engines hold and say: digests of every stored tensor, by engine and worker; greedy answers, by
-    engine."""
-
-    digests: list[list[dict[str, int]]]
-    answers: list[list[dict]]
-    repeatable: bool  # asked twice, the engines say the same twice
-
-
-def observe(engines: list, timeout_s: float, prompts: list[str] | None = None, max_tokens=32) -> Observation:
-    """Look at engines; without `prompts` they are asked what they were asked the last time."""
-    digests = wait(on_workers(engines, "stored_digests"), timeout_s, "reading the engine's tensors")
-    first, second = (
-        wait([llm.answer.remote(prompts, max_tokens) for llm in engines], 10 * timeout_s, "asking the engine")
-        for _ in range(2)
-    )
-    if repr(first) != repr(second):
-        print("This engine does not answer the same twice: only its tensors are compared")
-    return Observation(digests, first, repr(first) == repr(second))
-
-
-def differences(engines: list, expected: Observation, timeout_s: float) -> list[str]:
-    """Names of the tensors that are not as expected; if all are, the prompts that are answered
-    differently."""
-    digests = wait(on_workers(engines, "stored_digests"), timeout_s, "reading the engine's tensors")
-    different = [
-        f"{name} (engine {i}, worker {j})"
-        for i, (engine, expected_engine) in enumerate(zip(digests, expected.digests, strict=True))
-        for j, (worker, expected_worker) in enumerate(zip(engine, expected_engine, strict=True))
-        for name in sorted(worker.keys() | expected_worker.keys())
-        if worker.get(name) != expected_worker.get(name)
-    ]
-    if different or not expected.repeatable:
-        return different  # do not ask: wrong weights can leave NaN in the KV cache for ever
-    answers = wait([llm.answer.remote() for llm in engines], 10 * timeout_s, "asking the engine")
-    return [
-        f"the answer to {right['prompt']!r} (engine {i})"
-        for i, (given, expected_answers) in enumerate(zip(answers, expected.answers, strict=True))
-        for answer, right in zip(given, expected_answers, strict=True)
-        if answer != right or any(map(math.isnan, [*answer["logprobs"], *right["logprobs"]]))
-    ]
-
-
-def some(names: list[str]) -> str:
-    """Names for a message, not too many of them."""
-    return ", ".join(names[:6]) + (f" and {len(names) - 6} more" if len(names) > 6 else "")
-
-
-@one_at_a_time()
-def prove_sync(
-    train_model,
-    quantized_llm,
-    prompts: list[str] | None = None,
-    max_tokens: int = 32,
-    bucket_bytes: int = BUCKET_BYTES,
-    timeout_s: float = 30.0,
-) -> dict:
-    """Prove, before the first step, that a sync makes an engine what vLLM's own loading makes it, or raise.
-
-    Trainer and engines have started from the same checkpoint. Every weight of the engines is set to zero,
-    then synced: by replay, and if that is not possible or gives something else, by a reload session, which
-    then serves from now on. All stored tensors and the greedy answers to `prompts` must be what they were
-    before.
-
-    Args:
-        train_model, quantized_llm: as for `sync_weights_to_quantized_engine`.
-
-    Returns: What the sync returns, and `verified`, `path` ("replay" or "session"), `because` (why it is no
-        replay), `tensors` and `answers` (how many were compared), and `before`, the first engine's answers.
-
-    Raises:
-        RuntimeError: which tensors or answers differ after a session, or why there was none.
-    """
-    trainers, engines = as_list(train_model), as_list(quantized_llm)
-    if any(wait([llm.get_weights_version.remote() for llm in engines], timeout_s, "reading the version")):
-        raise RuntimeError(
-            "prove_sync compares with a cold start, and an engine has been updated: start it anew"
-        )
-    cold = observe(engines, timeout_s, prompts or PROMPTS, max_tokens)
-    because = agree_on_weights(trainers, engines, bucket_bytes, timeout_s)
-    for by_session in (False, True):
-        wait(on_workers(engines, "zero_weights"), timeout_s, "setting the engine's weights to zero")
-        start, ranks = time.perf_counter(), []
-        try:
-            sent, ranks = broadcast_weights(trainers, engines, timeout_s, by_session)
-            seconds = time.perf_counter() - start
-            different = differences(engines, cold, timeout_s)
-            wrong = f"these are not as they were at the start: {some(different)}" if different else None
-        except RuntimeError as error:
-            wrong = str(error)
-        replayed = any(rank["path"] == "replay" for rank in ranks) or not (ranks or because or by_session)
-        path = "replay" if replayed else "session"
-        if wrong is None:
-            break
-        if path == "session":
-            if ranks:  # the broadcast went well: let nobody generate with these weights
-                wait(on_workers(engines, "zero_weights"), timeout_s, "setting the engine's weights to zero")
-            raise RuntimeError(
-                "this model cannot be synced: after a reload session of vLLM's with the weights that the engine has "
-                f"started from, {wrong}" + (f". Before, {because}" if because else "")
-            )
-        because = f"after a replay {wrong}"
-        print(f"Weight syncs are reload sessions, because {because}")
-        wait(on_workers(engines, "settle_path", because), timeout_s, "choosing sessions")
-    return {
-        **sync_result(sent, ranks, seconds),
-        "verified": wrong is None,
-        "path": path,
-        "because": because,
-        "tensors": sum(len(worker) for engine in cold.digests for worker in engine),
-        "answers": sum(map(len, cold.answers)) * cold.repeatable,
-        "before": cold.answers[0],
-    }
-
-
 def sync_result(sent: dict, ranks: list[dict], seconds: float) -> dict:
     """What a sync reports."""
     return {
@@ -869,275 +745,463 @@ def sync_result(sent: dict, ranks: list[dict], seconds: float) -> dict:
     }
 
 
-@one_at_a_time()
-def sync_weights_to_quantized_engine(
-    train_model, quantized_llm, *, bucket_bytes: int = BUCKET_BYTES, timeout_s: float = 30.0
-) -> dict:
-    """Bring engines to the trainer's weights: broadcast, quantization on arrival, digests, cache reset.
+def observe(engines: list, timeout_s: float, prompts: list[str] | None = None, max_tokens=32) -> list[dict]:
+    """`MyLLM.observe` of every engine; without `prompts` they are asked what they were asked last."""
+    calls = [llm.observe.remote(prompts, max_tokens) for llm in engines]
+    seen = wait(calls, 10 * timeout_s, "reading the engine's tensors and answers")
+    if not all(engine["repeatable"] for engine in seen):
+        print("This engine does not answer the same twice: only its tensors are compared")
+    return seen
 
-    The first replay that brings other weights than the engine held is followed by a reload session with the
-    same ones: what vLLM derives from weights and keeps elsewhere would be the old if replays leave it alone.
-    Stored tensors and answers must be the same after both; otherwise sessions serve from now on. Once a run.
 
-    Args:
-        train_model: handle of the trainer's actor, a `WeightSender`; of a sharded trainer all ranks, the
-            sender first.
-        quantized_llm: handle of the `MyLLM` actor, or a list of them, which have joined one group with the
-            sender.
+def differences(engines: list, expected: list[dict], timeout_s: float) -> list[str]:
+    """Names of the tensors that are not as expected; if all are, prompts that are answered differently."""
+    calls = [llm.differences.remote(seen) for llm, seen in zip(engines, expected, strict=True)]
+    found = wait(calls, 10 * timeout_s, "comparing the engine's tensors and answers")
+    return [f"{what} (engine {i})" for i, names in enumerate(found) for what in names]
 
-    Returns: `bytes` on the wire, `seconds` from the call to the reset prefix cache, `gb_per_s` (1e9), `path`
-        ("replay" or "session"), `compared` (whether this was that sync), `sender` and per-rank details.
 
-    Raises: RuntimeError: what is wrong with which weight on which rank, or who died. Unless no byte has
-        moved, the engine refuses
-            to generate. Or: another sync is running.
-        TimeoutError: the group did not finish in `timeout_s` seconds.
+def as_list(handles) -> list:
+    """One handle, or a list of them."""
+    return handles if isinstance(handles, list) else [handles]
+
+
+def on_workers(engines: list, method: str, *args) -> list:
+    """Handles of calls of a method of every worker of every engine."""
+    return [llm.collective_rpc.remote(method, args=args) for llm in engines]
+
+
+def some(names: list[str]) -> str:
+    """Names for a message, not too many of them."""
+    return ", ".join(names[:6]) + (f" and {len(names) - 6} more" if len(names) > 6 else "")
+
+
+def wait(refs: list, timeout_s: float, doing: str, patience_s: float = 0.0) -> list:
+    """`ray.get(refs)` with a time limit, whose one error names all actors that failed, died or are silent.
+
+    Raises:
+        RuntimeError: an actor failed or died. The others have had 4 more seconds, and `patience_s` from the
+            start on, because what fails first is not always the cause.
+        TimeoutError: it took longer than `timeout_s` seconds.
     """
-    trainers, engines, start = as_list(train_model), as_list(quantized_llm), time.perf_counter()
-    agree_on_weights(trainers, engines, bucket_bytes, timeout_s)
-    sent, ranks = broadcast_weights(trainers, engines, timeout_s)
-    compared = any(rank["compare"] for rank in ranks)
-    if compared:
-        replayed = observe(engines, timeout_s)
-        sent, ranks = broadcast_weights(trainers, engines, timeout_s, by_session=True)
-        if different := differences(engines, replayed, timeout_s):
-            because = f"a replay and a session of the same new weights differ in {some(different)}"
-            print(f"Weight syncs are reload sessions from now on, because {because}")
-            wait(on_workers(engines, "settle_path", because), timeout_s, "choosing sessions")
-        else:
-            wait(on_workers(engines, "settle_path"), timeout_s, "choosing replays")
-            print("A replay and a session of the first other weights gave the same tensors and answers")
-    return sync_result(sent, ranks, time.perf_counter() - start) | {"compared": compared}
-
-
-# ----- The loop -------------------------------------------------------------------------------------------------------
-
-
-def generate(engines: list, prompts: list[str], config: Config, seeds: list[int], **sampling) -> list:
-    """One vLLM RequestOutput per prompt, in order; each engine generates for an equal share of them.
-
-    Raises RuntimeError while a weight sync is running. (A call to the actor itself waits for its turn.)
-    """
-    if SYNCING.locked():
-        raise RuntimeError("refusing to generate: a weight sync is running; ask again when it has ended")
-    params = [
-        SamplingParams(seed=seed, max_tokens=config.max_tokens, **ROLLOUT, **sampling) for seed in seeds
-    ]
-    share = -(-len(prompts) // len(engines))
-    calls = [
-        llm.generate.remote(prompts[i : i + share], params[i : i + share], use_tqdm=False)
-        for llm, i in zip(engines, range(0, len(prompts), share))
-    ]
-    return sum(wait(calls, 10 * config.timeout_s, "generating"), [])
-
-
-def rlhf_training_iteration(
-    train_model, quantized_llm: list, prompts: list[str], config: Config, step: int = 0
-) -> tuple[list, list[list[float]], dict]:
-    """Rollouts, rewards, one training step, sync. Returns vLLM's outputs, rewards (P, G), and the step's
-    metrics."""
-    start, samples = time.perf_counter(), config.samples_per_prompt
-    seeds = [
-        (config.seed * 10**6 + step * len(prompts) + i) * samples for i in range(len(prompts))
-    ]  # + sample's index
-    outputs = generate(quantized_llm, prompts, config, seeds, n=samples, temperature=config.temperature)
-    rollout_s = time.perf_counter() - start
-    rewards_PG = compute_rewards(outputs, load_reward(config.reward), config.timeout_s)
-    advantages_PG = compute_advantages(torch.tensor(rewards_PG))
-    rollouts = [
-        {"prompt": list(output.prompt_token_ids), "completion": list(completion.token_ids)}
-        | {"logprobs": list(completion.logprobs.logprobs), "advantage": advantage}
-        for output, advantages_G in zip(outputs, advantages_PG.tolist(), strict=True)
-        for completion, advantage in zip(output.outputs, advantages_G, strict=True)
-    ]
-    [trained] = wait([train_model.train_step.remote(rollouts)], 10 * config.timeout_s, "the training step")
-    sync = sync_weights_to_quantized_engine(
-        train_model, quantized_llm, bucket_bytes=config.bucket_mib * 2**20, timeout_s=config.timeout_s
-    )
-    versions = wait(
-        [llm.get_weights_version.remote() for llm in quantized_llm], config.timeout_s, "reading the version"
-    )
-    tokens = sum(len(rollout["completion"]) for rollout in rollouts)
-    finished = [completion.finish_reason == "stop" for output in outputs for completion in output.outputs]
-    metrics = {
-        "step": step,
-        "reward": sum(map(sum, rewards_PG)) / len(rollouts),
-        "tokens": tokens,
-        "tokens_per_s": tokens / rollout_s,
-        "truncated": 1 - sum(finished) / len(finished),
-        **trained,
-        "rollout_s": rollout_s,
-        "sync_s": sync["seconds"],
-        "sync_path": sync["path"],
-        "sync_gb_per_s": sync["gb_per_s"],
-        "step_s": time.perf_counter() - start,
-        "weights_version": versions[0],
-    }
-    return outputs, rewards_PG, metrics
-
-
-def train(config: Config, trainer, engines: list, prompts: list[str]) -> list[dict]:
-    """Run the steps that are left; print, log and return their metrics, and save checkpoints."""
-    [first] = wait([trainer.get_step.remote()], config.timeout_s, "reading the step")
-    file = config.output_dir / "metrics.jsonl"
-    rows = read_metrics(config.output_dir)[:first] if config.resume else []
-    with contextlib.ExitStack() as cleanup:
-        log = cleanup.enter_context(file.open("w"))
-        log.writelines(json.dumps(row) + "\n" for row in rows)
-        if config.track != "none":
-            tracker = importlib.import_module(config.track)
-            tracker.init(
-                project="rlhf-online-quant", config=json.loads(json.dumps(vars(config), default=str))
-            )
-            cleanup.callback(tracker.finish)
-        for step in range(first, config.steps):
-            batch = prompts_of_step(config, prompts, step)
+    start, pending, results, failures = time.monotonic(), list(refs), {}, []
+    deadline, next_sign = start + timeout_s, start + 10
+    while pending and (left := deadline - time.monotonic()) > 0:
+        done, pending = ray.wait(pending, timeout=min(2.0, left))
+        for ref in done:
             try:
-                outputs, rewards_PG, metrics = rlhf_training_iteration(trainer, engines, batch, config, step)
-            except (RuntimeError, TimeoutError) as error:
-                raise type(error)(f"step {step}: {error}") from error
-            rows.append(metrics)
-            log.write(json.dumps(metrics) + "\n")
-            log.flush()
-            if config.track != "none":
-                tracker.log(metrics, step=step)
-            print(LINE_OF_STEP.format(**metrics))
-            if metrics["mismatch_kl"] > (
-                usual := USUAL_KL["none" if config.quantization == "none" else "fp8"]
-            ):
-                print(
-                    f"WARNING: mismatch KL above {usual:g}. If --quantization none shows it too, from the first step on, the "
-                    "trainer computes something else than the engine. If only FP8 does, lower the learning rate."
-                )
-            if step % 10 == 0:
-                text, advantage = (
-                    outputs[0].outputs[0].text,
-                    compute_advantages(torch.tensor(rewards_PG))[0, 0],
-                )
-                reward = f"reward {rewards_PG[0][0]:.3f}, advantage {advantage:+.2f}"
-                print(f"  sample: {outputs[0].prompt!r} -> {text!r} | {reward}")
-            if step + 1 == config.steps or config.save_every and (step + 1) % config.save_every == 0:
-                folder = config.output_dir.absolute() / f"checkpoint-{step + 1}"
-                wait([trainer.save_checkpoint.remote(folder)], 10 * config.timeout_s, f"saving {folder}")
-    return rows
+                results[ref] = ray.get(ref)
+            except ray.exceptions.RayError as error:
+                failures.append(f"{who(ref)}: {cause_of(error)}")
+        if not done and not failures:  # an actor that nothing is asked of at the moment may have died as well
+            states = {name: ray._private.state.actors(actor.hex())["State"] for actor, name in ACTORS.items()}
+            failures = [f"{name} has died" for name, state in states.items() if state == "DEAD"]
+        if failures:
+            deadline = min(deadline, max(time.monotonic() + 4, start + patience_s))
+        elif time.monotonic() > next_sign:
+            next_sign += 10
+            print(f"... {doing}: {time.monotonic() - start:.0f} s", file=sys.stderr, flush=True)
+    silent = [f"no answer from {', '.join(map(who, pending))}"] if pending else []
+    if failures:
+        raise RuntimeError(f"{doing}: " + "; ".join(failures + silent))
+    if pending:
+        raise TimeoutError(f"{doing} took longer than {timeout_s:g} s: {silent[0]}")
+    return [results[ref] for ref in refs]
 
 
-# ----- Start, run, report, stop --------------------------------------------------------------------------------------
+def who(ref: ray.ObjectRef) -> str:
+    """The actor that a call went to, for messages."""
+    actor = ref.task_id().actor_id()
+    return ACTORS.get(actor, "Ray" if actor.is_nil() else "the trainer")
 
 
-def resolve(config: Config, gpus: int) -> tuple[Config, str]:
-    """Fill in every `auto` for a cluster with that many GPUs; returns the config and the engines' device.
+def cause_of(error: Exception) -> str:
+    """What an actor raised, or why it died, without the frames that led there."""
+    if isinstance(error, ray.exceptions.RayTaskError):
+        return f"{type(error.cause).__name__}: {error.cause}"
+    text = re.sub(r"\x1b\[\d+m", "", str(error))
+    last_frame = re.split(r'\n  File ".*\n(?: .*\n)*', text)[
+        -1
+    ]  # if it died while it was made, Ray gives all frames
+    return last_frame.strip()
 
-    Raises: SystemExit: flags that contradict each other; too few GPUs, with the count found, the count needed
-        and the command
-            that fits.
+
+# ----- 5. The trainer ---------------------------------------------------------------------------------------
+
+
+class Trainer(WeightSender):
+    """The full-precision side: model, optimizer, and, by inheritance, rank 0 of the weight-update group."""
+
+    def __init__(self, config: Config, path: str):
+        self.config, self.path, self.step, self.between_epochs = config, path, 0, False
+        super().__init__(self._load(config.resume or path), config.trainer_device)
+        if config.gradient_checkpointing:
+            self.model.gradient_checkpointing_enable()
+            self.model.train()  # transformers checkpoints nothing otherwise
+        self.reference = self._load(path) if config.kl_coef else None
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=config.learning_rate, weight_decay=0.0)
+        if config.resume:
+            state = torch.load(config.resume / "trainer.pt", map_location=self.device, weights_only=True)
+            self.optimizer.load_state_dict(state["optimizer"])
+            self.step = state["step"]
+            for group in self.optimizer.param_groups:
+                group["lr"] = config.learning_rate  # the flag's, not that of the run before
+
+    def _load(self, folder: str | Path) -> torch.nn.Module:
+        """The model as the engine computes it: without dropout, and with caps on attention scores."""
+        model_config = transformers.AutoConfig.from_pretrained(self.path)
+        switch_off_noise(model_config)
+        options = {}
+        if getattr(model_config.get_text_config(), "attn_logit_softcapping", None):
+            options["attn_implementation"] = "eager"  # transformers' other ways leave the cap out
+        model = transformers.AutoModelForCausalLM.from_pretrained(
+            folder, config=model_config, dtype=self.config.trainer_dtype, **options
+        )
+        for module in model.modules():
+            if isinstance(module, torch.nn.Dropout):
+                module.p = 0.0
+        generation = model.generation_config
+        if generation.do_sample is not True and (
+            generation.temperature or generation.top_p or generation.top_k
+        ):
+            generation.do_sample = True  # what such a file means; otherwise `save_pretrained` would refuse it
+        return model.to(self.config.trainer_device).eval()
+
+    def get_step(self) -> int:
+        """How many training steps the model has behind it."""
+        return self.step
+
+    def train_step(self, rollouts: list[dict]) -> dict:
+        """`epochs` AdamW steps on a batch of rollouts; returns metrics (see README's glossary).
+
+        Args:
+            rollouts: dicts with `prompt` and `completion` (token ids), `logprobs` (the engine's, one per
+                completion token, in nats) and `advantage`.
+
+        Raises RuntimeError, and leaves the weights as they were, if a gradient is NaN or infinite.
+        """
+        config, start = self.config, time.perf_counter()
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        batches = [self._pad(part) for part in split_by_tokens(rollouts, config.tokens_per_microbatch)]
+        tokens = sum(int(batch["mask_BT"].sum()) for batch in batches)
+        sums = dict.fromkeys(("loss", "ppo_clipped", "corrected", "reference_kl"), 0.0)
+        before = self._sample_weights()
+        for epoch in range(config.epochs):
+            self.optimizer.zero_grad()
+            for batch in batches:
+                logprobs_BT = self._logprobs(self.model, batch)
+                if epoch == 0:
+                    batch["old_BT"] = logprobs_BT.detach()
+                    if self.reference:
+                        with torch.no_grad():
+                            batch["reference_BT"] = self._logprobs(self.reference, batch)
+                loss, metrics = compute_ppo_loss(logprobs_BT, batch, config)
+                (loss / tokens).backward()
+                sums = {name: value + float(metrics[name]) for name, value in sums.items()}
+            parameters = self.model.parameters()
+            norm = torch.nn.utils.clip_grad_norm_(parameters, MAX_GRAD_NORM, error_if_nonfinite=True)
+            self.between_epochs = epoch + 1 < config.epochs
+            self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.step += 1
+        self.scan_weights()
+        old_N = torch.cat([batch["old_BT"][batch["mask_BT"]] for batch in batches])
+        engine_N = torch.cat([batch["engine_BT"][batch["mask_BT"]] for batch in batches])
+        on_gpu = self.device.type == "cuda"
+        memory = torch.cuda.max_memory_allocated() if on_gpu else psutil.Process().memory_info().rss
+        return (
+            {name: value / tokens / config.epochs for name, value in sums.items()}
+            | measure_mismatch(old_N, engine_N)
+            | {"weights_changed": (self._sample_weights() != before).float().mean().item()}
+            | {
+                "grad_norm": float(norm),
+                "train_s": time.perf_counter() - start,
+                "trainer_gib": memory / 2**30,
+            }
+        )
+
+    def _pad(self, rollouts: list[dict]) -> dict[str, torch.Tensor]:
+        """One micro-batch, padded on the right. Position t predicts token t + 1; masked in: completions."""
+        longest = max(len(rollout["prompt"] + rollout["completion"]) for rollout in rollouts)
+        tokens_BL = torch.zeros(len(rollouts), longest, dtype=torch.long)
+        attend_BL, mask_BL, engine_BL = torch.zeros_like(tokens_BL), tokens_BL.bool(), tokens_BL.float()
+        for row, rollout in enumerate(rollouts):
+            start, end = len(rollout["prompt"]), len(rollout["prompt"] + rollout["completion"])
+            tokens_BL[row, :end] = torch.tensor(rollout["prompt"] + rollout["completion"])
+            attend_BL[row, :end] = 1
+            mask_BL[row, start:end] = True
+            engine_BL[row, start:end] = torch.tensor(rollout["logprobs"])
+        advantages_B1 = torch.tensor([[rollout["advantage"]] for rollout in rollouts], dtype=torch.float32)
+        batch = {"tokens_BL": tokens_BL, "attend_BL": attend_BL, "advantages_B1": advantages_B1}
+        batch |= {"mask_BT": mask_BL[:, 1:], "engine_BT": engine_BL[:, 1:]}
+        return {name: tensor.to(self.device) for name, tensor in batch.items()}
+
+    def _logprobs(self, model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        """Log-probability (nats, at the rollouts' temperature) of each next token, shape (B, T)."""
+        tokens_BL = batch["tokens_BL"]
+        output = model(input_ids=tokens_BL, attention_mask=batch["attend_BL"], use_cache=False)
+        logits_BTV, targets_BT = output.logits[:, :-1].float() / self.config.temperature, tokens_BL[:, 1:]
+        losses = torch.nn.functional.cross_entropy(
+            logits_BTV.flatten(0, 1), targets_BT.flatten(), reduction="none"
+        )
+        return -losses.view_as(targets_BT)
+
+    @torch.no_grad()
+    def _sample_weights(self) -> torch.Tensor:
+        """Some elements of every weight, rounded to BF16 as they travel."""
+        weights = (weight.flatten() for weight in self.model.parameters())
+        return torch.cat([weight[:: max(1, len(weight) // 1024)].bfloat16() for weight in weights])
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write model and tokenizer in Hugging Face format."""
+        self.model.save_pretrained(folder)
+        transformers.AutoTokenizer.from_pretrained(self.path).save_pretrained(folder)
+
+    def save_checkpoint(self, folder: Path) -> None:
+        """Write all that `--resume` needs; the folder appears when it is complete.
+
+        Raises ValueError if a weight holds NaN, RuntimeError if a step has failed between two of its epochs.
+        """
+        if self.between_epochs:
+            raise RuntimeError("a step has failed between two of its epochs: its weights are no step's")
+        self.prepare_weights(*self.agreed_on[1:] if self.agreed_on else ())
+        aside = folder.with_name(folder.name + ".incomplete")
+        self.save_pretrained(aside)
+        torch.save({"optimizer": self.optimizer.state_dict(), "step": self.step}, aside / "trainer.pt")
+        shutil.rmtree(folder, ignore_errors=True)
+        aside.rename(folder)
+
+
+def switch_off_noise(config: transformers.PretrainedConfig) -> None:
+    """Set every dropout and jitter of a config and the configs inside to 0, whatever it is called."""
+    for name, value in vars(config).items():
+        if isinstance(value, transformers.PretrainedConfig):
+            switch_off_noise(value)
+        elif isinstance(value, float) and re.search("drop|jitter", name):
+            setattr(config, name, 0.0)
+
+
+def split_by_tokens(rollouts: list[dict], limit: int) -> list[list[dict]]:
+    """Micro-batches of at most `limit` tokens after padding, in order; a longer rollout gets its own."""
+    parts: list[list[dict]] = []
+    longest = 0
+    for rollout in rollouts:
+        length = len(rollout["prompt"]) + len(rollout["completion"])
+        longest = max(longest, length)
+        if not parts or (len(parts[-1]) + 1) * longest > limit:
+            parts.append([])
+            longest = length
+        parts[-1].append(rollout)
+    return parts
+
+
+# ----- 6. The engine ----------------------------------------------------------------------------------------
+
+
+class MyLLM(LLM):
+    """vLLM with a version for its weights, which refuses to generate while they are incomplete (*torn*).
+
+    An update begins with `update_weight` or `receive_weights` and ends with `check_weights_changed` or with
+    `receive_weights` itself. At its end the prefix cache, the old weights' keys and values, is emptied.
     """
-    if config.samples_per_prompt < 2 or config.temperature <= 0:
-        raise SystemExit(
-            f"Found --samples-per-prompt {config.samples_per_prompt} --temperature {config.temperature:g}; expected 2 or "
-            "more samples above temperature 0, because advantages compare different answers to one prompt"
-        )
-    device = "cuda" if gpus else "cpu"
-    trainer_device = device if config.trainer_device == "auto" else config.trainer_device
-    needed = (config.world_size - 1) * (device == "cuda") + (trainer_device == "cuda")
-    if gpus < needed:
-        fits = "--num-engines 1 " * (config.num_engines > 1) + "--tensor-parallel-size 1 " * bool(gpus)
-        fits += "--trainer-device cpu" * (gpus < 2)
-        raise SystemExit(
-            f"Found {gpus} GPU(s), need {needed}: {needed - (trainer_device == 'cuda')} for the engine "
-            f"(--num-engines x --tensor-parallel-size) and {int(trainer_device == 'cuda')} for the trainer.\n"
-            f"What fits here: python {Path(sys.argv[0]).name} {fits.strip()}"
-        )
-    if not gpus:
-        print(
-            "No GPU found: running the same processes on the CPU (gloo; by default weight-only FP8, a tiny model)."
-        )
-    model, quantization = ("facebook/opt-125m", "fp8-dynamic") if gpus else ("tiny", "fp8-weight-only")
-    model = model if config.model == "auto" else config.model
-    learning_rate = 5e-4 if model == "tiny" else 1e-6
-    return dataclasses.replace(
-        config,
-        model=model,
-        quantization=quantization if config.quantization == "auto" else config.quantization,
-        trainer_device=trainer_device,
-        learning_rate=learning_rate if config.learning_rate is None else config.learning_rate,
-        resume=config.resume and config.resume.absolute(),
-    ), device
 
+    weights_version = 0
+    torn: str | None = None  # why the weights are not one complete version
+    torn_until: str | None = None  # the worker method that completes them
+    asked: tuple[list[str], int] = (PROMPTS, 32)  # what `answer` was last asked: prompts, tokens
 
-def find_model(model: str, folder: str, seed: int) -> str:
-    """Check that a model can be had before any process starts; builds `tiny` in `folder`."""
-    if model == "tiny":
-        from tests.random_models import build_random_model
-
-        return build_random_model(folder, seed=seed)
-    try:
-        transformers.AutoConfig.from_pretrained(model, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        raise SystemExit(
-            f"--model {model}: expected a model on the Hugging Face hub (reachable, and public or logged in), a local "
-            f"folder with config.json, or `tiny`. Found: {error}"
-        ) from error
-    return model
-
-
-def read_prompts(path: Path | None) -> list[str]:
-    """The non-empty lines of a UTF-8 file; without one, the prompts of vLLM's examples."""
-    if path is None:
-        return PROMPTS
-    try:
-        prompts = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise SystemExit(
-            f"--prompts-file {path}: expected UTF-8 text, one prompt a line. Found: {error}"
-        ) from error
-    if not prompts:
-        raise SystemExit(f"--prompts-file {path}: expected one prompt a line, found no line with text")
-    return prompts
-
-
-def check_prompts(prompts: list[str], path: str, max_model_len: int) -> None:
-    """Raise SystemExit, with all of them, for prompts that leave no room for an answer."""
-    tokenizer = transformers.AutoTokenizer.from_pretrained(path)
-    lengths = [len(tokenizer(prompt).input_ids) for prompt in prompts]
-    too_long = [
-        f"prompt {i + 1} has {length} tokens" for i, length in enumerate(lengths) if length >= max_model_len
-    ]
-    if too_long:
-        raise SystemExit(
-            f"Found {len(too_long)} prompts that leave no room for an answer: {', '.join(too_long[:8])}. Expected fewer "
-            f"than --max-model-len {max_model_len}; shorten them or raise it"
-        )
-
-
-def prompts_of_step(config: Config, prompts: list[str], step: int) -> list[str]:
-    """P prompts: the next ones in turn, or sums of their own for `--reward arithmetic` without a file."""
-    count = config.prompts_per_step
-    if config.reward == "arithmetic" and config.prompts_file is None:
-        draw = random.Random(f"{config.seed} {step}").randrange
-        return [f"Question: What is {draw(100)} + {draw(100)}? Answer:" for _ in range(count)]
-    return [prompts[(step * count + i) % len(prompts)] for i in range(count)]
-
-
-def actor_environment() -> dict[str, str]:
-    """Environment of every process of the run; what the user has set wins."""
-    environment = {
-        "VLLM_LOGGING_LEVEL": "ERROR",
-        "PYTHONWARNINGS": "ignore::FutureWarning",
-        # Without a GPU: two ranks share one NUMA node and a few cores, which vLLM refuses by default; KV
-        # cache in GiB.
-        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-        "VLLM_CPU_KVCACHE_SPACE": "1",
-        # vLLM's scheduler runs inside the actor: one process less to start, and batches that do not depend on
-        # timing.
-        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    # What begins an update, and what ends it.
+    UPDATES = {
+        "update_weight": "check_weights_changed",
+        "receive_weights": "receive_weights",
+        "zero_weights": "receive_weights",
+        "reset_weights": "receive_weights",  # vLLM's own zeros
     }
-    return {name: os.environ.get(name, value) for name, value in environment.items()}
+
+    def __init__(self, *args, **kwargs):
+        if kwargs.get("distributed_executor_backend") == "mp":
+            fork_workers()
+        super().__init__(*args, **kwargs)
+
+    def __repr__(
+        self,
+    ) -> str:  # LLM's own asks the workers, and Ray would put the answer before every log line
+        return "MyLLM"
+
+    def collective_rpc(self, method, timeout=None, args=(), kwargs=None):
+        """Call a method of every worker; keeps account of updates."""
+        if method in self.UPDATES:
+            self.torn_until = self.UPDATES[method]
+            self.torn = f"the weight update after version {self.weights_version} has not been completed"
+        results = super().collective_rpc(method, timeout, args, kwargs)
+        if self.torn and method == self.torn_until:
+            if not self.reset_prefix_cache():
+                raise RuntimeError("vLLM refused to reset the prefix cache: requests are still running")
+            self.weights_version += 1
+            self.torn = self.torn_until = None
+        return results
+
+    def _refuse_if_torn(self) -> None:
+        if self.torn:
+            raise RuntimeError(f"refusing to generate: {self.torn}; sync a complete set of weights first")
+
+    def _add_request(self, *args, **kwargs):
+        """Every way to ask an LLM comes through here: generate, chat, enqueue, beam_search, encode, ..."""
+        self._refuse_if_torn()
+        return super()._add_request(*args, **kwargs)
+
+    def _run_engine(self, *args, **kwargs):
+        """... and every way to have it done through here, such as `wait_for_completion` of earlier ones."""
+        self._refuse_if_torn()
+        return super()._run_engine(*args, **kwargs)
+
+    def generate(self, *args, **kwargs):
+        """LLM.generate; decodes each answer at its end if vLLM did not token by token."""
+        outputs, tokenizer = super().generate(*args, **kwargs), self.get_tokenizer()
+        for output in outputs:
+            for answer in output.outputs:
+                answer.text = answer.text or decode(tokenizer, output.prompt_token_ids, answer.token_ids)
+        return outputs
+
+    def answer(self, prompts: list[str] | None = None, max_tokens: int = 32) -> list[dict]:
+        """Greedy answers: `prompt`, `text`, `token_ids`, `logprobs`. Without prompts: to the last ones."""
+        self.asked = (prompts, max_tokens) if prompts else self.asked
+        self.reset_prefix_cache()  # on GPUs the last bits depend on how much of a prompt was cached
+        params = SamplingParams(temperature=0, max_tokens=self.asked[1], **ROLLOUT)
+        return [
+            {
+                "prompt": output.prompt,
+                "text": answer.text,
+                "token_ids": list(answer.token_ids),
+                "logprobs": list(answer.logprobs.logprobs),
+            }
+            for output in self.generate(self.asked[0], params, use_tqdm=False)
+            for answer in output.outputs
+        ]
+
+    def observe(self, prompts: list[str] | None = None, max_tokens: int = 32) -> dict:
+        """What this engine holds and says.
+
+        Returns `digests` of every stored tensor of every worker, by name; `answers` to the prompts; and
+        `repeatable`: asked twice, does it say the same twice?
+        """
+        answers = self.answer(prompts, max_tokens)
+        return {"digests": self.digests(), "answers": answers, "repeatable": self.answer() == answers}
+
+    def differences(self, seen: dict) -> list[str]:
+        """Names of the tensors that are not as `observe` saw them; if all are, prompts with other answers."""
+        digests = self.digests()
+        names = sorted(digests.keys() | seen["digests"].keys())
+        different = [name for name in names if digests.get(name) != seen["digests"].get(name)]
+        if different or not seen["repeatable"]:
+            return different  # do not ask: wrong weights can leave NaN in the KV cache for ever
+        pairs = zip(self.answer(), seen["answers"], strict=True)
+        return [f"the answer to {old['prompt']!r}" for new, old in pairs if new != old]
+
+    def digests(self) -> dict[str, int]:
+        """Of every stored tensor of every worker."""
+        workers = enumerate(self.collective_rpc("stored_digests"))
+        return {f"{name} on worker {i}": digest for i, worker in workers for name, digest in worker.items()}
+
+    def get_weights_version(self) -> int:
+        """How many complete updates the weights have had; 0 means as loaded at start-up."""
+        return self.weights_version
+
+    def shutdown(self) -> None:
+        """Stop the engine's processes."""
+        self.llm_engine.engine_core.shutdown()
 
 
-# A process of its own that knows Ray's processes below the driver, waits for the driver's clean-up or its
-# end, gives them 4 s and kills those that are left: what is stopped or stuck in a collective does not end by
-# itself.
+def decode(tokenizer, prompt: list[int], answer: list[int]) -> str:
+    """An answer's text as it follows its prompt; alone, some tokenizers would drop its first space."""
+    options = dict(skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    before = tokenizer.decode(prompt[-1:], **options)
+    return tokenizer.decode([*prompt[-1:], *answer], **options)[len(before) :]
+
+
+def fork_workers() -> None:
+    """Let vLLM fork its CPU workers from one process that has imported everything, instead of two."""
+    from vllm.v1.executor import multiproc_executor
+
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["rlhf_online_quant", "vllm.v1.worker.cpu_worker"])
+    multiprocessing.forkserver.ensure_running()
+    multiproc_executor.get_mp_context = lambda: context
+
+
+def torchao_config(quantization: str) -> AOBaseConfig | None:
+    """The torchao config behind `--quantization`; None for `none`.
+
+    Raises ValueError: neither a known name nor a readable torchao config.
+    """
+    named = {
+        # The lower bound keeps an all-zero activation row from being divided by its scale of 0, no other row
+        # changes. Inductor's settings stay vLLM's: torchao's tune by timing, for minutes and not repeatably.
+        "fp8-dynamic": Float8DynamicActivationFloat8WeightConfig(
+            granularity=PerRow(), activation_value_lb=1e-12, set_inductor_config=False
+        ),
+        "fp8-weight-only": Float8WeightOnlyConfig(set_inductor_config=False),
+        "none": None,
+    }
+    if quantization in named:
+        return named[quantization]
+    try:
+        return config_from_dict(json.loads(Path(quantization).read_text()))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"--quantization {quantization}: expected {', '.join(named)}, or a file with the JSON of "
+            f"torchao's config_to_dict(config). Found: {type(error).__name__}: {error}"
+        ) from error
+
+
+def engine_arguments(config: Config, path: str, device: str) -> dict:
+    """Keyword arguments for `LLM`: an FP8 engine whose workers can receive weights.
+
+    Raises ValueError for `engine_args` that are no keywords of vLLM's, or that the program sets itself.
+    """
+    on_cpu = "mp" if config.tensor_parallel_size > 1 else "uni"  # vLLM has no Ray workers on the CPU
+    defaults = dict(
+        gpu_memory_utilization=0.8, seed=config.seed, disable_log_stats=True, use_tqdm_on_load=False
+    )
+    fixed = dict(
+        model=path,
+        dtype="bfloat16",  # torchao's PerRow quantizes nothing else
+        tensor_parallel_size=config.tensor_parallel_size,
+        distributed_executor_backend="ray" if device == "cuda" else on_cpu,
+        worker_extension_cls="rlhf_utils.WorkerExtension",
+        enforce_eager=config.enforce_eager or device == "cpu",
+        max_model_len=config.max_model_len,
+        logprobs_mode="processed_logprobs",  # of the distribution that is sampled from, temperature included
+    )
+    if quantization := torchao_config(config.quantization):
+        as_json = json.dumps(config_to_dict(quantization))
+        fixed |= dict(quantization="torchao", hf_overrides={"quantization_config_dict_json": as_json})
+    try:
+        more = json.loads(config.engine_args)
+        if not isinstance(more, dict):
+            raise ValueError(f"a {type(more).__name__}")
+    except ValueError as error:
+        raise ValueError(
+            f"--engine-args {config.engine_args}: expected a JSON object, such as "
+            f'\'{{"kv_cache_dtype": "fp8"}}\'. Found: {error}'
+        ) from error
+    known = {field.name for field in dataclasses.fields(vllm.EngineArgs)} | inspect.signature(
+        LLM
+    ).parameters.keys()
+    if unknown := more.keys() - known:
+        raise ValueError(f"--engine-args: vllm.LLM has no keyword {', '.join(sorted(unknown))}")
+    if taken := more.keys() & fixed.keys():
+        raise ValueError(
+            f"--engine-args: {', '.join(sorted(taken))} is set by the program or by a flag of its own"
+        )
+    return defaults | more | fixed
+
+
+# ----- 7. Start and stop ------------------------------------------------------------------------------------
+
+# A process of its own that knows Ray's processes below the driver, waits for the driver's clean-up or end, gives
+# them 4 s and kills those that are left: what is stopped or stuck in a collective does not end by itself.
 REAPER = """
 import contextlib, select, sys, psutil
 seen = set()
@@ -1153,9 +1217,27 @@ for process in psutil.wait_procs(seen - {psutil.Process()}, timeout=4)[1]:
 """
 
 
+def actor_environment() -> dict[str, str]:
+    """Environment of every process of the run; what the user has set wins, and goes to other nodes too."""
+    passed_on = ("HF_", "HUGGING", "NCCL_", "TORCH", "TRANSFORMERS_", "VLLM_")
+    return ENVIRONMENT | {n: v for n, v in os.environ.items() if n in ENVIRONMENT or n.startswith(passed_on)}
+
+
 def connect(config: Config, cleanup: contextlib.ExitStack) -> int:
-    """Connect to Ray or start a private cluster, of which `cleanup` leaves nothing; returns the number of
-    GPUs."""
+    """Connect to Ray, or start a private cluster of which `cleanup` leaves nothing. Returns how many GPUs."""
+    if config.ray_address not in (None, "auto", "local"):
+        host, _, port = config.ray_address.removeprefix("ray://").rpartition(":")
+        try:
+            socket.create_connection((host.strip("[]"), int(port)), timeout=5).close()
+        except (OSError, ValueError) as error:
+            raise ConnectionError(
+                f"--ray-address {config.ray_address}: expected HOST:PORT of a running cluster, as `ray start "
+                f"--head` prints it, or `auto`. Found: {error}"
+            ) from error
+    if config.ray_address and Path("~/.ray/auth_token").expanduser().exists():
+        os.environ.setdefault(
+            "RAY_AUTH_MODE", "token"
+        )  # a cluster may ask for it, and the others do not mind
     os.environ.setdefault(
         "RAY_process_group_cleanup_enabled", "true"
     )  # a killed actor takes its children along
@@ -1163,12 +1245,18 @@ def connect(config: Config, cleanup: contextlib.ExitStack) -> int:
     cleanup.enter_context(subprocess.Popen(reaper, stdin=subprocess.PIPE, start_new_session=True))
     cleanup.callback(ray.shutdown)  # it kills the raylet after a second and may orphan the others
     private = {} if config.ray_address else {"num_cpus": 1 + config.world_size, "include_dashboard": False}
+    environment = actor_environment()
     modules = [
         str(HERE / "rlhf_online_quant.py"),
         str(HERE / "rlhf_utils.py"),
     ]  # imported by actors on any node
-    environment = {"env_vars": actor_environment(), "py_modules": modules}
-    ray.init(config.ray_address or "local", runtime_env=environment, **private)
+    quiet = environment["VLLM_LOGGING_LEVEL"] == "ERROR"
+    ray.init(
+        config.ray_address or "local",
+        runtime_env={"env_vars": environment, "py_modules": modules},
+        logging_level=logging.ERROR if quiet else logging.INFO,
+        **private,
+    )
     return int(ray.cluster_resources().get("GPU", 0))
 
 
@@ -1189,11 +1277,9 @@ def start_trainer(config: Config, path: str, cleanup: contextlib.ExitStack):
     """Start loading the trainer and return the actor's handle; `cleanup` kills it."""
     gpus = int(config.trainer_device == "cuda")
     group = reserve([{"CPU": 1, "GPU": gpus}], config.timeout_s, cleanup)
-    trainer = (
-        ray.remote(Trainer)
-        .options(num_cpus=1, num_gpus=gpus, scheduling_strategy=PlacementGroupSchedulingStrategy(group))
-        .remote(config, path)
-    )
+    placement = PlacementGroupSchedulingStrategy(group)
+    options = dict(num_cpus=1, num_gpus=gpus, scheduling_strategy=placement)
+    trainer = ray.remote(Trainer).options(**options).remote(config, path)
     ACTORS[trainer._actor_id] = "trainer (rank 0)"
     cleanup.callback(ray.kill, trainer)
     cleanup.callback(ACTORS.pop, trainer._actor_id, None)
@@ -1201,19 +1287,16 @@ def start_trainer(config: Config, path: str, cleanup: contextlib.ExitStack):
 
 
 def start_engine(config: Config, path: str, device: str, cleanup: contextlib.ExitStack, first_rank: int = 1):
-    """Start loading the engine, one GPU bundle per worker, and return the actor's handle; `cleanup` stops
-    it."""
+    """Start loading an engine, one GPU bundle per worker; returns the actor's handle, `cleanup` stops it."""
+    arguments = engine_arguments(config, path, device)
     bundle = {"GPU": 1} if device == "cuda" else {"CPU": 1}
     placement = PlacementGroupSchedulingStrategy(
         reserve([bundle] * config.tensor_parallel_size, config.timeout_s, cleanup),
         placement_group_bundle_index=0,
         placement_group_capture_child_tasks=True,
     )
-    llm = (
-        ray.remote(MyLLM)
-        .options(num_cpus=0, num_gpus=0, scheduling_strategy=placement)
-        .remote(**engine_arguments(config, path, device))
-    )
+    options = dict(num_cpus=0, num_gpus=0, scheduling_strategy=placement)
+    llm = ray.remote(MyLLM).options(**options).remote(**arguments)
     ranks = range(first_rank, first_rank + config.tensor_parallel_size)
     ACTORS[llm._actor_id] = f"engine (rank {', '.join(map(str, ranks))})"
     cleanup.callback(stop_engine, llm)
@@ -1249,18 +1332,16 @@ def stop_engine(llm) -> None:
     """Let vLLM stop its processes; kill the actor in any case."""
     try:
         ray.get(llm.shutdown.remote(), timeout=5)
-    except (ray.exceptions.RayError, TimeoutError) as error:
-        print(
-            f"The engine did not shut down by itself ({type(error).__name__}); killing it.", file=sys.stderr
-        )
+    except ray.exceptions.RayError as error:  # a GetTimeoutError is one
+        reason = type(error).__name__
+        print(f"The engine did not shut down by itself ({reason}); killing it.", file=sys.stderr)
     ray.kill(llm)
 
 
 def prove_fp8(engines: list, config: Config) -> list[dict]:
     """Print and return what each rank of each engine holds.
 
-    Raises:
-        SystemExit: quantization was asked for and some rank has no FP8 layer.
+    Raises ValueError: quantization was asked for and some rank has no FP8 layer.
     """
     ranks = sum(wait(on_workers(engines, "inspect_weights"), config.timeout_s, "inspecting the engine"), [])
     for number, rank in enumerate(ranks):
@@ -1270,11 +1351,220 @@ def prove_fp8(engines: list, config: Config) -> list[dict]:
         )
     print(f"  not in FP8: {some(ranks[0]['unquantized'])}")
     if config.quantization != "none" and not all(rank["fp8_linear_layers"] for rank in ranks):
-        raise SystemExit(
-            f"--quantization {config.quantization} had no effect: an engine rank has no Float8Tensor layer. Use a "
-            "torchao FP8 config and shard dimensions that are multiples of 16, or --quantization none"
+        raise ValueError(
+            f"--quantization {config.quantization} had no effect: an engine rank has no Float8Tensor layer. "
+            "Use a torchao FP8 config and shard dimensions that are multiples of 16, or --quantization none"
         )
     return ranks
+
+
+# ----- 8. Before anything starts, and main ------------------------------------------------------------------
+
+# Smallest and largest value of a flag.
+LIMITS = {
+    "tensor_parallel_size": (1, 1024),
+    "num_engines": (1, 1024),
+    "max_model_len": (2, 10**8),
+    "steps": (0, 10**9),
+    "prompts_per_step": (1, 10**6),
+    "samples_per_prompt": (2, 10**5),  # advantages compare different answers to one prompt
+    "max_tokens": (1, 10**8),
+    "temperature": (0.01, 100.0),  # below, vLLM samples at 0.01 all the same
+    "learning_rate": (0.0, 1.0),
+    "epochs": (1, 1000),
+    "kl_coef": (0.0, 1000.0),
+    "tokens_per_microbatch": (1, 10**9),
+    "save_every": (0, 10**9),
+    "seed": (0, 2**31 - 1),
+    "timeout_s": (1.0, 10**6),
+}
+
+
+def check_flags(config: Config) -> list[str]:
+    """Everything that can be known without a cluster or a model; returns the prompts.
+
+    Raises ValueError: what was found, what was expected.
+    """
+    for name, (low, high) in LIMITS.items():
+        value = getattr(config, name)
+        if value is not None and not low <= value <= high:  # NaN is not, either
+            flag = name.replace("_", "-")
+            raise ValueError(f"--{flag}: expected {low:g} to {high:g}, found {value:g}")
+    if config.max_tokens >= config.max_model_len:
+        raise ValueError(
+            f"--max-tokens {config.max_tokens}: expected less than --max-model-len {config.max_model_len}, "
+            "which holds the prompt as well; lower one or raise the other"
+        )
+    if config.track != "none" and importlib.util.find_spec(config.track) is None:
+        raise ValueError(f"--track {config.track}: not installed here; pip install {config.track}")
+    load_reward(config.reward)
+    if config.quantization != "auto":
+        torchao_config(config.quantization)
+    engine_arguments(dataclasses.replace(config, quantization="none"), "", "cpu")
+    if config.resume and not (config.resume / "trainer.pt").is_file():
+        raise ValueError(
+            f"--resume {config.resume}: expected checkpoint-N of an earlier run, found no trainer.pt there"
+        )
+    try:
+        config.output_dir.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=config.output_dir).close()
+    except OSError as error:
+        raise ValueError(
+            f"--output-dir {config.output_dir}: expected a folder that can be written to. Found: {error}"
+        ) from error
+    return read_prompts(config.prompts_file)
+
+
+def resolve(config: Config, gpus: int) -> tuple[Config, str]:
+    """Fill in every `auto` for a cluster with that many GPUs; returns the config and the engines' device.
+
+    Raises ValueError: too few GPUs, with the count found, the count needed and the command that fits.
+    """
+    device = "cuda" if gpus else "cpu"
+    trainer_device = device if config.trainer_device == "auto" else config.trainer_device
+    for_engines = config.num_engines * config.tensor_parallel_size if gpus else 0
+    needed = for_engines + (trainer_device == "cuda")
+    if gpus < needed:
+        fits = ["--num-engines 1"] if config.num_engines > 1 else []
+        fits += ["--tensor-parallel-size 1"] if gpus else []
+        fits += ["--trainer-device cpu"] if gpus < 2 else []
+        raise ValueError(
+            f"Found {gpus} GPU(s), need {needed}: {for_engines} for the engine (--num-engines x "
+            f"--tensor-parallel-size) and {needed - for_engines} for the trainer.\n"
+            f"What fits here: python {Path(sys.argv[0]).name} {' '.join(fits)}"
+        )
+    model, quantization = ("facebook/opt-125m", "fp8-dynamic") if gpus else ("tiny", "fp8-weight-only")
+    model = model if config.model == "auto" else config.model
+    if Path(model).is_dir():
+        model = str(Path(model).absolute())  # actors work elsewhere
+    learning_rate = 5e-4 if model == "tiny" else 1e-6
+    return dataclasses.replace(
+        config,
+        model=model,
+        quantization=quantization if config.quantization == "auto" else config.quantization,
+        trainer_device=trainer_device,
+        learning_rate=learning_rate if config.learning_rate is None else config.learning_rate,
+        resume=config.resume and config.resume.absolute(),
+    ), device
+
+
+def find_model(model: str, folder: str, seed: int) -> str:
+    """A name or folder that transformers knows; builds `tiny` in `folder`. Raises ValueError if none."""
+    if model == "tiny":
+        return build_tiny_model(folder, seed)
+    try:
+        transformers.AutoConfig.from_pretrained(model, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"--model {model}: expected a model on the Hugging Face hub (reachable, and public or logged in), "
+            f"a local folder with config.json, or `tiny`. Found: {error}"
+        ) from error
+    return model
+
+
+def check_model(config: Config, path: str, prompts: list[str]) -> None:
+    """Does the model fit the flags and the prompts? Raises ValueError if not, with what to type."""
+    model = transformers.AutoConfig.from_pretrained(path).get_text_config()
+    size, heads = config.tensor_parallel_size, getattr(model, "num_attention_heads", 0)
+    if heads % size:
+        fits = max(n for n in range(1, min(size, heads) + 1) if heads % n == 0)
+        raise ValueError(
+            f"--tensor-parallel-size {size}: expected a divisor of the model's {heads} attention heads; type "
+            f"--tensor-parallel-size {fits}"
+        )
+    rope = getattr(model, "rope_parameters", None) or {}
+    kind, longest = rope.get("rope_type", "default"), getattr(model, "max_position_embeddings", None)
+    if kind == "longrope":  # transformers changes its factors within a sequence, vLLM has one for all
+        longest = rope.get("original_max_position_embeddings") or getattr(
+            model, "original_max_position_embeddings", 0
+        )
+    if kind in ("default", "longrope") and longest and config.max_model_len > longest:
+        raise ValueError(
+            f"--max-model-len {config.max_model_len}: this model's positions (RoPE type {kind}) end at "
+            f"{longest}; beyond, trainer and engine compute different things. Type --max-model-len {longest} or less"
+        )
+    if kind == "dynamic":
+        raise ValueError(
+            "this model's RoPE scaling (dynamic) is computed in one way by transformers and in another by "
+            "vLLM: trainer and engine would be two models. Expected another rope_type in its config.json"
+        )
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(path)
+        if len(tokenizer) <= len(tokenizer.all_special_ids):  # transformers made one up
+            raise ValueError("one that knows special tokens only")
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:  # it raises whatever comes up
+        raise ValueError(
+            f"--model {config.model}: expected a tokenizer beside the model. Found: {type(error).__name__}: "
+            f"{error}"
+        ) from error
+    check_prompts(prompts, tokenizer, config.max_model_len, config.max_tokens)
+
+
+def read_prompts(path: Path | None) -> list[str]:
+    """The non-empty lines of a UTF-8 file; without one, the prompts of vLLM's examples. Raises ValueError."""
+    if path is None:
+        return PROMPTS
+    try:
+        prompts = [line for line in path.read_text(encoding="utf-8").split("\n") if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(
+            f"--prompts-file {path}: expected UTF-8 text, one prompt a line. Found: {error}"
+        ) from error
+    if not prompts:
+        raise ValueError(f"--prompts-file {path}: expected one prompt a line, found no line with text")
+    return prompts
+
+
+def check_prompts(prompts: list[str], tokenizer, max_model_len: int, max_tokens: int) -> None:
+    """Raise ValueError, with all of them, for prompts that leave too little room for an answer."""
+    lengths = [len(tokenizer(prompt).input_ids) for prompt in prompts]
+    too_long = [
+        f"prompt {i + 1} has {n} tokens" for i, n in enumerate(lengths) if n + max_tokens > max_model_len
+    ]
+    if too_long:
+        raise ValueError(
+            f"Found {len(too_long)} prompts that leave no room for --max-tokens {max_tokens}: "
+            f"{', '.join(too_long[:8])}. Expected at most --max-model-len {max_model_len} in all; shorten them, "
+            f"or type --max-model-len {max(lengths) + max_tokens}"
+        )
+
+
+TINY = dict(
+    vocab_size=3 + 256,
+    hidden_size=128,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    max_position_embeddings=512,
+    pad_token_id=0,
+    bos_token_id=1,
+    eos_token_id=2,
+)
+
+
+def build_tiny_model(folder: str, seed: int = 0) -> str:
+    """Write a random BF16 OPT of 0.4 million weights to `folder`, one token per byte; returns the folder."""
+    transformers.set_seed(seed)
+    config = transformers.OPTConfig(**TINY, ffn_dim=256, word_embed_proj_dim=128, tie_word_embeddings=True)
+    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    with torch.no_grad():
+        for (
+            parameter
+        ) in model.parameters():  # none stays at 0 or 1, so that one that is swapped or forgotten shows
+            parameter.add_(torch.randn_like(parameter), alpha=0.1)
+    model.save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def byte_tokenizer(more: list[str] | None = None) -> transformers.PreTrainedTokenizerFast:
+    """One token per byte, after three special ones and before any `more`."""
+    alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {token: i for i, token in enumerate(["<pad>", "<s>", "</s>", *alphabet, *(more or [])])}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = tokenizers.decoders.ByteLevel()
+    special = dict(pad_token="<pad>", bos_token="<s>", eos_token="</s>")
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special)
 
 
 @contextlib.contextmanager
@@ -1282,90 +1572,95 @@ def one_message() -> Iterator[None]:
     """Say what went wrong in one message, before the clean-up, and end the program with exit code 1."""
     try:
         yield
-    except (RuntimeError, OSError, ray.exceptions.RayError) as error:  # a TimeoutError is an OSError
-        print(f"FAILED: {error}", file=sys.stderr, flush=True)
+    except (
+        RuntimeError,
+        OSError,
+        ValueError,
+        ray.exceptions.RayError,
+    ) as error:  # a TimeoutError is an OSError
+        print("\n".join([f"FAILED: {error}", *getattr(error, "__notes__", [])]), file=sys.stderr, flush=True)
         raise SystemExit(1) from error
+    except KeyboardInterrupt as error:
+        print("FAILED: interrupted", file=sys.stderr, flush=True)
+        raise SystemExit(130) from error
 
 
 def main(config: Config) -> dict:
     """Run once and return what summary.json holds."""
     began = psutil.Process().create_time()
-    prompts = read_prompts(config.prompts_file)
-    load_reward(config.reward)
-    if config.resume and not (config.resume / "trainer.pt").is_file():
-        raise SystemExit(
-            f"--resume {config.resume}: expected checkpoint-N of an earlier run, found no trainer.pt there"
-        )
-    if config.track != "none" and importlib.util.find_spec(config.track) is None:
-        raise SystemExit(f"--track {config.track}: not installed here; pip install {config.track}")
-    config.output_dir.mkdir(parents=True, exist_ok=True)
     with contextlib.ExitStack() as cleanup, one_message():
-        config, device = resolve(config, connect(config, cleanup))
+        prompts = check_flags(config)
+        gpus = (
+            connect(config, cleanup) if config.ray_address else torch.cuda.device_count()
+        )  # makes no context
+        config, device = resolve(config, gpus)
+        if device == "cpu":
+            print(
+                "No GPU found: the same processes on the CPU (gloo; by default weight-only FP8, a tiny model)"
+            )
+        path = find_model(config.model, cleanup.enter_context(tempfile.TemporaryDirectory()), config.seed)
+        check_model(config, path, prompts)
+        first = (
+            torch.load(config.resume / "trainer.pt", mmap=True, weights_only=True)["step"]
+            if config.resume
+            else 0
+        )
+        if first > config.steps:
+            raise ValueError(
+                f"--steps {config.steps}: {config.resume} has {first} steps behind it; type at least that"
+            )
+        engines = f"{config.num_engines} engine(s) ({device}, TP={config.tensor_parallel_size})"
+        print(f"Starting Ray, trainer ({config.trainer_device}) and {engines} ...", flush=True)
+        if not config.ray_address:
+            connect(config, cleanup)
         signal.signal(
             signal.SIGTERM, lambda *_: sys.exit(1)
         )  # Ray's own handler would kill the cluster at once
-        torchao_config(config.quantization)  # what is wrong with it should show before anything starts
-        scratch = cleanup.enter_context(tempfile.TemporaryDirectory())
-        path = find_model(config.model, scratch, config.seed)
-        check_prompts(prompts, path, config.max_model_len)
-        print(
-            f"Starting trainer ({config.trainer_device}) and {config.num_engines} engine(s) ({device}, "
-            f"TP={config.tensor_parallel_size}) ..."
-        )
-        startup = {"imports and Ray": time.time() - began}
         trainer, engines, ranks = start(config, path, device, cleanup)
-        startup["trainer and engine"] = time.time() - began - sum(startup.values())
         samples = prompts_of_step(config, prompts, 0)[:4]
-        bucket_bytes = config.bucket_mib * 2**20
         try:
-            sync = prove_sync(trainer, engines, samples, config.max_tokens, bucket_bytes, config.timeout_s)
+            sync = prove_sync(trainer, engines, samples, config.max_tokens, timeout_s=config.timeout_s)
         except RuntimeError as error:
             raise RuntimeError(f"{config.model}: {error}") from error
         before = sync.pop("before")
         print(
-            f"Proved: set to zero and synced by {sync['path']}, the engine is what it was when it had started, in "
-            f"{sync['tensors']} tensors and {sync['answers']} answers"
+            f"Proved: set to zero and synced by {sync['path']}, the engine is what it was when it had "
+            f"started, in {sync['tensors']} tensors and {sync['answers']} answers. Ready after {time.time() - began:.1f} s"
         )
-        startup |= {"proof": time.time() - began - sum(startup.values()), "all": time.time() - began}
-        print(f"Start-up: {', '.join(f'{phase} {s:.1f} s' for phase, s in startup.items())}")
-        rows = train(config, trainer, engines, prompts)
+        rows = train(config, trainer, engines, prompts, first)
         [after] = wait([engines[0].answer.remote()], 10 * config.timeout_s, "asking the engine")
         version = wait([engines[0].get_weights_version.remote()], config.timeout_s, "reading the version")[0]
-
-    summary = {
-        "device": device,
-        "model": config.model,
-        "world_size": config.world_size,
-        "quantization": config.quantization,
-        "fp8_linear_layers": ranks[0]["fp8_linear_layers"],
-        **{key: sum(rank[key] for rank in ranks) for key in ("weights_gib", "bf16_weights_gib")},
-        "ranks": ranks,
-        "sync": sync,
-        "weights_version": version,
-        "startup_seconds": startup,
-        "last_step": rows[-1] if rows else None,
-        "samples": [
-            {"prompt": old["prompt"], "before": old["text"], "after": new["text"]}
-            for old, new in zip(before, after, strict=True)
-        ],
-        "versions": {"python": sys.version.split()[0]}
-        | {library.__name__: library.__version__ for library in (torch, vllm, torchao, ray, transformers)},
-    }
-    (config.output_dir / "summary.json").write_text(json.dumps(summary, indent=2))
-    plot_curves(config.output_dir)
-    report(summary, config.output_dir)
+        summary = {
+            "device": device,
+            "model": config.model,
+            "world_size": config.world_size,
+            "quantization": config.quantization,
+            "fp8_linear_layers": ranks[0]["fp8_linear_layers"],
+            "weights_gib": sum(rank["weights_gib"] for rank in ranks),
+            "bf16_weights_gib": sum(rank["bf16_weights_gib"] for rank in ranks),
+            "ranks": ranks,
+            "sync": sync,
+            "weights_version": version,
+            "last_step": rows[-1] if rows else None,
+            "samples": [
+                {"prompt": old["prompt"], "before": old["text"], "after": new["text"]}
+                for old, new in zip(before, after, strict=True)
+            ],
+            "versions": {"python": sys.version.split()[0]}
+            | {
+                library.__name__: library.__version__ for library in (torch, vllm, torchao, ray, transformers)
+            },
+        }
+        (config.output_dir / "summary.json").write_text(json.dumps(summary, indent=2))
+        plot_curves(config.output_dir)
+        report(summary, config.output_dir)
     return summary
-
-
-def read_metrics(folder: Path) -> list[dict]:
-    """The rows of metrics.jsonl, one per step."""
-    file = folder / "metrics.jsonl"
-    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
 
 
 def plot_curves(folder: Path) -> None:
     """Draw curves.png from metrics.jsonl: reward, mismatch, and where the time went, by step."""
     import matplotlib.pyplot as plt
+    from matplotlib.ticker import MaxNLocator
 
     panels = {
         "reward": ["reward"],
@@ -1378,34 +1673,33 @@ def plot_curves(folder: Path) -> None:
         for name in names:
             axis.plot([row["step"] for row in rows], [row[name] for row in rows], label=name)
         axis.set(title=title, xlabel="step")
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
         axis.legend()
     axes[1].set_yscale("log")
     figure.savefig(folder / "curves.png")
 
 
 def report(summary: dict, folder: Path) -> None:
-    """Print the samples and the figures."""
-    samples = Table("prompt", "before training", "after training", title="Greedy samples")
+    """Print what matters of a run."""
+    print("Greedy answers before and after training:")
     for sample in summary["samples"]:
-        samples.add_row(*map(repr, sample.values()))
+        print(f"  {sample['prompt']!r} -> {sample['before'][:24]!r} -> {sample['after'][:24]!r}")
     sync, last = summary["sync"], summary["last_step"]
-    rows = {
-        "FP8 linear layers per rank": str(summary["fp8_linear_layers"]),
-        "engine weights, all ranks": f"{summary['weights_gib']:.4f} GiB (BF16: {summary['bf16_weights_gib']:.4f} GiB)",
-        "first sync": f"{sync['bytes'] / 1e9:.4f} GB in {sync['seconds']:.3f} s = {sync['gb_per_s']:.2f} GB/s",
-        "verified": str(sync["verified"]),
-        "equal to the cold start": f"{sync['tensors']} tensors, {sync['answers']} answers, by {sync['path']}",
-        "reward of the last step": f"{last['reward']:.3f}" if last else "no step",
-        "weights version": str(summary["weights_version"]),
-        "start-up": f"{summary['startup_seconds']['all']:.1f} s",
-    }
-    figures = Table("what", "value", title="RL with verified FP8 weight syncs")
-    for row in rows.items():
-        figures.add_row(*row)
-    for table in (samples, figures):
-        Console().print(table)
+    print(
+        f"FP8 linear layers per rank: {summary['fp8_linear_layers']}; engine weights, all ranks: "
+        f"{summary['weights_gib']:.4f} GiB (BF16: {summary['bf16_weights_gib']:.4f} GiB)"
+    )
+    print(
+        f"Verified: {sync['verified']}, {sync['tensors']} tensors and {sync['answers']} answers equal the "
+        f"cold start, by {sync['path']}; first sync {sync['bytes'] / 1e9:.4f} GB in {sync['seconds']:.3f} s"
+    )
+    print(f"Reward of the last step: {last['reward']:.3f}" if last else "No step was made")
     print(f"Wrote summary.json, metrics.jsonl and curves.png to {folder}")
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Config))
+    import rlhf_online_quant as program  # by its name, under which actors and workers know it too
+
+    with program.one_message():
+        settings = tyro.cli(program.Config)
+    program.main(settings)

@@ -17,7 +17,7 @@ import sys
 import tempfile
 
 from harness import driver
-from random_models import byte_tokenizer
+from random_models import tokenizer_of
 
 import torch
 import transformers
@@ -79,7 +79,7 @@ def build(folder, name: str, seed: int = 0, dtype=torch.bfloat16) -> str:
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter), alpha=0.05)
     model.save_pretrained(folder)
-    byte_tokenizer(config.vocab_size).save_pretrained(folder)
+    tokenizer_of(config.vocab_size).save_pretrained(folder)
     return str(folder)
 
 
@@ -153,7 +153,6 @@ def follow(name: str, tensor_parallel_size: int, folder: str) -> dict:
         tensor_parallel_size=tensor_parallel_size,
         learning_rate=1e-3,
         quantization="fp8-weight-only",
-        bucket_mib=1,
     )
     old, new, settings = (
         build(f"{folder}/old", name),
@@ -171,22 +170,20 @@ def follow(name: str, tensor_parallel_size: int, folder: str) -> dict:
             name: (list(t.shape), str(t.dtype)) for name, t in load_file(f"{new}/model.safetensors").items()
         }
         travels = {name: (list(t.shape), str(t.dtype)) for name, t in trainer.target.weights()}
-        synced = driver.observe([engine], 60)
+        [synced] = driver.observe([engine], 60)
     found = {
         "proof": {key: proof[key] for key in ("verified", "path", "because", "tensors", "answers")},
         "path": sync["path"],
         "compared": sync["compared"],
         "buckets": sync["sender"]["buckets"],
         "as_in_file": travels == in_file,
-        "fp8": sum(digest.endswith(".qdata") for digest in synced.digests[0][0]),
+        "fp8": sum(".qdata on " in name for name in synced["digests"]),
     }
     if name in FRESH:
         with local_engine(new, config) as llm:
             llm.collective_rpc("inspect_weights")
             answers = llm.answer(driver.PROMPTS, 8)
-            found["fresh"] = (
-                llm.collective_rpc("stored_digests") == synced.digests[0] and answers == synced.answers[0]
-            )
+            found["fresh"] = llm.digests() == synced["digests"] and answers == synced["answers"]
     return found
 
 

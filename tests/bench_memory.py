@@ -75,11 +75,9 @@ def measure_inference_memory(
         memory = {"weights_gib": max(rank["weights_gib"] for rank in ranks)}
         memory |= {method: most(method) for method in ("linear_gib", "kv_cache_tokens")}
         memory["startup_gib"] = most("peak_memory_gib")
-        settings = dict(bucket_bytes=config.bucket_mib * 2**20, timeout_s=config.timeout_s)
-        driver.sync_weights_to_quantized_engine(trainer, engines, **settings)
+        driver.sync_weights_to_quantized_engine(trainer, engines, timeout_s=config.timeout_s)
         memory["sync_gib"] = most("peak_memory_gib")
-        seeds = [0] * len(driver.PROMPTS)
-        driver.generate(engines, driver.PROMPTS, config, seeds, n=config.samples_per_prompt, temperature=1.0)
+        driver.generate(engines, driver.PROMPTS, config)
         memory["generation_gib"] = most("peak_memory_gib")
     return memory
 

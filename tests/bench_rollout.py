@@ -28,7 +28,7 @@ ENGINES = {
     "bf16": ({"quantization": "none"}, {}),
     "fp8": ({}, {}),
     "fp8-as-shipped": ({}, {"worker_extension_cls": "as_shipped.AsShipped"}),  # torchao's own product
-    "fp8-kv": ({"kv_cache_dtype": "fp8"}, {}),
+    "fp8-kv": ({}, {"kv_cache_dtype": "fp8"}),
     "vllm-fp8": ({"quantization": "none"}, {"quantization": "fp8"}),  # vLLM's own online quantization
     "bf16-eager": ({"quantization": "none", "enforce_eager": True}, {}),
     "fp8-eager": ({"enforce_eager": True}, {}),

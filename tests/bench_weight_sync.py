@@ -62,6 +62,8 @@ class Benchmark(driver.Config):
     """No checkpoint, no comparison."""
     kv_cache_gib: float = 0.5
     """Fixed, because engines that share a GPU cannot measure what is free."""
+    bucket_mib: int = 256
+    """Size of a bucket."""
     gpu_memory_utilization: float = 0.1
     """Only what must be free at the start."""
 
@@ -175,6 +177,7 @@ def main(config: Benchmark) -> dict:
         torch.cuda.empty_cache()
         config, device = driver.resolve(config, connect(config, cleanup))
         own = {"worker_extension_cls": "bench_weight_sync.BenchmarkExtension"}
+        own |= {"gpu_memory_utilization": config.gpu_memory_utilization}
         own |= {"load_format": "dummy"} if config.dummy else {}
         if device == "cuda":
             own |= dict(kv_cache_memory_bytes=int(config.kv_cache_gib * 2**30), max_num_batched_tokens=2048)
@@ -220,7 +223,7 @@ def measure_raw(config: Benchmark, trainer, actor) -> list[float]:
 def measure(config: Benchmark, device: str, trainer, actor) -> dict:
     """Every method: seconds, extra memory of both sides, and whether the engine is then as at its cold start."""
     llm, rows, ask_trainer = Remote(actor), {}, functools.partial(on_trainer, config, trainer)
-    cold = driver.observe([actor], config.timeout_s, driver.PROMPTS, 16)
+    [cold] = driver.observe([actor], config.timeout_s, driver.PROMPTS, 16)
     syncs: list[dict] = []
 
     def our_sync() -> float:
@@ -237,10 +240,8 @@ def measure(config: Benchmark, device: str, trainer, actor) -> dict:
 
     def digests_differ() -> list[str]:
         """For what is no update to MyLLM, which therefore would not answer."""
-        found, expected = llm.collective_rpc("stored_digests"), cold.digests[0]
-        return [
-            name for worker, right in zip(found, expected) for name in right if worker[name] != right[name]
-        ]
+        found = llm.digests()
+        return [name for name, right in cold["digests"].items() if found[name] != right]
 
     def memory_gib(peak: bool) -> list[float]:  # of the trainer and the engine's ranks
         own = ask_trainer(lambda trainer: allocated_gib(trainer.device, peak))
@@ -256,7 +257,7 @@ def measure(config: Benchmark, device: str, trainer, actor) -> dict:
         before = memory_gib(False)
         seconds = [run() for _ in range(repeats)]
         extra = [peak - start for peak, start in zip(memory_gib(True), before)]
-        different = driver.differences([actor], cold, config.timeout_s) if ours else digests_differ()
+        different = driver.differences([actor], [cold], config.timeout_s) if ours else digests_differ()
         different = ["not compared"] if config.dummy else different
         rows[method] = {"seconds": statistics.median(seconds), "all_seconds": seconds, "extra_gib": extra}
         rows[method]["different"] = different
@@ -288,7 +289,7 @@ def measure(config: Benchmark, device: str, trainer, actor) -> dict:
         theirs = functools.partial(timed, ask_trainer, lambda trainer: trainer.vllm_sender.send_weights())
         add(VLLM, theirs, config.repeats, ours=False)
         our_sync()
-        different = driver.differences([actor], cold, config.timeout_s)
+        different = driver.differences([actor], [cold], config.timeout_s)
         assert not different, f"a sync of ours must repair what the calls before it did: {different}"
     memory = ask_trainer(lambda trainer: {b.data_ptr(): b.nbytes for b in trainer.buckets.buckets[:2]})
     buckets_gib = sum(memory.values()) / 2**30 if device == "cuda" else 0.0
@@ -299,11 +300,10 @@ def measure(config: Benchmark, device: str, trainer, actor) -> dict:
         row["gb_per_s"] = last["bytes"] / row["seconds"] / 1e9
         row["ratio"] = row["seconds"] / raw["seconds"]
     found = {"bytes": last["bytes"], "bucket_mib": config.bucket_mib, "buckets": last["sender"]["buckets"]}
-    tensors = sum(len(worker) for worker in cold.digests[0])
     return found | {
         "path": path,
-        "tensors": tensors,
-        "answers": len(cold.answers[0]),
+        "tensors": len(cold["digests"]),
+        "answers": len(cold["answers"]),
         "calls": calls,
         "rows": rows,
     }

@@ -31,6 +31,8 @@ class Check(driver.Config):
     """Also run the seed's per-parameter loop, with the trainer's weights and with zeros."""
     fresh_gpus: str | None = None
     """GPUs of the fresh engine; default: the first ones."""
+    bucket_mib: int = 256
+    """Size of a bucket."""
     gpu_memory_utilization: float = 0.1
     """Only what must be free at the start."""
     kill_a_worker: bool = False
@@ -42,7 +44,9 @@ class Check(driver.Config):
 def main(check: Check) -> None:
     os.environ["TORCHINDUCTOR_DETERMINISTIC"] = "1"  # two compilations of one model choose the same kernels
     with contextlib.ExitStack() as cleanup:
-        cleanup.enter_context(vllm_arguments(kv_cache_memory_bytes=int(check.kv_cache_gib * 2**30)))
+        own = {"kv_cache_memory_bytes": int(check.kv_cache_gib * 2**30)}
+        own |= {"gpu_memory_utilization": check.gpu_memory_utilization}
+        cleanup.enter_context(vllm_arguments(**own))
         folder = Path(cleanup.enter_context(tempfile.TemporaryDirectory()))
         old, new = (build_random_model(folder / str(seed), check.shape, seed=seed) for seed in (1, 2))
         torch.cuda.empty_cache()

@@ -33,7 +33,7 @@ def config():
     """The program's defaults on this machine, connected to a private Ray."""
     with contextlib.ExitStack() as cleanup:
         on_gpus = (
-            dict(tensor_parallel_size=1, enforce_eager=True, gpu_memory_utilization=0.1)
+            dict(tensor_parallel_size=1, enforce_eager=True, engine_args='{"gpu_memory_utilization": 0.1}')
             if DEVICE == "cuda"
             else {}
         )

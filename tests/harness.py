@@ -19,7 +19,7 @@ import transformers  # noqa: E402
 from vllm import LLM, SamplingParams  # noqa: E402
 
 import rlhf_online_quant as driver  # noqa: E402
-from rlhf_utils import WorkerExtension, stateless_init_process_group  # noqa: E402
+from rlhf_utils import BUCKET_BYTES, WorkerExtension, stateless_init_process_group  # noqa: E402
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 PROMPTS = ["Hello, my name is", "The capital of France is", "a", "0123456789" * 30]
@@ -153,14 +153,19 @@ def assert_same(synced: dict, fresh: dict) -> None:
 
 def sync(config: driver.Config, trainer, llm, **overrides) -> dict:
     """The driver's sync with a config's settings."""
-    settings = dict(bucket_bytes=config.bucket_mib * 2**20, timeout_s=config.timeout_s)
+    settings = dict(bucket_bytes=bucket_bytes(config), timeout_s=config.timeout_s)
     return driver.sync_weights_to_quantized_engine(trainer, llm, **settings | overrides)
+
+
+def bucket_bytes(config: driver.Config) -> int:
+    """Of the settings of a benchmark; else the default."""
+    return getattr(config, "bucket_mib", BUCKET_BYTES // 2**20) * 2**20
 
 
 def prove(config: driver.Config, trainer, llm) -> dict:
     """The driver's proof with a config's settings."""
     return driver.prove_sync(
-        trainer, llm, bucket_bytes=config.bucket_mib * 2**20, timeout_s=config.timeout_s, max_tokens=16
+        trainer, llm, bucket_bytes=bucket_bytes(config), timeout_s=config.timeout_s, max_tokens=16
     )
 
 

@@ -1,11 +1,11 @@
-"""Random models with a byte-level tokenizer, built on the spot: what the CPU run, the tests and the benchmarks need."""
+"""Random models with a byte-level tokenizer, built on the spot: what the tests and the benchmarks need."""
 
 import copy
+import sys
 from pathlib import Path
 
 import numpy as np
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,
     LlamaConfig,
@@ -18,15 +18,10 @@ from transformers import (
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-SPECIAL = ["<pad>", "<s>", "</s>"]
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from rlhf_online_quant import TINY, byte_tokenizer  # noqa: E402
+
 IDS = dict(pad_token_id=0, bos_token_id=1, eos_token_id=2)
-TINY = IDS | dict(
-    vocab_size=len(SPECIAL) + 256,
-    hidden_size=128,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    max_position_embeddings=512,
-)
 QWEN3 = IDS | dict(vocab_size=151936, num_key_value_heads=8, head_dim=128, max_position_embeddings=40960)
 SMALL_MOE = TINY | dict(
     hidden_size=512, num_hidden_layers=4, num_attention_heads=8, num_key_value_heads=4, num_experts_per_tok=2
@@ -76,16 +71,10 @@ SHAPES = {
 }
 
 
-def byte_tokenizer(vocab_size: int = 259) -> PreTrainedTokenizerFast:
-    """One token per byte, three special tokens, and numbers in base 36 for the ids that are left (output only)."""
-    vocabulary = {token: i for i, token in enumerate(SPECIAL + sorted(pre_tokenizers.ByteLevel.alphabet()))}
-    vocabulary |= {np.base_repr(i + 36**3, 36).lower(): i for i in range(len(vocabulary), vocab_size)}
-    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>"
-    )
+def tokenizer_of(vocab_size: int) -> PreTrainedTokenizerFast:
+    """The tiny model's, with numbers in base 36 for the ids that are left (output only)."""
+    used = TINY["vocab_size"]
+    return byte_tokenizer([np.base_repr(i + 36**3, 36).lower() for i in range(used, vocab_size)])
 
 
 def build_random_model(folder: str | Path, shape: str = "tiny-opt", seed: int = 0) -> str:
@@ -99,7 +88,7 @@ def build_random_model(folder: str | Path, shape: str = "tiny-opt", seed: int = 
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter), alpha=0.1 if shape.startswith("tiny") else 0.01)
     model.save_pretrained(folder)
-    byte_tokenizer(model.config.vocab_size).save_pretrained(folder)
+    tokenizer_of(model.config.vocab_size).save_pretrained(folder)
     return str(folder)
 
 
@@ -108,5 +97,5 @@ def write_config(folder: str | Path, shape: str) -> str:
     config = copy.deepcopy(SHAPES[shape])
     config.architectures = [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[config.model_type]]
     config.save_pretrained(folder)
-    byte_tokenizer(config.vocab_size).save_pretrained(folder)
+    tokenizer_of(config.vocab_size).save_pretrained(folder)
     return str(folder)

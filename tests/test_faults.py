@@ -436,22 +436,6 @@ def test_full_disk_ends_the_run_with_one_message(quick, pair, tmp_path, capfd):
     assert end.value.code == 1 and "FAILED: [Errno 28] No space left on device" in capfd.readouterr().err
 
 
-def test_a_reward_function_that_hangs_ends_in_time():
-    completion = SimpleNamespace(text="a")
-    outputs = [SimpleNamespace(prompt="p", outputs=[completion])]
-    with pytest.raises(TimeoutError, match="reward function sleep_for_ever has not returned for 0.5 s"):
-
-        def sleep_for_ever(prompts, completions):
-            time.sleep(3600)
-
-        driver.compute_rewards(outputs, sleep_for_ever, timeout_s=0.5)
-
-
-def test_prompts_that_leave_no_room(models):
-    with pytest.raises(SystemExit, match="Found 1 prompts .* prompt 2 has 90 tokens. Expected fewer than"):
-        driver.check_prompts(["short", "x" * 90], models("tiny-opt")[0], 64)
-
-
 class Malicious:
     """Pickled, it would make a file when it is loaded."""
 
@@ -494,9 +478,9 @@ def test_corrupt_and_unsafe_models(models, tmp_path):
     settings |= {"model_type": "mine", "auto_map": {"AutoConfig": "mine.MineConfig"}}
     (remote / "config.json").write_text(json.dumps(settings))
     (remote / "mine.py").write_text(f"open({str(canary)!r}, 'w')")
-    with pytest.raises(SystemExit, match="--model .*remote: expected a model"):
+    with pytest.raises(ValueError, match="--model .*remote: expected a model"):
         driver.find_model(str(remote), str(tmp_path), 0)
     (remote / "config.json").write_text("{")
-    with pytest.raises(SystemExit, match="--model .*remote: expected a model"):
+    with pytest.raises(ValueError, match="--model .*remote: expected a model"):
         driver.find_model(str(remote), str(tmp_path), 0)
     assert not canary.exists()

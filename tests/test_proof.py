@@ -75,7 +75,8 @@ def test_a_falsified_replay_is_caught_and_sessions_serve(llama, monkeypatch, cap
         proof = driver.prove_sync(trainer, engine, max_tokens=8, **SETTINGS)
         assert proof["verified"] and proof["path"] == "session"
         assert (
-            f"{named} (engine 0" in proof["because"] and proof["because"].count("(engine 0, worker 0)") == 1
+            f"{named} on worker 0 (engine 0)" in proof["because"]
+            and proof["because"].count("(engine 0)") == 1
         )
         assert (
             "Weight syncs are reload sessions, because after a replay these are not as they were"
