@@ -131,7 +131,7 @@ class Config:
     num_engines: int = 1
     """Engines that share the prompts of a step; each has its own tensor-parallel group."""
     quantization: str = "auto"
-    """`fp8-dynamic` (`auto` on GPUs), `fp8-weight-only` (`auto` on CPU), `none`, or a torchao config's file."""
+    """`fp8-dynamic` (`auto` on GPUs), `fp8-weight-only` (`auto` on CPU), `none`, or a torchao config file."""
     enforce_eager: bool = False
     """Start faster and generate much more slowly: no compilation, no CUDA graphs. Always so on the CPU."""
     max_model_len: int = 512
@@ -179,7 +179,7 @@ class Config:
     timeout_s: float = 30.0
     """Longest wait (seconds) for a sync or a reward function; ten times that for all that takes longer."""
     ray_address: str | None = None
-    """An existing cluster (`auto`, `10.0.0.1:6379`) whose nodes share local folders. Default: a private one."""
+    """A running cluster (`auto`, `10.0.0.1:6379`) whose nodes share local folders. Default: a private one."""
 
     @property
     def world_size(self) -> int:
@@ -444,15 +444,11 @@ def warn_of(metrics: dict, config: Config, first: int) -> None:
     if not metrics["mismatch_kl"] <= usual:
         print(
             f"WARNING: mismatch KL above {usual:g}. If --quantization none shows it too, from the first step "
-            "on, the trainer computes something else than the engine. If only FP8 does, lower the learning rate."
+            "on, trainer and engine compute different things. If FP8 alone does, lower --learning-rate."
         )
     changed = metrics["weights_changed"]
-    if (
-        config.trainer_dtype == "bfloat16"
-        and metrics["step"] == first
-        and metrics["grad_norm"]
-        and changed < 0.1
-    ):
+    may_round = config.trainer_dtype == "bfloat16" and metrics["step"] == first
+    if may_round and metrics["grad_norm"] > 0 and changed < 0.1:
         print(
             f"WARNING: this step changed {changed:.1%} of the weights; the rest of it was lost in bfloat16's "
             f"rounding. Use --trainer-dtype float32, or more than --learning-rate {config.learning_rate:g}."
@@ -563,7 +559,7 @@ def k3(log_ratio: torch.Tensor) -> torch.Tensor:
 
 
 def measure_mismatch(old_N: torch.Tensor, engine_N: torch.Tensor) -> dict[str, float]:
-    """How far the engine's log-probabilities (nats) of its tokens are from the trainer's, weights being equal.
+    """How far the engine's log-probabilities (nats) of its tokens are from the trainer's, for equal weights.
 
     The effective sample size, (sum r)^2 / sum r^2 with r as in `importance_weights`, is given as a share of
     the tokens (Kong 1992, "A Note on Importance Sampling using Standardized Weights").
@@ -726,9 +722,7 @@ def broadcast_weights(
     """What the sender and each worker of each engine say of one broadcast of all weights."""
     sending = [trainer.send_weights.remote() for trainer in trainers]
     receiving = on_workers(engines, "receive_weights", by_session)
-    patience_s = (
-        timeout_s / 2 + 2
-    )  # a rank whose peer has died knows after half the limit in which bucket that was
+    patience_s = timeout_s / 2 + 2  # a rank whose peer has died knows by then in which bucket that was
     results = wait([*sending, *receiving], timeout_s, "broadcasting weights", patience_s)
     return results[0], sum(results[len(sending) :], [])
 
@@ -1200,8 +1194,8 @@ def engine_arguments(config: Config, path: str, device: str) -> dict:
 
 # ----- 7. Start and stop ------------------------------------------------------------------------------------
 
-# A process of its own that knows Ray's processes below the driver, waits for the driver's clean-up or end, gives
-# them 4 s and kills those that are left: what is stopped or stuck in a collective does not end by itself.
+# A process of its own that knows Ray's processes below the driver, waits for the driver's clean-up or end,
+# gives them 4 s and kills those that are left: what is stopped or stuck in a collective does not end itself.
 REAPER = """
 import contextlib, select, sys, psutil
 seen = set()
@@ -1448,6 +1442,11 @@ def resolve(config: Config, gpus: int) -> tuple[Config, str]:
     ), device
 
 
+def steps_behind(checkpoint: Path | None) -> int:
+    """How many steps the trainer had made that wrote a checkpoint."""
+    return torch.load(checkpoint / "trainer.pt", mmap=True, weights_only=True)["step"] if checkpoint else 0
+
+
 def find_model(model: str, folder: str, seed: int) -> str:
     """A name or folder that transformers knows; builds `tiny` in `folder`. Raises ValueError if none."""
     if model == "tiny":
@@ -1456,7 +1455,7 @@ def find_model(model: str, folder: str, seed: int) -> str:
         transformers.AutoConfig.from_pretrained(model, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise ValueError(
-            f"--model {model}: expected a model on the Hugging Face hub (reachable, and public or logged in), "
+            f"--model {model}: expected a model on the Hugging Face hub (reachable; public or logged in), "
             f"a local folder with config.json, or `tiny`. Found: {error}"
         ) from error
     return model
@@ -1481,7 +1480,7 @@ def check_model(config: Config, path: str, prompts: list[str]) -> None:
     if kind in ("default", "longrope") and longest and config.max_model_len > longest:
         raise ValueError(
             f"--max-model-len {config.max_model_len}: this model's positions (RoPE type {kind}) end at "
-            f"{longest}; beyond, trainer and engine compute different things. Type --max-model-len {longest} or less"
+            f"{longest}; beyond, trainer and engine compute different things. Type at most that"
         )
     if kind == "dynamic":
         raise ValueError(
@@ -1524,8 +1523,8 @@ def check_prompts(prompts: list[str], tokenizer, max_model_len: int, max_tokens:
     if too_long:
         raise ValueError(
             f"Found {len(too_long)} prompts that leave no room for --max-tokens {max_tokens}: "
-            f"{', '.join(too_long[:8])}. Expected at most --max-model-len {max_model_len} in all; shorten them, "
-            f"or type --max-model-len {max(lengths) + max_tokens}"
+            f"{', '.join(too_long[:8])}. Expected at most --max-model-len {max_model_len} in all; shorten "
+            f"them, or type --max-model-len {max(lengths) + max_tokens}"
         )
 
 
@@ -1547,9 +1546,7 @@ def build_tiny_model(folder: str, seed: int = 0) -> str:
     config = transformers.OPTConfig(**TINY, ffn_dim=256, word_embed_proj_dim=128, tie_word_embeddings=True)
     model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     with torch.no_grad():
-        for (
-            parameter
-        ) in model.parameters():  # none stays at 0 or 1, so that one that is swapped or forgotten shows
+        for parameter in model.parameters():  # none stays at 0 or 1: one that is forgotten would not show
             parameter.add_(torch.randn_like(parameter), alpha=0.1)
     model.save_pretrained(folder)
     byte_tokenizer().save_pretrained(folder)
@@ -1590,9 +1587,7 @@ def main(config: Config) -> dict:
     began = psutil.Process().create_time()
     with contextlib.ExitStack() as cleanup, one_message():
         prompts = check_flags(config)
-        gpus = (
-            connect(config, cleanup) if config.ray_address else torch.cuda.device_count()
-        )  # makes no context
+        gpus = connect(config, cleanup) if config.ray_address else torch.cuda.device_count()
         config, device = resolve(config, gpus)
         if device == "cpu":
             print(
@@ -1600,11 +1595,7 @@ def main(config: Config) -> dict:
             )
         path = find_model(config.model, cleanup.enter_context(tempfile.TemporaryDirectory()), config.seed)
         check_model(config, path, prompts)
-        first = (
-            torch.load(config.resume / "trainer.pt", mmap=True, weights_only=True)["step"]
-            if config.resume
-            else 0
-        )
+        first = steps_behind(config.resume)
         if first > config.steps:
             raise ValueError(
                 f"--steps {config.steps}: {config.resume} has {first} steps behind it; type at least that"
@@ -1625,7 +1616,8 @@ def main(config: Config) -> dict:
         before = sync.pop("before")
         print(
             f"Proved: set to zero and synced by {sync['path']}, the engine is what it was when it had "
-            f"started, in {sync['tensors']} tensors and {sync['answers']} answers. Ready after {time.time() - began:.1f} s"
+            f"started, in {sync['tensors']} tensors and {sync['answers']} answers. Ready after "
+            f"{time.time() - began:.1f} s"
         )
         rows = train(config, trainer, engines, prompts, first)
         [after] = wait([engines[0].answer.remote()], 10 * config.timeout_s, "asking the engine")
