@@ -124,10 +124,10 @@ def stateless_init_process_group(
     device, timeout = torch.device(device), timedelta(seconds=timeout_s)
     if device.type == "cuda" and device.index is None:
         device = torch.device("cuda", torch.cuda.current_device())  # NCCL wants to know which
-    where, serving = f"{master_address}:{master_port}", None
+    where = f"{master_address}:{master_port}"
+    options = {"wait_for_workers": False, "use_libuv": False}
     if rank == 0:
-        serving = (listen_socket or listen(master_address, master_port)).detach()
-    options = dict(wait_for_workers=False, use_libuv=False, master_listen_fd=serving)
+        options["master_listen_fd"] = (listen_socket or listen(master_address, master_port)).detach()
     try:
         store = dist.TCPStore(master_address, master_port, None, rank == 0, timeout, **options)
     except dist.DistNetworkError as error:
@@ -193,7 +193,8 @@ class ReloadSession:
     def __init__(self, model: torch.nn.Module, model_config):
         from vllm.model_executor.model_loader.reload import initialize_layerwise_reload
 
-        self.model, self.model_config, self.loaded, self.is_open = model, model_config, set(), True
+        self.model, self.model_config = model, model_config
+        self.loaded, self.is_open = set(), True
         for module in model.modules():  # on the CPU a session would meet what the first load has left behind
             kernel = getattr(getattr(module, "quant_method", None), "moe_kernel", None)
             if kernel is not None and module.w13_weight.is_cpu:
@@ -250,15 +251,16 @@ def repair_zero_rows(parameters: Iterable[Tensor]) -> int:
     torchao 0.18 divides an all-zero row (or one so small that amax / 448 underflows) by its scale of 0: NaN.
     """
     repaired = 0
-    for weight in (parameter for parameter in parameters if isinstance(parameter, Float8Tensor)):
-        dead = weight.scale == 0  # one element for each block
-        if count := int(dead.sum()):
+    for weight in parameters:
+        if (
+            isinstance(weight, Float8Tensor) and (dead := weight.scale == 0).any()
+        ):  # an element for each block
             mask = dead
             for dimension, size in enumerate(weight.block_size):
                 mask = mask.repeat_interleave(size, dimension).narrow(dimension, 0, weight.shape[dimension])
             weight.qdata.view(torch.uint8).masked_fill_(mask, 0)
             weight.scale.masked_fill_(dead, 1.0)
-            repaired += count
+            repaired += int(dead.sum())
     return repaired
 
 
@@ -383,7 +385,7 @@ class WeightSender:
         with to_the_end(self._not_empty()) as weights:  # all ranks of a sharded trainer gather all weights
             if self.group is None:
                 return None
-            weight = None
+            weight = None  # that is being cut into pieces
 
             def pack(number: int) -> None:
                 nonlocal weight
@@ -391,11 +393,10 @@ class WeightSender:
                 for piece, view in self.buckets.buckets[number].pieces:
                     if piece.row == 0:
                         name, weight = next(weights)
-                        if (name, list(weight.shape)) != (piece.name, piece.full_shape):
-                            raise ValueError(
-                                f"found {name} {list(weight.shape)}, expected {piece.name} {piece.full_shape}: "
-                                "the weights have changed since `prepare_weights`"
-                            )
+                        found, expected = (name, list(weight.shape)), (piece.name, piece.full_shape)
+                        if found != expected:
+                            why = "the weights have changed since `prepare_weights`"
+                            raise ValueError(f"found {found}, expected {expected}: {why}")
                     targets.append(view)
                     sources.append(weight if view.shape == weight.shape else weight[piece.row : piece.end])
                 torch._foreach_copy_(targets, sources)
@@ -408,7 +409,7 @@ class WeightSender:
 
 @contextlib.contextmanager
 def to_the_end(items: Iterator) -> Iterator[Iterator]:
-    """What the block leaves of `items`, or an error in it, is taken all the same: other ranks count on it."""
+    """Take what the block leaves of `items`, whatever happens in it: other ranks count on this one."""
     try:
         yield items
     finally:
@@ -429,14 +430,13 @@ def agreed(method):
         from vllm.distributed import get_world_group
         from vllm.utils.torch_utils import set_default_torch_dtype
 
-        error = result = None
+        group, error, result = get_world_group(), None, None
         try:  # as it is while vLLM loads a model: some loaders make tensors, some models build others
             with set_current_vllm_config(self.vllm_config), set_default_torch_dtype(self.model_config.dtype):
                 result = method(self, *args, **kwargs)
         except Exception as caught:  # raised below, for all workers at once
             logger.exception("%s failed", method.__name__)
             error = f"{type(caught).__name__}: {caught}"
-        group = get_world_group()
         errors = [error] * group.world_size
         if group.world_size > 1:  # names who does not come; after an error the others are not far behind
             limit = timedelta(seconds=2 if error else getattr(self.weight_group, "timeout_s", 600))
@@ -589,9 +589,8 @@ class WorkerExtension:
                 raise ValueError("an `update_weight` has failed: send all weights again")
             self.session.close()
             if stale := self.session.stale():
-                raise ValueError(
-                    f"{len(stale)} engine parameters got no weight and are stale: {', '.join(stale)}"
-                )
+                names = ", ".join(stale)
+                raise ValueError(f"{len(stale)} engine parameters got no weight and are stale: {names}")
             self.session = None
         before, self.last_seen = self.last_seen, digests_of(self.get_model())
         return self.last_seen != before
@@ -640,7 +639,7 @@ class WorkerExtension:
             elif before.ndim > 1:
                 unquantized.append(f"{name} {list(before.shape)}")
         sizes = {"weights_gib": stored / 2**30, "bf16_weights_gib": loaded / 2**30}
-        return {"fp8_linear_layers": fp8, "unquantized": unquantized, **sizes, "rank": self.rank}
+        return {"rank": self.rank, "fp8_linear_layers": fp8, "unquantized": unquantized, **sizes}
 
 
 def check_manifest(manifest: Manifest, expected: Manifest) -> None:
@@ -739,7 +738,7 @@ def plan_buckets(manifest: Manifest, bucket_bytes: int = BUCKET_BYTES) -> list[t
 
 
 class Bucket(NamedTuple):
-    """Its memory (uint8), and each piece with the view of that memory in which it lies."""
+    """Bytes (uint8), and the pieces in them, each with a view of its own."""
 
     memory: Tensor
     pieces: list[tuple[Piece, Tensor]]
@@ -770,8 +769,9 @@ class Buckets:
         """For messages: the bucket's number, its first and last weight."""
         if number == len(self.buckets):
             return "the digests"
-        pieces = [piece for piece, _ in self.buckets[number].pieces]
-        return f"bucket {number + 1} of {len(self.buckets)} ({pieces[0].name} .. {pieces[-1].name})"
+        pieces = self.buckets[number].pieces
+        first, last = pieces[0][0].name, pieces[-1][0].name
+        return f"bucket {number + 1} of {len(self.buckets)} ({first} .. {last})"
 
     def start(self, tensor: Tensor) -> None:
         """Broadcast the next bucket, or at last the digests, after all that the current stream has to do."""
@@ -843,15 +843,12 @@ class CannotReplay(Exception):
 
 
 class Copy(NamedTuple):
-    """From `source`, a view of a received weight, to `target`, one of an engine's tensor; of the same sizes.
-
-    `loaded` is that tensor as vLLM's loaders see it: unquantized. All three are on the meta device.
-    """
+    """From a view of a received weight to one of an engine's tensor, of the same sizes; all on meta."""
 
     source: Tensor
     target: Tensor
     tensor: str
-    loaded: Tensor
+    loaded: Tensor  # what `target` is a view of: the tensor as vLLM's loaders see it, unquantized
 
 
 @contextlib.contextmanager
@@ -865,7 +862,7 @@ def as_loaders_see_it(model: torch.nn.Module) -> Iterator[None]:
     from vllm.model_executor.model_loader.reload.sanitize import restore_layer_refs
 
     def on_meta(tensor: Tensor | None, layer: torch.nn.Module) -> Tensor | None:
-        if tensor is None:
+        if tensor is None:  # a bias that a layer does not have
             return None
         tensor = restore_layer_refs(to_meta_tensor(tensor), layer)
         if hasattr(layer, "cpu_linear"):
@@ -1017,10 +1014,8 @@ def bind(copy: Copy, piece: Piece, view: Tensor, live: Tensor, rows: list, plain
     if piece.end - piece.row < (piece.full_shape or [1])[0]:  # cut between buckets
         first = source.storage_offset() // width
         along = [d for d in range(source.ndim) if source.shape[d] > 1 and source.stride(d) % width == 0]
-        within = [
-            (n - 1) * step for d, (n, step) in enumerate(zip(source.shape, source.stride())) if d not in along
-        ]
-        if len(along) > 1 or 0 in source.stride() or source.storage_offset() % width + sum(within) >= width:
+        within = sum((source.shape[d] - 1) * source.stride(d) for d in range(source.ndim) if d not in along)
+        if len(along) > 1 or 0 in source.stride() or source.storage_offset() % width + within >= width:
             raise CannotReplay(f"the rows of {piece.name} are taken in an order that cannot be cut")
         if along:
             step = source.stride(along[0]) // width
@@ -1084,9 +1079,8 @@ def digest_kernel(words, count, total, BLOCK: tl.constexpr):
 def quantize_rows(source: Tensor, qdata: Tensor, scale: Tensor) -> None:
     """Write `source` (rows, columns; BF16) as FP8 e4m3 bytes and one FP32 scale per row, shape (rows, 1).
 
-    Bit-identical to torchao 0.18's PerRow: amax / 448 is rounded to BF16 before it becomes FP32. Only
-    all-zero rows
-    differ: zero bytes and scale 1 (see `repair_zero_rows`).
+    Bit-identical to torchao 0.18's PerRow: amax / 448 is rounded to BF16 before it becomes FP32. Only rows
+    of zeros differ: zero bytes and scale 1 (see `repair_zero_rows`).
     """
     if source.is_cuda:
         rows, columns = source.shape
@@ -1154,12 +1148,10 @@ def patch_torchao() -> None:
             options = dict(bias=bias, out_dtype=output.dtype, use_fast_accum=use_fast_accum, out=output)
             torch._scaled_mm(a, b, a_scale, b_scale, **options)
 
-    def scaled_mm(
-        a_data, a_scale, b_data, b_scale, output_dtype, output_scale=None, bias=None, use_fast_accum=False
-    ):
+    def scaled_mm(a, a_scale, b, b_scale, output_dtype, output_scale=None, bias=None, use_fast_accum=False):
         """Activations (M, K) by weights (K, N), both FP8, with scales (M, 1) and (1, N); BF16 (M, N)."""
-        output = a_data.new_empty(a_data.shape[0], b_data.shape[1], dtype=output_dtype)
-        fastest_scaled_mm(output, a_data, b_data, a_scale, b_scale, bias, use_fast_accum)
+        output = a.new_empty(a.shape[0], b.shape[1], dtype=output_dtype)
+        fastest_scaled_mm(output, a, b, a_scale, b_scale, bias, use_fast_accum)
         return output
 
     # Why: for a scale per row, cuBLAS takes one tile of 128 x 128, which leaves most of a GPU idle in a
