@@ -11,15 +11,16 @@ A sync, as the driver asks for it (`sync_weights_to_quantized_engine` in rlhf_on
         trainer.agree_on_weights(manifest)
     trainer.send_weights()  |  workers.receive_weights()  # at the same time
 
-Reading order. Parts 1 to 4, with the digests of part 6, are a complete, right sync; part 5 makes it fast.
+Reading order, with lines. Parts 1 to 4, with the digests of part 6, are a complete, right sync; part 5
+makes it fast.
 
-    1. the group       who sends to whom
-    2. the session     how vLLM takes a whole new set of weights, and quantizes it
-    3. the two ends    WeightSender, WorkerExtension
-    4. the buckets     fixed memory for weights on their way, and digests of what came in
-    5. the replay      what a session would copy, learned once, done again without vLLM's loaders
-    6. bytes           digests, and rows quantized as torchao does it; on GPUs by Triton kernels
-    7. the patches     what the workers change in torchao, and until when
+    1. the group     115  who sends to whom
+    2. the session    82  how vLLM takes a whole new set of weights, and quantizes it
+    3. the two ends  405  WeightSender, WorkerExtension
+    4. the buckets   140  fixed memory for weights on their way, and digests of what came in
+    5. the replay    209  what a session would copy, learned once, done again without vLLM's loaders
+    6. bytes          94  digests, and rows quantized as torchao does it; on GPUs by Triton kernels
+    7. the patches    41  what the workers change in torchao, and until when
 
 Four rules decide the code:
 
@@ -43,6 +44,7 @@ import math
 import re
 import socket
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from datetime import timedelta
 from typing import NamedTuple
@@ -498,9 +500,7 @@ class WorkerExtension:
         )
 
     @agreed
-    def agree_on_weights(
-        self, manifest: Manifest, bucket_bytes: int = BUCKET_BYTES
-    ) -> tuple[Manifest, str | None]:
+    def agree_on_weights(self, manifest: Manifest, bucket_bytes=BUCKET_BYTES) -> tuple[Manifest, str | None]:
         """Get ready to receive these weights. Returns them in the dtypes in which they have to travel, and
         why updates will be reload sessions (None: they will be replays).
 
@@ -644,16 +644,15 @@ class WorkerExtension:
 
 def check_manifest(manifest: Manifest, expected: Manifest) -> None:
     """Raise one ValueError that lists every missing, unexpected, duplicate or misshapen weight."""
-    shapes, seen, problems = {name: list(shape) for name, _, shape in expected}, set(), []
-    for name, _, shape in manifest:
-        if name in seen:
-            problems.append(f"duplicate: {name}")
-        elif name not in shapes:
-            problems.append(f"unexpected: {name} {list(shape)}")
-        elif list(shape) != shapes[name]:
-            problems.append(f"misshapen: {name} is {list(shape)}, the engine's model has {shapes[name]}")
-        seen.add(name)
-    problems += [f"missing: {name} {shape}" for name, shape in shapes.items() if name not in seen]
+    found = {name: list(shape) for name, _, shape in manifest}
+    known = {name: list(shape) for name, _, shape in expected}
+    counts = Counter(name for name, _, _ in manifest)
+    problems = [f"duplicate: {name}" for name, count in counts.items() if count > 1]
+    problems += [f"unexpected: {name} {shape}" for name, shape in found.items() if name not in known]
+    problems += [f"missing: {name} {shape}" for name, shape in known.items() if name not in found]
+    for name, shape in found.items():
+        if known.get(name, shape) != shape:
+            problems.append(f"misshapen: {name} is {shape}, the engine's model has {known[name]}")
     if problems:
         raise ValueError(
             f"{len(problems)} weights do not fit the engine's model; send a model of the architecture and "
@@ -672,25 +671,6 @@ def before_loading(layer: torch.nn.Module) -> tuple[dict[str, Tensor], dict[str,
     from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
 
     return get_layerwise_info(layer).restore_metadata
-
-
-def digests_of(model: torch.nn.Module) -> dict[str, int]:
-    """A 64-bit digest of every tensor that a vLLM model stores, by name: parameters (and parts), buffers."""
-    tensors = {}
-    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-        tensors |= plain_tensors(name, tensor)
-    digests = torch.stack([digest(tensor) for tensor in tensors.values()])
-    return dict(zip(tensors, digests.tolist(), strict=True))
-
-
-def plain_tensors(name: str, tensor: Tensor) -> dict[str, Tensor]:
-    """The tensors that hold the bytes, by name: torchao's bytes and scales, or any other tensor itself."""
-    if not is_traceable_wrapper_subclass(tensor):
-        return {name: tensor}
-    plain = {}
-    for part in tensor.__tensor_flatten__()[0]:
-        plain |= plain_tensors(f"{name}.{part}", getattr(tensor, part))
-    return plain
 
 
 # ----- 4. The buckets: both ends make the same plan from the same manifest --------------------------------
@@ -893,7 +873,7 @@ class CopyRecorder(TorchFunctionMode):
         self.copies: list[tuple[Tensor, Tensor]] = []
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
-        if function is not torch.Tensor.copy_:
+        if function is not Tensor.copy_:
             return function(*args, **kwargs or {})
         self.copies.append(args[:2])
         return args[0]
@@ -1047,6 +1027,25 @@ def bind(copy: Copy, piece: Piece, view: Tensor, live: Tensor, rows: list, plain
 
 
 # ----- 6. Bytes: digests, and rows quantized as torchao does it -------------------------------------------
+
+
+def digests_of(model: torch.nn.Module) -> dict[str, int]:
+    """A 64-bit digest of every tensor that a vLLM model stores, by name: parameters (and parts), buffers."""
+    tensors = {}
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        tensors |= plain_tensors(name, tensor)
+    digests = torch.stack([digest(tensor) for tensor in tensors.values()])
+    return dict(zip(tensors, digests.tolist(), strict=True))
+
+
+def plain_tensors(name: str, tensor: Tensor) -> dict[str, Tensor]:
+    """The tensors that hold the bytes, by name: torchao's bytes and scales, or any other tensor itself."""
+    if not is_traceable_wrapper_subclass(tensor):
+        return {name: tensor}
+    plain = {}
+    for part in tensor.__tensor_flatten__()[0]:
+        plain |= plain_tensors(f"{name}.{part}", getattr(tensor, part))
+    return plain
 
 
 def digest(tensor: Tensor) -> Tensor:
