@@ -18,7 +18,7 @@ makes it fast.
     2. the session    82  how vLLM takes a whole new set of weights, and quantizes it
     3. the two ends  405  WeightSender, WorkerExtension
     4. the buckets   140  fixed memory for weights on their way, and digests of what came in
-    5. the replay    209  what a session would copy, learned once, done again without vLLM's loaders
+    5. the replay    212  what a session would copy, learned once, done again without vLLM's loaders
     6. bytes          94  digests, and rows quantized as torchao does it; on GPUs by Triton kernels
     7. the patches    41  what the workers change in torchao, and until when
 
@@ -26,7 +26,8 @@ Four rules decide the code:
 
 1. One reload session for a whole update, or a replay of the copies that it would make. Outside of a session,
    `model.load_weights` rebuilds every layer that it touches from uninitialized memory.
-2. A worker never leaves a broadcast early. Whatever fails while loading is kept until the last bucket is in.
+2. A worker never leaves a broadcast early (`to_the_end`). What fails while loading is raised after the last
+   bucket is in.
 3. All workers agree on errors (`agreed`). One reply too many in vLLM's executor answers the next call.
 4. Nobody waits for a broadcast without a limit (`wait_on_host`); whoever gives up says what it waited for.
 
@@ -939,7 +940,8 @@ class Replay:
     """
 
     def __init__(self, model: torch.nn.Module, copies: dict[str, list[Copy]], buckets: Buckets):
-        self.copies, live, names = copies, named_tensors(model), set()
+        self.copies = copies
+        live, names = named_tensors(model), set()
         for copy in itertools.chain(*copies.values()):
             now, loaded = live.get(copy.tensor), copy.loaded
             if now is None or (now.shape, now.dtype) != (loaded.shape, loaded.dtype):
@@ -947,7 +949,9 @@ class Replay:
                 raise CannotReplay(f"vLLM stores {copy.tensor} {why}")
             names.add(copy.tensor)
         self.places = [owner(model, name) for name in sorted(names)]
-        self.bound_to, self.on_gpu, self.graphs = self.addresses(), buckets.digests.is_cuda, {}
+        self.bound_to = self.addresses()
+        self.on_gpu = buckets.digests.is_cuda
+        self.graphs: dict[int, torch.cuda.CUDAGraph] = {}  # by bucket
         self.capturing = buckets.streams.Stream()
         self.steps = []  # for each bucket: arguments of quantize_rows, and of _foreach_copy_
         for _, pieces in buckets.buckets:
