@@ -11,21 +11,23 @@ A sync, as the driver asks for it (`sync_weights_to_quantized_engine` in rlhf_on
         trainer.agree_on_weights(manifest)
     trainer.send_weights()  |  workers.receive_weights()  # at the same time
 
-Reading order. Parts 1 to 4, with the digests of part 6, are a complete, right sync; part 5 makes it fast.
+Reading order, with lines. Parts 1 to 4, with the digests of part 6, are a complete, right sync; part 5
+makes it fast.
 
-    1. the group       who sends to whom
-    2. the session     how vLLM takes a whole new set of weights, and quantizes it
-    3. the two ends    WeightSender, WorkerExtension
-    4. the buckets     fixed memory for weights on their way, and digests of what came in
-    5. the replay      what a session would copy, learned once, done again without vLLM's loaders
-    6. bytes           digests, and rows quantized as torchao does it; on GPUs by Triton kernels
-    7. the patches     what the workers change in torchao, and until when
+    1. the group     115  who sends to whom
+    2. the session    82  how vLLM takes a whole new set of weights, and quantizes it
+    3. the two ends  405  WeightSender, WorkerExtension
+    4. the buckets   140  fixed memory for weights on their way, and digests of what came in
+    5. the replay    212  what a session would copy, learned once, done again without vLLM's loaders
+    6. bytes          94  digests, and rows quantized as torchao does it; on GPUs by Triton kernels
+    7. the patches    41  what the workers change in torchao, and until when
 
 Four rules decide the code:
 
 1. One reload session for a whole update, or a replay of the copies that it would make. Outside of a session,
    `model.load_weights` rebuilds every layer that it touches from uninitialized memory.
-2. A worker never leaves a broadcast early. Whatever fails while loading is kept until the last bucket is in.
+2. A worker never leaves a broadcast early (`to_the_end`). What fails while loading is raised after the last
+   bucket is in.
 3. All workers agree on errors (`agreed`). One reply too many in vLLM's executor answers the next call.
 4. Nobody waits for a broadcast without a limit (`wait_on_host`); whoever gives up says what it waited for.
 
@@ -37,11 +39,13 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 import logging
 import math
 import re
 import socket
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from datetime import timedelta
 from typing import NamedTuple
@@ -50,6 +54,7 @@ import torch
 import torch.distributed as dist
 import triton
 import triton.language as tl
+from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torchao.quantization import Float8Tensor
@@ -58,7 +63,7 @@ from transformers.core_model_loading import revert_weight_conversion
 logger = logging.getLogger(__name__)
 BUCKET_BYTES = 256 * 2**20
 Manifest = list[list]  # [[name, dtype name such as "bfloat16", shape], ...] in the order of sending
-NamedTensors = Iterable[tuple[str, torch.Tensor]]
+NamedTensors = Iterator[tuple[str, Tensor]]
 
 
 # ----- 1. The group: rank 0 is the trainer, ranks 1..TP are the engine's workers --------------------------
@@ -74,7 +79,7 @@ class GlooGroup:
         options._timeout = timedelta(seconds=timeout_s)
         self.gloo = dist.ProcessGroupGloo(dist.PrefixStore("weights", store), rank, world_size, options)
 
-    def broadcast(self, tensor: torch.Tensor, src: int, stream: object = None) -> None:
+    def broadcast(self, tensor: Tensor, src: int, stream: object = None) -> None:
         """Send `tensor` (contiguous, any dtype) from rank `src` to that of every other rank; blocks."""
         options = dist.BroadcastOptions()
         options.rootRank = src
@@ -122,21 +127,12 @@ def stateless_init_process_group(
     device, timeout = torch.device(device), timedelta(seconds=timeout_s)
     if device.type == "cuda" and device.index is None:
         device = torch.device("cuda", torch.cuda.current_device())  # NCCL wants to know which
-    serve = {}
-    if rank == 0:
-        serve = {"master_listen_fd": (listen_socket or listen(master_address, master_port)).detach()}
     where = f"{master_address}:{master_port}"
+    options = {"wait_for_workers": False, "use_libuv": False}
+    if rank == 0:
+        options["master_listen_fd"] = (listen_socket or listen(master_address, master_port)).detach()
     try:
-        store = dist.TCPStore(
-            master_address,
-            master_port,
-            None,
-            rank == 0,
-            timeout,
-            wait_for_workers=False,
-            use_libuv=False,
-            **serve,
-        )
+        store = dist.TCPStore(master_address, master_port, None, rank == 0, timeout, **options)
     except dist.DistNetworkError as error:
         raise TimeoutError(f"rank {rank} found no rank 0 at {where} in {timeout_s:g} s") from error
     store.set(f"joined/{rank}", "")
@@ -144,9 +140,8 @@ def stateless_init_process_group(
         store.wait([f"joined/{other}" for other in range(world_size)], timeout)
     except dist.DistStoreError as error:
         missing = [other for other in range(world_size) if not store.check([f"joined/{other}"])]
-        raise TimeoutError(
-            f"rank {rank} waited {timeout_s:g} s at {where} in vain for ranks {missing}"
-        ) from error
+        waited = f"rank {rank} waited {timeout_s:g} s at {where} in vain for ranks {missing}"
+        raise TimeoutError(waited) from error
     if (backend or ("nccl" if device.type == "cuda" else "gloo")) == "gloo":
         with socket.create_connection((master_address, master_port), timeout_s) as probe:
             own_address = probe.getsockname()[0]  # the address by which this rank reaches rank 0
@@ -161,23 +156,21 @@ def stateless_init_process_group(
     with unpinned_nccl_env():  # the settings that vLLM pins for its workers are not the trainer's
         group = PyNcclCommunicator.from_unique_id_bytes(store.get("nccl_id"), rank, world_size, device)
     if group.disabled:
-        raise RuntimeError(
-            f"rank {rank}: NCCL is disabled in vLLM (is VLLM_DISABLE_PYNCCL set?), weights cannot flow"
-        )
+        why = "NCCL is disabled in vLLM (is VLLM_DISABLE_PYNCCL set?), weights cannot flow"
+        raise RuntimeError(f"rank {rank}: {why}")
     group.store, group.timeout_s = store, timeout_s  # the other ranks may still be reading the store
     return group
 
 
-def broadcast(group, tensor: torch.Tensor, what: str, stream=None) -> None:
+def broadcast(group, tensor: Tensor, what: str, stream=None) -> None:
     """Broadcast from rank 0; an error of gloo's, which waits here, says where it happened."""
+    at = f"rank {group.rank}, {what}"
     if getattr(group, "disabled", False):  # vLLM's communicator would do nothing, silently
-        raise ConnectionError(
-            f"rank {group.rank}, {what}: this group was given up after an error; join a new one"
-        )
+        raise ConnectionError(f"{at}: this group was given up after an error; join a new one")
     try:
         group.broadcast(tensor, src=0, stream=stream)
     except RuntimeError as error:
-        raise ConnectionError(f"rank {group.rank}, {what}: {error}") from error
+        raise ConnectionError(f"{at}: {error}") from error
 
 
 def wait_on_host(event, group, what: str) -> None:
@@ -194,8 +187,7 @@ def wait_on_host(event, group, what: str) -> None:
 
 
 class ReloadSession:
-    """One update of a whole vLLM model in place: open, `load` every weight once (in any number of calls),
-    close.
+    """One update of a whole vLLM model in place: open, `load` every weight once (in any calls), close.
 
     vLLM's loaders slice, fuse and quantize. The tensors keep their addresses, as captured CUDA graphs need.
     Close one that failed, too: the model holds no valid weights then, but can be reloaded.
@@ -204,7 +196,8 @@ class ReloadSession:
     def __init__(self, model: torch.nn.Module, model_config):
         from vllm.model_executor.model_loader.reload import initialize_layerwise_reload
 
-        self.model, self.model_config, self.loaded = model, model_config, set()
+        self.model, self.model_config = model, model_config
+        self.loaded, self.is_open = set(), True
         for module in model.modules():  # on the CPU a session would meet what the first load has left behind
             kernel = getattr(getattr(module, "quant_method", None), "moe_kernel", None)
             if kernel is not None and module.w13_weight.is_cpu:
@@ -217,7 +210,7 @@ class ReloadSession:
         """Give checkpoint tensors (full shapes, any dtype) to vLLM's loaders; an error names the weight."""
         at = "the first weight"
 
-        def watched() -> Iterator[tuple[str, torch.Tensor]]:
+        def watched() -> NamedTensors:
             nonlocal at
             for name, weight in weights:
                 at = f"{name} {list(weight.shape)}"
@@ -234,6 +227,7 @@ class ReloadSession:
         """Let vLLM finish what it has, and mend what it leaves."""
         from vllm.model_executor.model_loader.reload import finalize_layerwise_reload
 
+        self.is_open = False
         # It warns of layers without weights in any checkpoint, such as tied heads.
         logging.getLogger("vllm.model_executor.model_loader.reload.layerwise").setLevel(logging.ERROR)
         finalize_layerwise_reload(self.model, self.model_config)
@@ -254,28 +248,29 @@ def repack_heads(model: torch.nn.Module) -> None:
             module.quant_method.process_weights_after_loading(module)
 
 
-def repair_zero_rows(parameters: Iterable[torch.Tensor]) -> int:
+def repair_zero_rows(parameters: Iterable[Tensor]) -> int:
     """Give FP8 blocks (PerRow: rows) whose scale is 0 zero bytes and scale 1, in place; returns how many.
 
     torchao 0.18 divides an all-zero row (or one so small that amax / 448 underflows) by its scale of 0: NaN.
     """
     repaired = 0
-    for weight in (parameter for parameter in parameters if isinstance(parameter, Float8Tensor)):
-        dead = weight.scale == 0  # one element for each block
-        if count := int(dead.sum()):
+    for weight in parameters:
+        if (
+            isinstance(weight, Float8Tensor) and (dead := weight.scale == 0).any()
+        ):  # an element for each block
             mask = dead
             for dimension, size in enumerate(weight.block_size):
                 mask = mask.repeat_interleave(size, dimension).narrow(dimension, 0, weight.shape[dimension])
             weight.qdata.view(torch.uint8).masked_fill_(mask, 0)
             weight.scale.masked_fill_(dead, 1.0)
-            repaired += count
+            repaired += int(dead.sum())
     return repaired
 
 
 # ----- 3. The two ends ------------------------------------------------------------------------------------
 
 
-def checkpoint_weights(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+def checkpoint_weights(model: torch.nn.Module) -> NamedTensors:
     """Names and tensors of what `save_pretrained` would write, layer by layer; a tied weight once.
 
     vLLM's loaders are made for the file. Inside a Hugging Face model experts may be fused, and names differ.
@@ -286,9 +281,7 @@ def checkpoint_weights(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tens
         if id(tensor) not in seen and name not in ignored:
             seen.add(id(tensor))
             weights[name] = tensor
-    if (
-        getattr(model, "_weight_conversions", None) == []
-    ):  # by `from_pretrained`, which had nothing to convert
+    if getattr(model, "_weight_conversions", None) == []:  # `from_pretrained` had nothing to convert
         yield from weights.items()
         return
     layers = {}
@@ -314,15 +307,15 @@ class WeightSender:
     def __init__(self, model: torch.nn.Module, device: torch.device | str):
         self.model, self.device = model, torch.device(device)
         self.group: object | None = None
-        self.buckets: Buckets | None = None  # None until both ends have agreed
         self.scanned: tuple[Manifest, list[str]] | None = None  # what there is, and which of it is not finite
-        self.prepared = self.agreed_on = None  # (manifest, bucket size)
+        self.prepared: tuple[Manifest, int] | None = None  # ... and the bucket size
+        self.buckets: Buckets | None = None  # for what is prepared; None until both ends have agreed
 
-    def weights(self) -> Iterator[tuple[str, torch.Tensor]]:
+    def weights(self) -> NamedTensors:
         """Yield (name, full tensor) of every weight, always in the same order. To be overridden."""
         return checkpoint_weights(self.model)
 
-    def _not_empty(self) -> Iterator[tuple[str, torch.Tensor]]:
+    def _not_empty(self) -> NamedTensors:
         return ((name, weight) for name, weight in self.weights() if weight.numel())
 
     def open_rendezvous(self, address: str | None) -> tuple[str, int]:
@@ -335,15 +328,10 @@ class WeightSender:
         return address, self.listen_socket.getsockname()[1]
 
     def init_weight_update_group(
-        self,
-        master_address: str,
-        master_port: int,
-        world_size: int,
-        backend: str | None = None,
-        timeout_s: float = 60.0,
+        self, master_address: str, master_port: int, world_size: int, backend=None, timeout_s=60.0
     ) -> None:
         """Join as rank 0, after `open_rendezvous` and beside the workers' method of the same name."""
-        self.buckets = self.agreed_on = None
+        self.buckets = None
         self.group = stateless_init_process_group(
             master_address, master_port, 0, world_size, self.device, backend, timeout_s, self.listen_socket
         )
@@ -380,17 +368,15 @@ class WeightSender:
                 f"{len(wrong)} weights hold NaN or infinity and were not sent: {', '.join(wrong[:8])}. Go on "
                 "from an earlier checkpoint with a lower learning rate"
             )
-        self.prepared = manifest, bucket_bytes
-        if self.prepared == self.agreed_on:
+        if self.buckets is not None and self.prepared == (manifest, bucket_bytes):
             return None
-        self.buckets = self.agreed_on = None  # until `agree_on_weights`
+        self.prepared, self.buckets = (manifest, bucket_bytes), None
         return manifest
 
     def agree_on_weights(self, manifest: Manifest, bucket_bytes: int = BUCKET_BYTES) -> None:
-        """Prepare to send what `prepare_weights` has listed, in the dtypes of `manifest`."""
+        """Get ready to send what `prepare_weights` has listed, in the dtypes of `manifest`."""
         self.buckets = None  # its memory is free before new buckets take theirs
         self.buckets = Buckets(manifest, bucket_bytes, self.group, self.device)
-        self.agreed_on = self.prepared
 
     @torch.no_grad()
     def send_weights(self) -> dict | None:
@@ -399,35 +385,39 @@ class WeightSender:
         Returns `bytes`, `buckets` and `seconds`; None on a rank that is not in the group.
         """
         start = time.perf_counter()
-        if self.group is None:
-            for _ in self.weights():
-                pass  # takes part in gathering
-            return None
-        weights, weight = self._not_empty(), None
+        with to_the_end(self._not_empty()) as weights:  # all ranks of a sharded trainer gather all weights
+            if self.group is None:
+                return None
+            weight = None  # that is being cut into pieces
 
-        def pack(number: int) -> None:
-            nonlocal weight
-            targets, sources = [], []
-            for piece, view in self.buckets.pieces[number]:
-                if piece.row == 0:
-                    name, weight = next(weights)
-                    if name != piece.name or list(weight.shape) != piece.full_shape:
-                        raise ValueError(
-                            f"found {name} {list(weight.shape)}, expected {piece.name} {piece.full_shape}: "
-                            "the weights have changed since `prepare_weights`"
-                        )
-                whole = list(view.shape) == piece.full_shape
-                targets.append(view)
-                sources.append(weight if whole else weight[piece.row : piece.end])
-            torch._foreach_copy_(targets, sources)
+            def pack(number: int) -> None:
+                nonlocal weight
+                targets, sources = [], []
+                for piece, view in self.buckets.buckets[number].pieces:
+                    if piece.row == 0:
+                        name, weight = next(weights)
+                        found, expected = (name, list(weight.shape)), (piece.name, piece.full_shape)
+                        if found != expected:
+                            why = "the weights have changed since `prepare_weights`"
+                            raise ValueError(f"found {found}, expected {expected}: {why}")
+                    targets.append(view)
+                    sources.append(weight if view.shape == weight.shape else weight[piece.row : piece.end])
+                torch._foreach_copy_(targets, sources)
 
-        try:
-            buckets = self.buckets.send(pack)
-        finally:
-            for _ in weights:
-                pass  # the other ranks of a sharded trainer go on to the end, too
-        sent = sum(piece.nbytes for pieces in self.buckets.pieces for piece, _ in pieces)
-        return {"bytes": sent, "buckets": buckets, "seconds": time.perf_counter() - start}
+            self.buckets.send(pack)
+        buckets = self.buckets.buckets
+        sent = sum(piece.nbytes for _, pieces in buckets for piece, _ in pieces)
+        return {"bytes": sent, "buckets": len(buckets), "seconds": time.perf_counter() - start}
+
+
+@contextlib.contextmanager
+def to_the_end(items: Iterator) -> Iterator[Iterator]:
+    """Take what the block leaves of `items`, whatever happens in it: other ranks count on this one."""
+    try:
+        yield items
+    finally:
+        for _ in items:
+            pass
 
 
 def agreed(method):
@@ -443,14 +433,13 @@ def agreed(method):
         from vllm.distributed import get_world_group
         from vllm.utils.torch_utils import set_default_torch_dtype
 
-        error = result = None
+        group, error, result = get_world_group(), None, None
         try:  # as it is while vLLM loads a model: some loaders make tensors, some models build others
             with set_current_vllm_config(self.vllm_config), set_default_torch_dtype(self.model_config.dtype):
                 result = method(self, *args, **kwargs)
         except Exception as caught:  # raised below, for all workers at once
             logger.exception("%s failed", method.__name__)
             error = f"{type(caught).__name__}: {caught}"
-        group = get_world_group()
         errors = [error] * group.world_size
         if group.world_size > 1:  # names who does not come; after an error the others are not far behind
             limit = timedelta(seconds=2 if error else getattr(self.weight_group, "timeout_s", 600))
@@ -481,14 +470,11 @@ class WorkerExtension:
 
     weight_group = None
     manifest: Manifest | None = None  # of the last complete set of weights: names and shapes stay
-    recording: Recording | None = None  # what vLLM's loaders copy; None if they do more than copy
-    buckets: Buckets | None = None
-    replay: Replay | None = None
-    because: str | None = None  # why there is no replay
-    never_replay: str | None = None  # ... and why there will be none
-    session: ReloadSession | None = None  # that `update_weight` has opened
-    update_failed = False  # an `update_weight`, and no complete update since
+    buckets: Buckets | None = None  # None until both ends have agreed
+    replay: Replay | None = None  # None: updates are reload sessions
+    never_replay: str | None = None  # why there will be none, whatever both ends agree on
     unproven: dict[str, int] | None = None  # what was stored before the first replay, until one was compared
+    session: ReloadSession | None = None  # that `update_weight` has opened, until an update was complete
     last_seen: dict[str, int] | None = None  # what was stored when `check_weights_changed` was last asked
 
     def __new__(cls, *args, **kwargs):
@@ -509,48 +495,40 @@ class WorkerExtension:
         """Join the trainer's group as rank `rank_offset` + this worker's rank."""
         self.buckets = self.replay = None
         repair_zero_rows(self.get_model().parameters())  # of the first load
-        self.last_seen = self.last_seen or stored_digests(self.get_model())
+        self.last_seen = self.last_seen or digests_of(self.get_model())
         self.weight_group = stateless_init_process_group(
             master_address, master_port, rank_offset + self.rank, world_size, self.device, backend, timeout_s
         )
 
     @agreed
-    def agree_on_weights(
-        self, manifest: Manifest, bucket_bytes: int = BUCKET_BYTES
-    ) -> tuple[Manifest, str | None]:
-        """Prepare to receive these weights. Returns them in the dtypes in which they have to travel, and why
-        updates will be reload sessions (None: they will be replays).
+    def agree_on_weights(self, manifest: Manifest, bucket_bytes=BUCKET_BYTES) -> tuple[Manifest, str | None]:
+        """Get ready to receive these weights. Returns them in the dtypes in which they have to travel, and
+        why updates will be reload sessions (None: they will be replays).
 
         Raises one ValueError with all that is wrong if names or shapes differ from the last complete set's.
         """
         if self.manifest is not None:
             check_manifest(manifest, self.manifest)
-        self.buckets = self.replay = self.recording = None  # frees their memory for the new buckets
-        if self.never_replay is None:
+        self.buckets = self.replay = None  # frees their memory for the new buckets
+        because, copies = self.never_replay, {}
+        if because is None:
             try:
-                self.recording = record_copies(self.get_model(), manifest)
-                manifest = self.recording.for_the_wire(manifest)
+                copies = record_copies(self.get_model(), manifest)
             except CannotReplay as reason:
-                self.because = str(reason)
-        self.buckets = Buckets(manifest, bucket_bytes, self.weight_group, self.device)
-        self._bind_replay()
-        return manifest, self.because
+                because = str(reason)
+        self.buckets = Buckets(wire_manifest(manifest, copies), bucket_bytes, self.weight_group, self.device)
+        if because is None:
+            because = self._bind_replay(copies)
+        return self.buckets.manifest, because
 
-    def _bind_replay(self) -> None:
-        self.replay, self.unproven = None, stored_digests(self.get_model())
-        if self.recording is not None:
-            try:
-                self.replay, self.because = Replay(self.get_model(), self.recording, self.buckets), None
-            except CannotReplay as reason:
-                self.because = str(reason)
-
-    @agreed
-    def settle_path(self, because_not: str | None = None) -> None:
-        """End the comparisons: replay from now on or, with a reason against it, never again."""
-        self.unproven = None
-        if because_not is not None:
-            self.never_replay = self.because = because_not
-            self.recording = self.replay = None
+    def _bind_replay(self, copies: dict[str, list[Copy]]) -> str | None:
+        """Replay into the engine's tensors where they are now; returns why not, if that cannot be."""
+        self.replay, self.unproven = None, digests_of(self.get_model())
+        try:
+            self.replay = Replay(self.get_model(), copies, self.buckets)
+            return None
+        except CannotReplay as reason:
+            return str(reason)
 
     @agreed
     def receive_weights(self, by_session: bool = False) -> dict:
@@ -561,59 +539,44 @@ class WorkerExtension:
         """
         if self.buckets is None:
             raise RuntimeError("no weights have been agreed on with this trainer: call agree_on_weights")
-        if self.replay and self.replay.bound_to != self.replay.addresses():
+        model = self.get_model()
+        if self.replay is not None and self.replay.addresses() != self.replay.bound_to:
             logger.warning("the engine's tensors have moved; replays write to where they are now")
-            self._bind_replay()
-        self._abandon_session()
+            self._bind_replay(self.replay.copies)
+        if self.session is not None and self.session.is_open:
+            self.session.close()
         replaying = self.replay is not None and not by_session
-        if replaying:
-            self._replay_buckets()
-        else:
-            self._load_by_session()
-        self.manifest, self.update_failed = self.buckets.manifest, False
-        compare = False
-        if replaying and self.unproven is not None:
-            compare = stored_digests(self.get_model()) != self.unproven
+        with to_the_end(self.buckets.receive()) as numbers:
+            if replaying:
+                for number in numbers:
+                    self.replay(number)
+                if self.device.type == "cpu":
+                    repack_heads(model)
+            else:
+                with contextlib.closing(ReloadSession(model, self.model_config)) as session:
+                    session.load(self.buckets.put_together(numbers))
+        self.manifest, self.session = self.buckets.manifest, None
+        compare = replaying and self.unproven is not None and digests_of(model) != self.unproven
         return {"path": "replay" if replaying else "session", "compare": compare}
 
-    def _replay_buckets(self) -> None:
-        failure = None
-        for number in self.buckets.receive():  # to the end, whatever happens
-            try:
-                if failure is None:
-                    self.replay(number)
-            except Exception as error:
-                failure = error
-        if failure is not None:
-            raise failure
-        if self.device.type == "cpu":
-            repack_heads(self.get_model())
-
-    def _load_by_session(self) -> None:
-        numbers, session = self.buckets.receive(), None
-        try:
-            session = ReloadSession(self.get_model(), self.model_config)
-            session.load(self.buckets.put_together(numbers))
-        finally:
-            try:
-                for _ in numbers:
-                    pass  # to the end, whatever happens
-            finally:
-                if session is not None:
-                    session.close()
+    @agreed
+    def settle_path(self, because_not: str | None = None) -> None:
+        """End the comparisons: replay from now on or, with a reason against it, never again."""
+        self.unproven = None
+        if because_not is not None:
+            self.never_replay, self.replay = because_not, None
 
     @agreed
     def update_weight(self, name: str, dtype_name: str, shape: list[int]) -> None:
         """Receive one weight that rank 0 broadcasts now. The first call opens the update."""
         weight = torch.empty(tuple(shape), dtype=getattr(torch, dtype_name), device=self.device)
         broadcast(self.weight_group, weight, name)  # before any check: rank 0 is already sending
-        if self.session is None:
-            self.update_failed, self.session = False, ReloadSession(self.get_model(), self.model_config)
+        if self.session is None or not self.session.is_open:
+            self.session = ReloadSession(self.get_model(), self.model_config)
         try:
-            self.session.load([(name, weight)])
+            self.session.load(iter([(name, weight)]))
         except Exception:
-            self.update_failed = True
-            self._abandon_session()
+            self.session.close()
             raise
 
     @agreed
@@ -622,27 +585,21 @@ class WorkerExtension:
 
         The first time: since this worker joined a group. Raises ValueError if a parameter got no weight.
         """
-        if self.update_failed:
-            raise ValueError("an `update_weight` has failed: send all weights again")
         if self.session is not None:
-            session = self.session
-            self._abandon_session()
-            if stale := session.stale():
-                raise ValueError(
-                    f"{len(stale)} engine parameters got no weight and are stale: {', '.join(stale)}"
-                )
-        before, self.last_seen = self.last_seen, stored_digests(self.get_model())
+            if not self.session.is_open:
+                raise ValueError("an `update_weight` has failed: send all weights again")
+            self.session.close()
+            if stale := self.session.stale():
+                names = ", ".join(stale)
+                raise ValueError(f"{len(stale)} engine parameters got no weight and are stale: {names}")
+            self.session = None
+        before, self.last_seen = self.last_seen, digests_of(self.get_model())
         return self.last_seen != before
-
-    def _abandon_session(self) -> None:
-        session, self.session = self.session, None
-        if session is not None:
-            session.close()
 
     @agreed
     def stored_digests(self) -> dict[str, int]:
-        """See the function of this name."""
-        return stored_digests(self.get_model())
+        """A 64-bit digest of every tensor that this worker's model stores, by name."""
+        return digests_of(self.get_model())
 
     @agreed
     def zero_weights(self) -> None:
@@ -651,40 +608,52 @@ class WorkerExtension:
         These are all parameters; the buffers whose last name is that of a weight that travels; and those that
         were not there before the first load, since vLLM has derived them.
         """
-        from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
         from vllm.model_executor.model_loader.reload.meta import SKIP_LOAD_TENSORS
 
         model, travels = self.get_model(), {name.rpartition(".")[2] for name, _, _ in self.buckets.manifest}
         for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-            path, _, leaf = name.rpartition(".")
-            before_loading = get_layerwise_info(model.get_submodule(path)).restore_metadata[1]
-            if leaf not in travels and leaf in before_loading.keys() | SKIP_LOAD_TENSORS:
-                continue  # a constant, such as the cosines of rotary embeddings
-            for part in plain_tensors(name, tensor).values():
-                part.data.zero_()
+            layer, leaf = owner(model, name)
+            constants = before_loading(layer)[1].keys() | SKIP_LOAD_TENSORS  # as cosines of rotary embeddings
+            if leaf in travels or leaf not in constants:
+                for part in plain_tensors(name, tensor).values():
+                    part.data.zero_()
         for module in model.modules():
             if hasattr(module, "cpu_linear"):
                 module.cpu_linear = None  # it holds a packed copy out of sight; loading makes it anew
 
     @agreed
     def inspect_weights(self) -> dict:
-        """See the function of this name; repairs zero rows of the first load."""
-        repair_zero_rows(self.get_model().parameters())
-        return inspect_weights(self.get_model()) | {"rank": self.rank}
+        """Count what is really FP8, tensor by tensor; repairs zero rows of the first load.
+
+        Sizes in GiB of this shard, as stored and in BF16.
+        """
+        model, fp8, unquantized, stored, loaded = self.get_model(), 0, [], 0, 0
+        repair_zero_rows(model.parameters())
+        for name, weight in model.named_parameters():
+            layer, leaf = owner(model, name)
+            before = before_loading(layer)[0].get(leaf, weight)
+            nbytes = sum(part.nbytes for part in plain_tensors(name, weight).values())
+            loaded += 2 * before.numel()
+            stored += nbytes or 2 * before.numel()  # vLLM's CPU backend packs some out of sight
+            if isinstance(weight, Float8Tensor):
+                fp8 += 1
+            elif before.ndim > 1:
+                unquantized.append(f"{name} {list(before.shape)}")
+        sizes = {"weights_gib": stored / 2**30, "bf16_weights_gib": loaded / 2**30}
+        return {"rank": self.rank, "fp8_linear_layers": fp8, "unquantized": unquantized, **sizes}
 
 
 def check_manifest(manifest: Manifest, expected: Manifest) -> None:
     """Raise one ValueError that lists every missing, unexpected, duplicate or misshapen weight."""
-    shapes, seen, problems = {name: list(shape) for name, _, shape in expected}, set(), []
-    for name, _, shape in manifest:
-        if name in seen:
-            problems.append(f"duplicate: {name}")
-        elif name not in shapes:
-            problems.append(f"unexpected: {name} {list(shape)}")
-        elif list(shape) != shapes[name]:
-            problems.append(f"misshapen: {name} is {list(shape)}, the engine's model has {shapes[name]}")
-        seen.add(name)
-    problems += [f"missing: {name} {shape}" for name, shape in shapes.items() if name not in seen]
+    found = {name: list(shape) for name, _, shape in manifest}
+    known = {name: list(shape) for name, _, shape in expected}
+    counts = Counter(name for name, _, _ in manifest)
+    problems = [f"duplicate: {name}" for name, count in counts.items() if count > 1]
+    problems += [f"unexpected: {name} {shape}" for name, shape in found.items() if name not in known]
+    problems += [f"missing: {name} {shape}" for name, shape in known.items() if name not in found]
+    for name, shape in found.items():
+        if known.get(name, shape) != shape:
+            problems.append(f"misshapen: {name} is {shape}, the engine's model has {known[name]}")
     if problems:
         raise ValueError(
             f"{len(problems)} weights do not fit the engine's model; send a model of the architecture and "
@@ -692,40 +661,17 @@ def check_manifest(manifest: Manifest, expected: Manifest) -> None:
         )
 
 
-def stored_digests(model: torch.nn.Module) -> dict[str, int]:
-    """A 64-bit digest of every tensor that a vLLM model stores, by name: parameters (and parts), buffers."""
-    tensors = {}
-    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-        tensors |= plain_tensors(name, tensor)
-    return dict(
-        zip(tensors, torch.stack([digest(tensor) for tensor in tensors.values()]).tolist(), strict=True)
-    )
+def owner(model: torch.nn.Module, name: str) -> tuple[torch.nn.Module, str]:
+    """The layer that has a tensor, and the tensor's name there."""
+    path, _, leaf = name.rpartition(".")
+    return model.get_submodule(path), leaf
 
 
-def plain_tensors(name: str, tensor: torch.Tensor) -> dict[str, torch.Tensor]:
-    """The tensors that hold the bytes, by name: torchao's bytes and scales, or any other tensor itself."""
-    if not is_traceable_wrapper_subclass(tensor):
-        return {name: tensor}
-    parts = [(f"{name}.{part}", getattr(tensor, part)) for part in tensor.__tensor_flatten__()[0]]
-    return {key: plain for part in parts for key, plain in plain_tensors(*part).items()}
-
-
-def inspect_weights(model: torch.nn.Module) -> dict:
-    """Count what is really FP8, tensor by tensor. Sizes in GiB of this shard, as stored and in BF16."""
+def before_loading(layer: torch.nn.Module) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """A layer's parameters and buffers as vLLM's loaders expect them: unquantized, on the meta device."""
     from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
 
-    fp8, unquantized, stored, loaded = 0, [], 0, 0
-    for name, weight in model.named_parameters():
-        path, _, leaf = name.rpartition(".")
-        before = get_layerwise_info(model.get_submodule(path)).restore_metadata[0].get(leaf, weight)
-        nbytes = sum(part.nbytes for part in plain_tensors(name, weight).values())
-        loaded += 2 * before.numel()
-        stored += nbytes or 2 * before.numel()  # vLLM's CPU backend packs some out of sight
-        fp8 += isinstance(weight, Float8Tensor)
-        if before.ndim > 1 and not isinstance(weight, Float8Tensor):
-            unquantized.append(f"{name} {list(before.shape)}")
-    sizes = {"weights_gib": stored / 2**30, "bf16_weights_gib": loaded / 2**30}
-    return {"fp8_linear_layers": fp8, "unquantized": unquantized, **sizes}
+    return get_layerwise_info(layer).restore_metadata
 
 
 # ----- 4. The buckets: both ends make the same plan from the same manifest --------------------------------
@@ -742,7 +688,7 @@ class Piece(NamedTuple):
     offset: int
     nbytes: int
 
-    def view(self, bucket: torch.Tensor) -> torch.Tensor:
+    def view(self, bucket: Tensor) -> Tensor:
         """The rows, as a view of their bucket (uint8)."""
         shape = [self.end - self.row, *self.full_shape[1:]] if self.full_shape else []
         return bucket[self.offset : self.offset + self.nbytes].view(self.dtype).view(shape)
@@ -772,6 +718,13 @@ def plan_buckets(manifest: Manifest, bucket_bytes: int = BUCKET_BYTES) -> list[t
     return buckets
 
 
+class Bucket(NamedTuple):
+    """Bytes (uint8), and the pieces in them, each with a view of its own."""
+
+    memory: Tensor
+    pieces: list[tuple[Piece, Tensor]]
+
+
 class Buckets:
     """Fixed memory for weights on their way: two buckets in turn; one travels while the other is worked on.
 
@@ -780,54 +733,54 @@ class Buckets:
     """
 
     def __init__(self, manifest: Manifest, bucket_bytes: int, group, device: torch.device):
-        self.manifest, self.plan, self.group = manifest, plan_buckets(manifest, bucket_bytes), group
-        largest = max(size for size, _ in self.plan)
-        memory = [torch.empty(largest, dtype=torch.uint8, device=device) for _ in self.plan[:2]]
-        self.buckets = [memory[i % 2][:size] for i, (size, _) in enumerate(self.plan)]
-        self.pieces = [
-            [(piece, piece.view(bucket)) for piece in pieces]
-            for bucket, (_, pieces) in zip(self.buckets, self.plan, strict=True)
-        ]
-        self.digests = torch.zeros(len(self.plan), dtype=torch.int64, device=device)
+        self.manifest, self.group = manifest, group
+        plan = plan_buckets(manifest, bucket_bytes)
+        largest = max(size for size, _ in plan)
+        two = [torch.empty(largest, dtype=torch.uint8, device=device) for _ in plan[:2]]
+        self.buckets: list[Bucket] = []
+        for number, (size, pieces) in enumerate(plan):
+            memory = two[number % 2][:size]
+            self.buckets.append(Bucket(memory, [(piece, piece.view(memory)) for piece in pieces]))
+        self.digests = torch.zeros(len(plan), dtype=torch.int64, device=device)
         self.streams = torch.get_device_module(device)
         self.wire = self.streams.Stream(priority=-1)
+        self.events = []  # of the broadcasts of a sync: every bucket's, then that of the digests
 
     def names(self, number: int) -> str:
         """For messages: the bucket's number, its first and last weight."""
-        if number == len(self.plan):
+        if number == len(self.buckets):
             return "the digests"
-        pieces = self.plan[number][1]
-        return f"bucket {number + 1} of {len(self.plan)} ({pieces[0].name} .. {pieces[-1].name})"
+        pieces = self.buckets[number].pieces
+        first, last = pieces[0][0].name, pieces[-1][0].name
+        return f"bucket {number + 1} of {len(self.buckets)} ({first} .. {last})"
 
-    def broadcast(self, number: int, tensor: torch.Tensor) -> None:
-        """Bucket `number`, or at last the digests, after all that the current stream has to do."""
+    def start(self, tensor: Tensor) -> None:
+        """Broadcast the next bucket, or at last the digests, after all that the current stream has to do."""
+        what, event = self.names(len(self.events)), self.streams.Event()
+        self.events.append(event)
         self.wire.wait_stream(self.streams.current_stream())
-        self.events.append(self.streams.Event())
         with self.streams.stream(self.wire):
-            broadcast(self.group, tensor, self.names(number), self.wire)
-            self.events[number].record()
+            broadcast(self.group, tensor, what, self.wire)
+            event.record()
 
-    def wait_on_host(self, number: int) -> None:
-        """Until a broadcast has ended."""
+    def finish(self, number: int) -> None:
+        """Wait until a broadcast has ended."""
         wait_on_host(self.events[number], self.group, self.names(number))
 
-    def send(self, pack: Callable[[int], None]) -> int:
-        """Rank 0: `pack(number)` fills each bucket before it goes; digests come last. Returns how many."""
+    def send(self, pack: Callable[[int], None]) -> None:
+        """Rank 0: `pack(number)` fills each bucket before it goes; digests come last."""
         self.events = []
-        for number, bucket in enumerate(self.buckets):
+        for number, (memory, _) in enumerate(self.buckets):
             if number > 1:
                 self.events[number - 2].wait()  # it had the same memory
-            if (
-                number > 0
-            ):  # between them, so that packing does not take the GPU just when the next broadcast starts
-                self.digests[number - 1] = digest(self.buckets[number - 1])
+            if number > 0:  # now, so that packing does not take the GPU just when the next broadcast starts
+                self.digests[number - 1] = digest(self.buckets[number - 1].memory)
             pack(number)
-            self.broadcast(number, bucket)
-        self.digests[-1] = digest(bucket)
-        self.broadcast(len(self.buckets), self.digests)
+            self.start(memory)
+        self.digests[-1] = digest(memory)
+        self.start(self.digests)
         for number in range(len(self.events)):
-            self.wait_on_host(number)
-        return len(self.buckets)
+            self.finish(number)
 
     def receive(self) -> Iterator[int]:
         """Ranks 1..TP: yield the number of each bucket that has come in, then compare digests.
@@ -835,37 +788,31 @@ class Buckets:
         Run it to the end, even after an error: the sender sends all buckets, then the digests.
         Raises ConnectionError if a bucket differs from what was sent; it names its first and last weight.
         """
-        self.events = []
-        self.broadcast(0, self.buckets[0])
-        for number, bucket in enumerate(self.buckets):
-            if number + 1 < len(
-                self.buckets
-            ):  # into the memory of the bucket before this one, which has been used
-                self.broadcast(number + 1, self.buckets[number + 1])
+        self.events, sent = [], torch.empty_like(self.digests)
+        coming = [*(memory for memory, _ in self.buckets), sent]
+        self.start(coming[0])
+        for number, (memory, _) in enumerate(self.buckets):
+            self.start(coming[number + 1])  # into the memory of the bucket before this one, which was used
             self.events[number].wait()
-            self.digests[number] = digest(bucket)
+            self.digests[number] = digest(memory)
             yield number
-        sent = torch.empty_like(self.digests)
-        self.broadcast(len(self.buckets), sent)
         for number in range(len(self.events)):
-            self.wait_on_host(number)
-        self.events[-1].wait()
+            self.finish(number)
         if wrong := (sent != self.digests).nonzero().flatten().tolist():
+            count = f"{len(wrong)} of {len(self.buckets)} buckets"
             names = ", ".join(map(self.names, wrong))
-            raise ConnectionError(
-                f"{len(wrong)} of {len(self.plan)} buckets came in with other bytes than were sent: {names}"
-            )
+            raise ConnectionError(f"{count} came in with other bytes than were sent: {names}")
 
-    def put_together(self, numbers: Iterator[int]) -> Iterator[tuple[str, torch.Tensor]]:
+    def put_together(self, numbers: Iterator[int]) -> NamedTensors:
         """Ranks 1..TP: yield (name, tensor in memory of its own) of each weight from `receive`'s numbers."""
         whole = None
         for number in numbers:
-            self.wait_on_host(number)  # vLLM's loaders make the host wait in any case
-            for piece, view in self.pieces[number]:
+            self.finish(number)  # vLLM's loaders make the host wait in any case
+            for piece, view in self.buckets[number].pieces:
                 if piece.row == 0:
                     whole = torch.empty(piece.full_shape, dtype=piece.dtype, device=view.device)
-                (whole[piece.row : piece.end] if piece.full_shape else whole).copy_(view)
-                if not piece.full_shape or piece.end == piece.full_shape[0]:
+                (whole if view.shape == whole.shape else whole[piece.row : piece.end]).copy_(view)
+                if piece.end == (piece.full_shape or [1])[0]:
                     yield piece.name, whole
 
 
@@ -877,32 +824,12 @@ class CannotReplay(Exception):
 
 
 class Copy(NamedTuple):
-    """From a view of a received weight to one of an engine's tensor, of the same sizes; both on meta."""
+    """From a view of a received weight to one of an engine's tensor, of the same sizes; all on meta."""
 
-    weight: str
-    source: torch.Tensor
+    source: Tensor
+    target: Tensor
     tensor: str
-    target: torch.Tensor
-
-
-class Recording(NamedTuple):
-    """What vLLM's loaders copy; `tensors` are the engine's as the loaders see them: unquantized, on meta."""
-
-    copies: list[Copy]
-    tensors: dict[str, torch.Tensor]
-
-    def for_the_wire(self, manifest: Manifest) -> Manifest:
-        """Each weight in the dtype that it is copied into, if that is one and no wider; else as it is."""
-        wanted: dict[str, set[torch.dtype]] = {}
-        for copy in self.copies:
-            wanted.setdefault(copy.weight, set()).add(copy.target.dtype)
-        result = []
-        for name, own, shape in manifest:
-            narrower = [d for d in wanted.get(name, ()) if d.itemsize <= getattr(torch, own).itemsize]
-            result.append(
-                [name, dtype_name(narrower[0]) if narrower and len(wanted[name]) == 1 else own, shape]
-            )
-        return result
+    loaded: Tensor  # what `target` is a view of: the tensor as vLLM's loaders see it, unquantized
 
 
 @contextlib.contextmanager
@@ -911,11 +838,13 @@ def as_loaders_see_it(model: torch.nn.Module) -> Iterator[None]:
 
     The live tensors are put aside and put back as they were, whatever the loaders have done meanwhile.
     """
-    from vllm.model_executor.model_loader.reload.layerwise import _get_original_loader, get_layerwise_info
+    from vllm.model_executor.model_loader.reload.layerwise import _get_original_loader
     from vllm.model_executor.model_loader.reload.meta import SKIP_TENSORS, to_meta_tensor
     from vllm.model_executor.model_loader.reload.sanitize import restore_layer_refs
 
-    def on_meta(tensor: torch.Tensor, layer: torch.nn.Module) -> torch.Tensor:
+    def on_meta(tensor: Tensor | None, layer: torch.nn.Module) -> Tensor | None:
+        if tensor is None:  # a bias that a layer does not have
+            return None
         tensor = restore_layer_refs(to_meta_tensor(tensor), layer)
         if hasattr(layer, "cpu_linear"):
             tensor.data = tensor.data.to(torch.get_default_dtype())  # a bias; see ReloadSession
@@ -926,17 +855,9 @@ def as_loaders_see_it(model: torch.nn.Module) -> Iterator[None]:
     kept = [(layer, vars(layer).copy()) for layer in model.modules()]
     try:
         for layer, live in kept:
-            for kind, at_loading in zip(
-                ("_parameters", "_buffers"), get_layerwise_info(layer).restore_metadata
-            ):
-                never_moved = {
-                    name: t for name, t in live[kind].items() if name in SKIP_TENSORS and t is not None
-                }
-                absent = {name: None for name, t in live[kind].items() if t is None}
-                loading = {
-                    name: on_meta(tensor, layer) for name, tensor in (never_moved | at_loading).items()
-                }
-                vars(layer)[kind] = absent | loading
+            for kind, seen in zip(("_parameters", "_buffers"), before_loading(layer)):
+                others = {name: t for name, t in live[kind].items() if t is None or name in SKIP_TENSORS}
+                vars(layer)[kind] = {name: on_meta(t, layer) for name, t in (others | seen).items()}
         model._do_torchao_reload = False  # or `load_weights` would open a session by itself
         yield
     finally:
@@ -950,56 +871,65 @@ class CopyRecorder(TorchFunctionMode):
 
     def __init__(self):
         super().__init__()
-        self.copies: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self.copies: list[tuple[Tensor, Tensor]] = []
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
-        if function is not torch.Tensor.copy_:
+        if function is not Tensor.copy_:
             return function(*args, **kwargs or {})
         self.copies.append(args[:2])
         return args[0]
 
 
-def record_copies(model: torch.nn.Module, manifest: Manifest) -> Recording:
-    """What a reload session would copy, learned from weights without memory. The model stays as it is.
+def record_copies(model: torch.nn.Module, manifest: Manifest) -> dict[str, list[Copy]]:
+    """What a reload session would copy of each weight, learned from weights without memory.
 
-    Raises CannotReplay, with the reason, if the loaders do more than copy.
+    The model stays as it is. Raises CannotReplay, with the reason, if the loaders do more than copy.
     """
-    weights = {
-        name: torch.empty(shape, dtype=getattr(torch, dtype), device="meta")
-        for name, dtype, shape in manifest
-    }
+    weights = {}
+    for name, dtype, shape in manifest:
+        weights[name] = torch.empty(shape, dtype=getattr(torch, dtype), device="meta")
     with as_loaders_see_it(model):
         tensors = named_tensors(model)
         try:
             with CopyRecorder() as recorder:
                 model.load_weights(iter(weights.items()))
         except Exception as error:  # of any kind: they are vLLM's loaders for hundreds of models
-            raise CannotReplay(
-                f"vLLM's loaders want to see the weights: {type(error).__name__}: {error}"
-            ) from error
+            why = f"{type(error).__name__}: {error}"
+            raise CannotReplay(f"vLLM's loaders want to see the weights: {why}") from error
         tensors |= named_tensors(model)  # loaders may register more
-    weight_at, tensor_at = (
-        {t.untyped_storage()._cdata: name for name, t in n.items()} for n in (weights, tensors)
-    )
-    copies = []
+
+    def storage(tensor: Tensor) -> int:
+        return tensor.untyped_storage()._cdata
+
+    weight_at = {storage(weight): name for name, weight in weights.items()}
+    tensor_at = {storage(tensor): name for name, tensor in tensors.items()}
+    copies: dict[str, list[Copy]] = {}
     for target, source in recorder.copies:
-        weight, tensor = (
-            at.get(t.untyped_storage()._cdata) for at, t in ((weight_at, source), (tensor_at, target))
-        )
-        if weight and not tensor:
+        weight, tensor = weight_at.get(storage(source)), tensor_at.get(storage(target))
+        if weight and tensor:
+            copy = Copy(source.expand(target.shape), target, tensor, tensors[tensor])
+            copies.setdefault(weight, []).append(copy)
+        elif weight:
             raise CannotReplay(f"vLLM's loaders do more with {weight} than copy it into the model")
-        if tensor and not weight:
+        elif tensor:
             raise CannotReplay(f"what vLLM's loaders copy into {tensor} is computed, not a weight as it came")
-        if weight:
-            copies.append(Copy(weight, source.expand(target.shape), tensor, target))
-    return Recording(copies, tensors)
+    return copies
 
 
-def named_tensors(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+def named_tensors(model: torch.nn.Module) -> dict[str, Tensor]:
     """Parameters and buffers by name, tied ones by each of their names."""
-    return dict(
-        [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
-    )
+    buffers = dict(model.named_buffers(remove_duplicate=False))
+    return dict(model.named_parameters(remove_duplicate=False)) | buffers
+
+
+def wire_manifest(manifest: Manifest, copies: dict[str, list[Copy]]) -> Manifest:
+    """Each weight in the dtype that it is copied into, if that is one and no wider; else as it is."""
+    result = []
+    for name, own, shape in manifest:
+        wanted = {copy.target.dtype for copy in copies.get(name, [])}
+        narrower = [dtype for dtype in wanted if dtype.itemsize <= getattr(torch, own).itemsize]
+        result.append([name, dtype_name(narrower[0]) if len(wanted) == len(narrower) == 1 else own, shape])
+    return result
 
 
 class Replay:
@@ -1009,28 +939,25 @@ class Replay:
         CannotReplay: a tensor is stored in another form than rows in FP8, or than it was loaded in.
     """
 
-    def __init__(self, model: torch.nn.Module, recording: Recording, buckets: Buckets):
-        live = named_tensors(model)
-        for name in {copy.tensor for copy in recording.copies}:
-            now, loaded = live.get(name), recording.tensors[name]
+    def __init__(self, model: torch.nn.Module, copies: dict[str, list[Copy]], buckets: Buckets):
+        self.copies = copies
+        live, names = named_tensors(model), set()
+        for copy in itertools.chain(*copies.values()):
+            now, loaded = live.get(copy.tensor), copy.loaded
             if now is None or (now.shape, now.dtype) != (loaded.shape, loaded.dtype):
-                raise CannotReplay(
-                    f"vLLM stores {name} in another form than it loads it (the CPU's packed weights are so)"
-                )
-        by_weight: dict[str, list[Copy]] = {}
-        for copy in recording.copies:
-            by_weight.setdefault(copy.weight, []).append(copy)
-        paths = sorted({copy.tensor for copy in recording.copies})
-        self.places = [
-            (model.get_submodule(path), leaf) for path, _, leaf in (p.rpartition(".") for p in paths)
-        ]
-        self.bound_to, self.on_gpu, self.graphs = self.addresses(), buckets.digests.is_cuda, {}
+                why = "in another form than it loads it (the CPU's packed weights are so)"
+                raise CannotReplay(f"vLLM stores {copy.tensor} {why}")
+            names.add(copy.tensor)
+        self.places = [owner(model, name) for name in sorted(names)]
+        self.bound_to = self.addresses()
+        self.on_gpu = buckets.digests.is_cuda
+        self.graphs: dict[int, torch.cuda.CUDAGraph] = {}  # by bucket
         self.capturing = buckets.streams.Stream()
         self.steps = []  # for each bucket: arguments of quantize_rows, and of _foreach_copy_
-        for pieces in buckets.pieces:
+        for _, pieces in buckets.buckets:
             rows, plain = [], []
             for piece, view in pieces:
-                for copy in by_weight.get(piece.name, []):
+                for copy in copies.get(piece.name, []):
                     bind(copy, piece, view, live[copy.tensor], rows, plain)
             self.steps.append((rows, tuple(zip(*plain))))
 
@@ -1041,19 +968,12 @@ class Replay:
         self._quantize_and_copy(number)
         if self.on_gpu:
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.stream(
-                self.capturing
-            ):  # torch.cuda.graph() would wait for the device, without a limit
+            # On a stream: torch.cuda.graph() would wait for the device, without a limit.
+            with torch.cuda.stream(self.capturing):
                 graph.capture_begin(capture_error_mode="thread_local")
                 self._quantize_and_copy(number)
                 graph.capture_end()
             self.graphs[number] = graph
-
-    def addresses(self) -> list[tuple[int, ...]]:
-        """Where the tensors are now that are written to."""
-        tensors = (getattr(layer, leaf) for layer, leaf in self.places)
-        parts = ((t.qdata, t.scale) if isinstance(t, Float8Tensor) else (t,) for t in tensors)
-        return [tuple(part.data_ptr() for part in tensor) for tensor in parts]
 
     def _quantize_and_copy(self, number: int) -> None:
         rows, plain = self.steps[number]
@@ -1062,8 +982,14 @@ class Replay:
         if plain:
             torch._foreach_copy_(*plain)
 
+    def addresses(self) -> list[tuple[int, ...]]:
+        """Where the tensors are now that are written to."""
+        tensors = (getattr(layer, leaf) for layer, leaf in self.places)
+        parts = ((t.qdata, t.scale) if isinstance(t, Float8Tensor) else (t,) for t in tensors)
+        return [tuple(part.data_ptr() for part in tensor) for tensor in parts]
 
-def bind(copy: Copy, piece: Piece, view: torch.Tensor, live: torch.Tensor, rows: list, plain: list) -> None:
+
+def bind(copy: Copy, piece: Piece, view: Tensor, live: Tensor, rows: list, plain: list) -> None:
     """Append what of a copy lies in a piece, as views of bucket and live tensor, to what a replay does.
 
     That is (source, qdata, scale) to `rows`, or (target, source) to `plain`.
@@ -1072,11 +998,9 @@ def bind(copy: Copy, piece: Piece, view: torch.Tensor, live: torch.Tensor, rows:
     if piece.end - piece.row < (piece.full_shape or [1])[0]:  # cut between buckets
         first = source.storage_offset() // width
         along = [d for d in range(source.ndim) if source.shape[d] > 1 and source.stride(d) % width == 0]
-        within = [
-            (n - 1) * step for d, (n, step) in enumerate(zip(source.shape, source.stride())) if d not in along
-        ]
-        if len(along) > 1 or 0 in source.stride() or source.storage_offset() % width + sum(within) >= width:
-            raise CannotReplay(f"the rows of {copy.weight} are taken in an order that cannot be cut")
+        within = sum((source.shape[d] - 1) * source.stride(d) for d in range(source.ndim) if d not in along)
+        if len(along) > 1 or 0 in source.stride() or source.storage_offset() % width + within >= width:
+            raise CannotReplay(f"the rows of {piece.name} are taken in an order that cannot be cut")
         if along:
             step = source.stride(along[0]) // width
             start = max(0, -((first - piece.row) // step))
@@ -1097,14 +1021,11 @@ def bind(copy: Copy, piece: Piece, view: torch.Tensor, live: torch.Tensor, rows:
     first, beside = divmod(target.storage_offset(), live.shape[-1])
     if beside or target.shape[1:] != live.shape[1:] or not target.is_contiguous() or source.stride(-1) != 1:
         raise CannotReplay(f"the rows of {copy.tensor} do not come one after another and whole")
-    if (
-        not isinstance(live, Float8Tensor)
-        or live.scale.shape != (live.shape[0], 1)
-        or not live.qdata.is_contiguous()
-    ):
+    by_row = isinstance(live, Float8Tensor) and live.scale.shape == (live.shape[0], 1)
+    if not by_row or not live.qdata.is_contiguous():
         raise CannotReplay(f"{copy.tensor} is not quantized to FP8 row by row")
     if (source.dtype, live.dtype) != (torch.bfloat16, torch.bfloat16):
-        raise CannotReplay(f"{copy.weight} travels as {source.dtype}, vLLM quantizes {live.dtype}")
+        raise CannotReplay(f"{piece.name} travels as {source.dtype}, vLLM quantizes {live.dtype}")
     span = slice(first, first + len(source))
     rows.append((source, live.qdata[span], live.scale[span]))
 
@@ -1112,7 +1033,26 @@ def bind(copy: Copy, piece: Piece, view: torch.Tensor, live: torch.Tensor, rows:
 # ----- 6. Bytes: digests, and rows quantized as torchao does it -------------------------------------------
 
 
-def digest(tensor: torch.Tensor) -> torch.Tensor:
+def digests_of(model: torch.nn.Module) -> dict[str, int]:
+    """A 64-bit digest of every tensor that a vLLM model stores, by name: parameters (and parts), buffers."""
+    tensors = {}
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        tensors |= plain_tensors(name, tensor)
+    digests = torch.stack([digest(tensor) for tensor in tensors.values()])
+    return dict(zip(tensors, digests.tolist(), strict=True))
+
+
+def plain_tensors(name: str, tensor: Tensor) -> dict[str, Tensor]:
+    """The tensors that hold the bytes, by name: torchao's bytes and scales, or any other tensor itself."""
+    if not is_traceable_wrapper_subclass(tensor):
+        return {name: tensor}
+    plain = {}
+    for part in tensor.__tensor_flatten__()[0]:
+        plain |= plain_tensors(f"{name}.{part}", getattr(tensor, part))
+    return plain
+
+
+def digest(tensor: Tensor) -> Tensor:
     """64-bit checksum of a tensor's bytes, as an int64 scalar on its device: no copy to the host, no waiting.
 
     The sum over i of (2i + 1) word_i modulo 2^64, of the bytes as 64-bit words. Any one changed word changes
@@ -1139,12 +1079,11 @@ def digest_kernel(words, count, total, BLOCK: tl.constexpr):
     tl.atomic_add(total, tl.sum(word * (2 * i + 1)))
 
 
-def quantize_rows(source: torch.Tensor, qdata: torch.Tensor, scale: torch.Tensor) -> None:
+def quantize_rows(source: Tensor, qdata: Tensor, scale: Tensor) -> None:
     """Write `source` (rows, columns; BF16) as FP8 e4m3 bytes and one FP32 scale per row, shape (rows, 1).
 
-    Bit-identical to torchao 0.18's PerRow: amax / 448 is rounded to BF16 before it becomes FP32. Only
-    all-zero rows
-    differ: zero bytes and scale 1 (see `repair_zero_rows`).
+    Bit-identical to torchao 0.18's PerRow: amax / 448 is rounded to BF16 before it becomes FP32. Only rows
+    of zeros differ: zero bytes and scale 1 (see `repair_zero_rows`).
     """
     if source.is_cuda:
         rows, columns = source.shape
@@ -1177,7 +1116,7 @@ def quantize_rows_kernel(source, source_stride, qdata, scale, columns, BLOCK: tl
     tl.store(scale + row, tl.where(dead, 1.0, row_scale))
 
 
-def as_bytes(tensor: torch.Tensor) -> torch.Tensor:
+def as_bytes(tensor: Tensor) -> Tensor:
     """A flat uint8 view of a contiguous tensor."""
     return tensor.detach().view(-1).view(torch.uint8)
 
@@ -1197,12 +1136,12 @@ def patch_torchao() -> None:
 
     @torch.library.custom_op("rlhf_online_quant::fastest_scaled_mm", mutates_args=("output",))
     def fastest_scaled_mm(
-        output: torch.Tensor,
-        a: torch.Tensor,
-        b: torch.Tensor,
-        a_scale: torch.Tensor,
-        b_scale: torch.Tensor,
-        bias: torch.Tensor | None,
+        output: Tensor,
+        a: Tensor,
+        b: Tensor,
+        a_scale: Tensor,
+        b_scale: Tensor,
+        bias: Tensor | None,
         use_fast_accum: bool,
     ) -> None:
         """An operator of its own, because a compiled model does not know the number of rows until it runs."""
@@ -1212,12 +1151,10 @@ def patch_torchao() -> None:
             options = dict(bias=bias, out_dtype=output.dtype, use_fast_accum=use_fast_accum, out=output)
             torch._scaled_mm(a, b, a_scale, b_scale, **options)
 
-    def scaled_mm(
-        a_data, a_scale, b_data, b_scale, output_dtype, output_scale=None, bias=None, use_fast_accum=False
-    ):
+    def scaled_mm(a, a_scale, b, b_scale, output_dtype, output_scale=None, bias=None, use_fast_accum=False):
         """Activations (M, K) by weights (K, N), both FP8, with scales (M, 1) and (1, N); BF16 (M, N)."""
-        output = a_data.new_empty(a_data.shape[0], b_data.shape[1], dtype=output_dtype)
-        fastest_scaled_mm(output, a_data, b_data, a_scale, b_scale, bias, use_fast_accum)
+        output = a.new_empty(a.shape[0], b.shape[1], dtype=output_dtype)
+        fastest_scaled_mm(output, a, b, a_scale, b_scale, bias, use_fast_accum)
         return output
 
     # Why: for a scale per row, cuBLAS takes one tile of 128 x 128, which leaves most of a GPU idle in a

@@ -76,12 +76,12 @@ def broadcast_raw(buckets: rlhf_utils.Buckets, repeats: int) -> list[float]:
     seconds = []
     for _ in range(repeats + 1):
         buckets.events = []
-        buckets.broadcast(0, buckets.digests)  # both ends are here
-        buckets.wait_on_host(0)
+        buckets.start(buckets.digests)  # both ends are here
+        buckets.finish(0)
         start = time.perf_counter()
         buckets.events = []
-        for number, bucket in enumerate(buckets.buckets):
-            buckets.broadcast(number, bucket)
+        for bucket in buckets.buckets:
+            buckets.start(bucket.memory)
         buckets.streams.synchronize()
         seconds.append(time.perf_counter() - start)
     return seconds[1:]
@@ -291,7 +291,7 @@ def measure(config: Benchmark, device: str, trainer, actor) -> dict:
         our_sync()
         different = driver.differences([actor], [cold], config.timeout_s)
         assert not different, f"a sync of ours must repair what the calls before it did: {different}"
-    memory = ask_trainer(lambda trainer: {b.data_ptr(): b.nbytes for b in trainer.buckets.buckets[:2]})
+    memory = ask_trainer(lambda trainer: {m.data_ptr(): m.nbytes for m, _ in trainer.buckets.buckets[:2]})
     buckets_gib = sum(memory.values()) / 2**30 if device == "cuda" else 0.0
     for method in (SESSION, OURS):  # the proof's row has allocated them itself
         rows[method]["extra_gib"] = [gib + buckets_gib for gib in rows[method]["extra_gib"]]
@@ -317,7 +317,7 @@ def scale_weights(trainer: WeightSender, factor: float) -> None:
 
 def time_scan(trainer: WeightSender) -> float:
     """Seconds that the trainer takes to look at every weight."""
-    return timed(trainer.prepare_weights, trainer.agreed_on[1])
+    return timed(trainer.prepare_weights, trainer.prepared[1])
 
 
 def report(result: dict) -> None:

@@ -245,7 +245,7 @@ def sync_versus_cold_start(
 
 def act_before_bucket(trainer, number: int | None, pid: int | None, how: int) -> None:
     """In the trainer: before it packs that bucket (None: the middle one) of the next sync, send a signal to a process (None: to itself)."""
-    plain, number = trainer.buckets.send, len(trainer.buckets.plan) // 2 if number is None else number
+    plain, number = trainer.buckets.send, len(trainer.buckets.buckets) // 2 if number is None else number
 
     def send(pack):
         def pack_or_act(i):

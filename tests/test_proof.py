@@ -14,7 +14,7 @@ from vllm.config import set_current_vllm_config
 from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
 
 import rlhf_utils
-from rlhf_utils import ReloadSession, Replay, record_copies, stored_digests
+from rlhf_utils import ReloadSession, Replay, digests_of, record_copies
 
 CONFIG = driver.Config(
     trainer_device="cpu", tensor_parallel_size=1, learning_rate=1e-3, quantization="fp8-weight-only"
@@ -177,7 +177,7 @@ def test_recording_leaves_the_model_as_it_was(tmp_path, name):
                 key: (id(t), [p.data_ptr() for p in rlhf_utils.plain_tensors(key, t).values()])
                 for key, t in live.items()
             }
-            return list(live), where, stored_digests(model), [list(vars(layer)) for layer in model.modules()]
+            return list(live), where, digests_of(model), [list(vars(layer)) for layer in model.modules()]
 
         def vandalize(weights) -> None:
             for layer in model.modules():

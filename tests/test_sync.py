@@ -225,7 +225,7 @@ def test_wrong_manifest_is_refused_before_a_byte_moves(config, pair):
     """Every mistake in one message, and the engine goes on with what it has."""
     sync(config, pair.trainer, pair.actor)
     before = observe(pair.llm)
-    manifest = ray.get(pair.trainer.__ray_call__.remote(lambda trainer: trainer.agreed_on[0]))
+    manifest = ray.get(pair.trainer.__ray_call__.remote(lambda trainer: trainer.prepared[0]))
     (first, *_), *rest = manifest
     wrong = [[first, "int64", [3, 3]], *rest[:-1], rest[0], ["model.lora", "bfloat16", [1]]]
     with pytest.raises(RuntimeError) as error:
@@ -255,6 +255,8 @@ def test_engine_refuses_to_generate_while_torn(config, pair):
     with pytest.raises(
         RuntimeError, match="engine parameters got no weight and are stale: .*embed_tokens.weight"
     ):
+        pair.llm.collective_rpc("check_weights_changed")
+    with pytest.raises(RuntimeError, match="an `update_weight` has failed"):  # asked again, it is no better
         pair.llm.collective_rpc("check_weights_changed")
     with pytest.raises(RuntimeError, match="refusing to generate"):
         generate(pair.llm)
