@@ -959,7 +959,7 @@ class Trainer(WeightSender):
         """
         if self.between_epochs:
             raise RuntimeError("a step has failed between two of its epochs: its weights are no step's")
-        self.prepare_weights(*self.agreed_on[1:] if self.agreed_on else ())
+        self.check_finite()
         aside = folder.with_name(folder.name + ".incomplete")
         self.save_pretrained(aside)
         torch.save({"optimizer": self.optimizer.state_dict(), "step": self.step}, aside / "trainer.pt")

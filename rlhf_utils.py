@@ -255,9 +255,8 @@ def repair_zero_rows(parameters: Iterable[Tensor]) -> int:
     """
     repaired = 0
     for weight in parameters:
-        if (
-            isinstance(weight, Float8Tensor) and (dead := weight.scale == 0).any()
-        ):  # an element for each block
+        dead = weight.scale == 0 if isinstance(weight, Float8Tensor) else torch.zeros(0)  # one for each block
+        if dead.any():
             mask = dead
             for dimension, size in enumerate(weight.block_size):
                 mask = mask.repeat_interleave(size, dimension).narrow(dimension, 0, weight.shape[dimension])
@@ -355,11 +354,8 @@ class WeightSender:
         wrong = [name for name, finite in zip(names, largest.isfinite().tolist(), strict=True) if not finite]
         self.scanned = manifest, wrong
 
-    def prepare_weights(self, bucket_bytes: int = BUCKET_BYTES) -> Manifest | None:
-        """Check the weights before a byte moves. Returns their manifest, or None if it is the one agreed on.
-
-        Raises ValueError, with names, if a weight holds NaN, or what is an infinity in BF16.
-        """
+    def check_finite(self) -> Manifest:
+        """The manifest of all weights. Raises ValueError, with names, if one holds NaN or infinity (in BF16)."""
         if self.scanned is None:
             self.scan_weights()
         (manifest, wrong), self.scanned = self.scanned, None
@@ -368,6 +364,11 @@ class WeightSender:
                 f"{len(wrong)} weights hold NaN or infinity and were not sent: {', '.join(wrong[:8])}. Go on "
                 "from an earlier checkpoint with a lower learning rate"
             )
+        return manifest
+
+    def prepare_weights(self, bucket_bytes: int = BUCKET_BYTES) -> Manifest | None:
+        """`check_finite`, before a byte moves. Returns the manifest, or None if it is the one agreed on."""
+        manifest = self.check_finite()
         if self.buckets is not None and self.prepared == (manifest, bucket_bytes):
             return None
         self.prepared, self.buckets = (manifest, bucket_bytes), None

@@ -7,6 +7,7 @@ import contextlib
 import dataclasses
 import errno
 import json
+import math
 import os
 import pickle
 import re
@@ -251,10 +252,9 @@ def test_weights_that_are_not_finite_are_not_sent(quick, pair):
     before = observe(pair.llm)
 
     def overflow(trainer) -> None:
-        trainer.optimizer.param_groups[0]["lr"] = 3e37
+        trainer.optimizer.param_groups[0]["lr"] = 1e39
         rollout = {"prompt": [3, 4], "completion": [6, 7], "logprobs": [-5.0] * 2, "advantage": 1.0}
-        for _ in range(2):
-            trainer.train_step([rollout, rollout | {"advantage": -0.5}])
+        trainer.train_step([rollout, rollout | {"advantage": -0.5}])
 
     with as_it_was(pair):
         on(pair.trainer, overflow)
@@ -366,12 +366,12 @@ def test_generation_and_syncs_asked_for_during_a_sync(quick, pair):
     syncing.start()
     time.sleep(0.1)
     with pytest.raises(RuntimeError, match="refusing to generate: a weight sync is running"):
-        driver.generate([pair.actor], PROMPTS, quick, [0] * len(PROMPTS))
+        driver.generate([pair.actor], PROMPTS, quick)
     with pytest.raises(RuntimeError, match="refusing to sync: another weight sync is running"):
         sync(quick, pair.trainer, pair.actor)
     assert syncing.is_alive() and generate(pair.llm) == expected
     syncing.join()
-    assert results and len(driver.generate([pair.actor], PROMPTS, quick, [0] * len(PROMPTS))) == 4
+    assert results and len(driver.generate([pair.actor], PROMPTS, quick)) == 4
     assert_as_by_session(quick, pair)
 
 
@@ -426,14 +426,33 @@ def test_full_disk_leaves_the_last_complete_checkpoint(tmp_path, models, monkeyp
     assert all(torch.equal(tensor, weights[name]) for name, tensor in resumed.model.state_dict().items())
 
 
-def test_full_disk_ends_the_run_with_one_message(quick, pair, tmp_path, capfd):
-    """A line of the metrics that cannot be written is an error, not a hole in the curve."""
+@pytest.mark.parametrize("fails", ["the disk", "the reward"])
+def test_what_was_learned_is_saved_when_a_run_dies(quick, pair, tmp_path, capfd, monkeypatch, fails):
+    """A line of the metrics that cannot be written is an error, not a hole in the curve; one message names it all."""
     config = dataclasses.replace(quick, steps=1000, output_dir=tmp_path)
-    (tmp_path / "metrics.jsonl").symlink_to("/dev/full")
+    calls = []
+
+    def reward(prompts, completions):
+        calls.append(len(completions))
+        return driver.letters(prompts, completions) if len(calls) < 3 else [math.nan] * len(completions)
+
+    if fails == "the disk":
+        (tmp_path / "metrics.jsonl").symlink_to("/dev/full")
+    else:
+        monkeypatch.setattr(driver, "load_reward", lambda name: reward)
     driver.join_group(config, "cpu", pair.trainer, [pair.actor])
     with as_it_was(pair), pytest.raises(SystemExit) as end, driver.one_message():
+        on(pair.trainer, lambda trainer: setattr(trainer, "step", 0))
         driver.train(config, pair.trainer, [pair.actor], PROMPTS[:2])
-    assert end.value.code == 1 and "FAILED: [Errno 28] No space left on device" in capfd.readouterr().err
+    printed, steps = capfd.readouterr().err, {"the disk": 1, "the reward": 2}[fails]
+    message = {
+        "the disk": "[Errno 28] No space left on device",
+        "the reward": "reward function reward: expected",
+    }
+    assert end.value.code == 1 and f"FAILED: {message[fails]}" in printed
+    assert f"{steps} complete steps are saved: go on with --resume {tmp_path}/checkpoint-{steps}\n" in printed
+    resumed = driver.Trainer(dataclasses.replace(config, resume=tmp_path / f"checkpoint-{steps}"), pair.new)
+    assert resumed.step == steps
 
 
 class Malicious:

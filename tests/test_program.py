@@ -102,7 +102,7 @@ def test_default_run(default_run):
     assert sync["bytes"] == 2 * ((259 + 514) * 128 + 2 * layer + 2 * 128)
     assert any(sample["before"] != sample["after"] for sample in summary["samples"])
     assert set(summary["versions"]) == {"python", "torch", "vllm", "torchao", "ray", "transformers"}
-    assert "No GPU found: running the same processes on the CPU" in printed
+    assert "No GPU found: the same processes on the CPU" in printed
     assert "engine rank 1: 8 linear layers in FP8, weights" in printed
     assert (
         "Proved: set to zero and synced by replay, the engine is what it was when it had started" in printed
@@ -124,6 +124,16 @@ def test_it_learns(default_run):
     assert all(row["ppo_clipped"] == 0 for row in rows), "the policy of a first epoch is the old one"
     assert len(re.findall(r"^step +\d+ \| reward .* tokens/s .* GB/s\) .* GiB$", printed, re.MULTILINE)) == 20
     assert "WARNING: mismatch" not in printed
+
+
+def test_a_first_run_is_short_and_quiet(default_run):
+    """No warning and no progress bar of any library; what takes long is announced."""
+    lines = default_run[3].splitlines()
+    ours = r"Importing|No GPU found|Starting|\.\.\. |engine rank \d|  not in FP8|Agreed on|Proved|step |  sample|"
+    ours += (
+        r"A replay and a session|Greedy answers|  '.*' -> '|FP8 linear layers|Verified: True|Reward of|Wrote "
+    )
+    assert len(lines) <= 45 and not [line for line in lines if not re.match(ours, line)]
 
 
 def test_resumed_run_gives_the_same_curve(default_run, tmp_path):
@@ -200,9 +210,9 @@ def signal_actor(program: Program, name: str, how: int) -> None:
 @pytest.mark.parametrize(
     ("after", "to_actor", "to_driver"),
     [
-        ("Starting trainer", None, signal.SIGINT),
+        ("Starting Ray, trainer", None, signal.SIGINT),
         ("engine rank 1", None, signal.SIGTERM),
-        ("Starting trainer", ("ray::MyLLM", signal.SIGKILL), None),
+        ("step    0", ("ray::MyLLM", signal.SIGKILL), None),
         (
             "engine rank 1",
             ("VLLM::Worker_TP1", signal.SIGSTOP),
@@ -230,7 +240,9 @@ def test_nothing_is_left_behind(tmp_path, after, to_actor, to_driver):
             assert re.search(
                 r"^FAILED: .*engine \(rank 1, 2\)(: The actor| has) died", program.printed(), re.MULTILINE
             )
-            assert "Traceback" not in program.printed().partition("FAILED:")[2].partition("... ")[0]
+            found = re.search(r"(\d) complete steps are saved: go on with --resume (.*)", program.printed())
+            assert (Path(found[2]) / "trainer.pt").exists() and found[2].endswith(f"checkpoint-{found[1]}")
+        assert "Traceback" not in program.printed()
     finally:
         for pid in program.processes():
             os.kill(pid, signal.SIGKILL)
