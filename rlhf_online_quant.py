@@ -58,6 +58,7 @@ ENVIRONMENT = {
     "VLLM_LOGGING_LEVEL": "ERROR",
     "PYTHONWARNINGS": "ignore",
     "TORCH_CPP_LOG_LEVEL": "ERROR",
+    "TORCH_LOGS": "-torch.utils._pytree",
     "TRANSFORMERS_VERBOSITY": "error",
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
     # Without a GPU: two workers share a NUMA node, which vLLM refuses by default; and KV cache in GiB.
@@ -90,6 +91,7 @@ import torchao
 import transformers
 import tyro
 import vllm
+from ray._private.authentication import authentication_token_setup
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from torchao.core.config import AOBaseConfig, config_from_dict, config_to_dict
@@ -814,10 +816,8 @@ def cause_of(error: Exception) -> str:
     if isinstance(error, ray.exceptions.RayTaskError):
         return f"{type(error.cause).__name__}: {error.cause}"
     text = re.sub(r"\x1b\[\d+m", "", str(error))
-    last_frame = re.split(r'\n  File ".*\n(?: .*\n)*', text)[
-        -1
-    ]  # if it died while it was made, Ray gives all frames
-    return last_frame.strip()
+    # If it died while it was made, Ray gives all frames, and the error behind the last one.
+    return re.split(r'\n  File ".*\n(?: .*\n)*', text)[-1].strip()
 
 
 # ----- 5. The trainer ---------------------------------------------------------------------------------------
@@ -1018,9 +1018,8 @@ class MyLLM(LLM):
             fork_workers()
         super().__init__(*args, **kwargs)
 
-    def __repr__(
-        self,
-    ) -> str:  # LLM's own asks the workers, and Ray would put the answer before every log line
+    def __repr__(self) -> str:
+        """LLM's own asks the workers, and Ray would put the answer before every log line."""
         return "MyLLM"
 
     def collective_rpc(self, method, timeout=None, args=(), kwargs=None):
@@ -1228,13 +1227,8 @@ def connect(config: Config, cleanup: contextlib.ExitStack) -> int:
                 f"--ray-address {config.ray_address}: expected HOST:PORT of a running cluster, as `ray start "
                 f"--head` prints it, or `auto`. Found: {error}"
             ) from error
-    if config.ray_address and Path("~/.ray/auth_token").expanduser().exists():
-        os.environ.setdefault(
-            "RAY_AUTH_MODE", "token"
-        )  # a cluster may ask for it, and the others do not mind
-    os.environ.setdefault(
-        "RAY_process_group_cleanup_enabled", "true"
-    )  # a killed actor takes its children along
+    # A killed actor takes its children along.
+    os.environ.setdefault("RAY_process_group_cleanup_enabled", "true")
     reaper = [sys.executable, "-c", REAPER, str(os.getpid())]
     cleanup.enter_context(subprocess.Popen(reaper, stdin=subprocess.PIPE, start_new_session=True))
     cleanup.callback(ray.shutdown)  # it kills the raylet after a second and may orphan the others
@@ -1245,12 +1239,19 @@ def connect(config: Config, cleanup: contextlib.ExitStack) -> int:
         str(HERE / "rlhf_utils.py"),
     ]  # imported by actors on any node
     quiet = environment["VLLM_LOGGING_LEVEL"] == "ERROR"
-    ray.init(
-        config.ray_address or "local",
-        runtime_env={"env_vars": environment, "py_modules": modules},
-        logging_level=logging.ERROR if quiet else logging.INFO,
-        **private,
-    )
+    options = private | {
+        "runtime_env": {"env_vars": environment, "py_modules": modules},
+        "logging_level": logging.ERROR if quiet else logging.INFO,
+    }
+    try:
+        ray.init(config.ray_address or "local", **options)
+    except ConnectionError:  # Ray does not say why; a cluster that was started beside a token asks for it
+        if not authentication_token_setup.maybe_enable_token_auth_if_token_available(warn_if_disabled=False):
+            raise
+        print(
+            f"Trying {config.ray_address} again, with the token in ~/.ray (RAY_AUTH_MODE=token)", flush=True
+        )
+        ray.init(config.ray_address, **options)
     return int(ray.cluster_resources().get("GPU", 0))
 
 
@@ -1569,12 +1570,7 @@ def one_message() -> Iterator[None]:
     """Say what went wrong in one message, before the clean-up, and end the program with exit code 1."""
     try:
         yield
-    except (
-        RuntimeError,
-        OSError,
-        ValueError,
-        ray.exceptions.RayError,
-    ) as error:  # a TimeoutError is an OSError
+    except (RuntimeError, OSError, ValueError, ray.exceptions.RayError) as error:
         print("\n".join([f"FAILED: {error}", *getattr(error, "__notes__", [])]), file=sys.stderr, flush=True)
         raise SystemExit(1) from error
     except KeyboardInterrupt as error:
@@ -1604,9 +1600,8 @@ def main(config: Config) -> dict:
         print(f"Starting Ray, trainer ({config.trainer_device}) and {engines} ...", flush=True)
         if not config.ray_address:
             connect(config, cleanup)
-        signal.signal(
-            signal.SIGTERM, lambda *_: sys.exit(1)
-        )  # Ray's own handler would kill the cluster at once
+        # Ray's own handler would kill the cluster at once.
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
         trainer, engines, ranks = start(config, path, device, cleanup)
         samples = prompts_of_step(config, prompts, 0)[:4]
         try:

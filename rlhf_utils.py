@@ -355,7 +355,7 @@ class WeightSender:
         self.scanned = manifest, wrong
 
     def check_finite(self) -> Manifest:
-        """The manifest of all weights. Raises ValueError, with names, if one holds NaN or infinity (in BF16)."""
+        """The manifest of all weights. Raises ValueError, with names, if one is NaN, or infinite in BF16."""
         if self.scanned is None:
             self.scan_weights()
         (manifest, wrong), self.scanned = self.scanned, None

@@ -1,11 +1,12 @@
-"""The sync of many architectures: one process that starts engines one after another, without a start of Python for each.
+"""The sync of many architectures: one process that starts engines one after another, without a start of
+Python for each.
 
-    python tests/architectures.py 1 opt falcon    # tensor parallel size, names of ARCHITECTURES; a line of JSON for each
+    python tests/architectures.py 1 opt falcon    # tensor parallel size, names of ARCHITECTURES
 
-A tiny random model is written, trainer and engine start from it, the sync is proved, the weights change, and the engine
-follows; for names in FRESH it is then compared with a fresh engine from the saved checkpoint. `Local` stands in for Ray's
-handles; the sync, its proof, vLLM, torchao and gloo are the real ones.
-"""
+A tiny random model is written, trainer and engine start from it, the sync is proved, the weights change, and
+the engine follows; for names in FRESH it is then compared with a fresh engine from the saved checkpoint.
+`Local` stands in for Ray's handles; the sync, its proof, vLLM, torchao and gloo are the real ones. Prints
+JSON."""
 
 import concurrent.futures
 import contextlib
@@ -16,15 +17,15 @@ import os
 import sys
 import tempfile
 
-from harness import driver
-from random_models import tokenizer_of
-
 import torch
 import transformers
-from transformers import AutoModelForCausalLM, set_seed
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, set_seed
 from vllm.distributed import cleanup_dist_env_and_memory
 from vllm.v1.executor import multiproc_executor
+
+from harness import driver
+from random_models import tokenizer_of
 
 SMALL = dict(
     vocab_size=320,
@@ -64,7 +65,8 @@ ARCHITECTURES = {
     "qwen-3-moe": ("Qwen3MoeConfig", MOE | dict(num_experts=4, head_dim=64)),
 }
 
-# One of each kind: a replay; sessions because of a transposed, a computed and a packed weight; a head with a bias and
+# One of each kind: a replay; sessions because of a transposed, a computed and a packed weight; a head with a
+# bias and
 # vLLM's Transformers backend; experts.
 FRESH = {"opt", "gpt2", "falcon", "phi-2", "qwen-3-moe", "mixtral", "gemma-3"}
 

@@ -8,6 +8,7 @@ import json
 
 import matplotlib.pyplot as plt
 import tyro
+
 from harness import driver
 
 SEEDS = 0, 1, 2

@@ -13,8 +13,8 @@ import tempfile
 import psutil
 import torch
 import tyro
-from harness import connect, driver, vllm_arguments
 
+from harness import connect, driver, vllm_arguments
 from rlhf_utils import WorkerExtension, plain_tensors
 
 

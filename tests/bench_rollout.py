@@ -19,9 +19,10 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import torch
 import tyro
+from vllm import SamplingParams
+
 from harness import Remote, connect, driver, vllm_arguments, write_result
 from random_models import write_config
-from vllm import SamplingParams
 
 # Name -> what it changes in the program's settings, and in vLLM's arguments.
 ENGINES = {

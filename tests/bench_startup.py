@@ -16,9 +16,9 @@ from pathlib import Path
 
 import torch
 import tyro
+
 from harness import Remote, connect, driver, generate, vllm_arguments, write_result
 from random_models import build_random_model
-
 from rlhf_utils import WorkerExtension
 
 

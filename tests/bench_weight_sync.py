@@ -1,11 +1,13 @@
-"""What a weight sync costs, beside a raw broadcast of the same bytes and what others do; for one model shape, in one run.
+"""What a weight sync costs, beside a raw broadcast of the same bytes and what others do; for one model shape,
+in one run.
 
     python tests/bench_weight_sync.py --shape qwen3-8b --tensor-parallel-size 1 [any flag of the driver]
 
-Trainer and engine start from one checkpoint of random weights. The sync is proved, and each method begins with an engine
-whose weights are all zero; afterwards every stored tensor and every answer is compared with those of the engine's cold
-start. With `--dummy` there is no checkpoint (vLLM's `load_format="dummy"`, a trainer made in place): for shapes that do not
-fit the disk; only times then. Writes OUTPUT_DIR/weight_sync_SHAPE.json and draws weight_sync.png from all such files there.
+Trainer and engine start from one checkpoint of random weights. The sync is proved, and each method begins
+with an engine whose weights are all zero; afterwards every stored tensor and every answer is compared with
+those of the engine's cold start. With `--dummy` there is no checkpoint (vLLM's `load_format="dummy"`, a
+trainer made in place): for shapes that do not fit the disk; only times then. Writes
+OUTPUT_DIR/weight_sync_SHAPE.json and draws weight_sync.png from all such files there.
 """
 
 import contextlib
@@ -23,6 +25,9 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import torch
 import tyro
+from transformers import AutoModelForCausalLM
+
+import rlhf_utils
 from harness import (
     Extension,
     Remote,
@@ -35,9 +40,6 @@ from harness import (
     zero_and_sync,
 )
 from random_models import SHAPES, build_random_model, write_config
-from transformers import AutoModelForCausalLM
-
-import rlhf_utils
 from rlhf_utils import WeightSender, agreed
 
 RAW, PUBLISHED, VLLM = (
@@ -68,7 +70,8 @@ class Benchmark(driver.Config):
     """Only what must be free at the start."""
 
 
-# ----- What runs in the trainer and in the workers -------------------------------------------------------------------
+# ----- What runs in the trainer and in the workers
+# -------------------------------------------------------------------
 
 
 def broadcast_raw(buckets: rlhf_utils.Buckets, repeats: int) -> list[float]:
@@ -165,7 +168,8 @@ class DummyTrainer(WeightSender):
         super().__init__(model, config.trainer_device)
 
 
-# ----- The driver ----------------------------------------------------------------------------------------------------
+# ----- The driver
+# ----------------------------------------------------------------------------------------------------
 
 
 def main(config: Benchmark) -> dict:
@@ -221,7 +225,7 @@ def measure_raw(config: Benchmark, trainer, actor) -> list[float]:
 
 
 def measure(config: Benchmark, device: str, trainer, actor) -> dict:
-    """Every method: seconds, extra memory of both sides, and whether the engine is then as at its cold start."""
+    """Every method: seconds, extra memory of both sides, and is the engine then as at its cold start?"""
     llm, rows, ask_trainer = Remote(actor), {}, functools.partial(on_trainer, config, trainer)
     [cold] = driver.observe([actor], config.timeout_s, driver.PROMPTS, 16)
     syncs: list[dict] = []
@@ -326,9 +330,7 @@ def report(result: dict) -> None:
         f"{result['shape']}, {result['bytes'] / 1e9:.3f} GB, {result['layout']}, {result['mode']}, "
         f"{result['device']}, {result['quantization']}, by {result['path']}"
     )
-    print(
-        f"{title}\n{'':42} {'ms':>10} {'GB/s':>7} {'x raw':>8}  extra GiB: trainer, ranks | as at the cold start?"
-    )
+    print(f"{title}\n{'':42} {'ms':>10} {'GB/s':>7} {'x raw':>8}  extra GiB: trainer, ranks | as before?")
     for method, row in result["rows"].items():
         extra = ", ".join(f"{gib:.2f}" for gib in row["extra_gib"])
         equal = driver.some(row["different"]) or "yes" if "different" in row else ""

@@ -2,7 +2,8 @@
 
     python tests/check_on_gpus.py --shape qwen3-0.6b --tensor-parallel-size 1 [any flag of the driver]
 
-A second engine, fresh from the trainer's checkpoint, starts beside the synced one: on the trainer's GPU if it has one.
+A second engine, fresh from the trainer's checkpoint, starts beside the synced one: on the trainer's GPU if it
+has one.
 """
 
 import contextlib
@@ -12,11 +13,11 @@ import os
 import tempfile
 from pathlib import Path
 
-from harness import connect, driver, seed_demonstration, seed_group, sync_versus_cold_start, vllm_arguments
-from random_models import build_random_model
-
 import torch
 import tyro
+
+from harness import connect, driver, seed_demonstration, seed_group, sync_versus_cold_start, vllm_arguments
+from random_models import build_random_model
 
 
 @dataclasses.dataclass
@@ -76,15 +77,21 @@ def main(check: Check) -> None:
         json.dumps(result, indent=2)
     )
     proof, rank = result["proof"], result["ranks"][0]
-    print(
+    why = f", because {proof['because']}" if proof["because"] else ""
+    gigabytes = proof["bytes"] / 1e9
+    parts = [
         f"RESULT {layout}: proof by {proof['path']} ({proof['tensors']} tensors, {proof['answers']} answers, "
-        f"{result['proof_s']:.1f} s{', because ' + proof['because'] if proof['because'] else ''}); with other weights "
-        f"{result['tensors']} tensors and all outputs equal a cold start; FP8 layers {rank['fp8_linear_layers']}, "
-        f"weights/rank {rank['weights_gib']:.3f} GiB (BF16 {rank['bf16_weights_gib']:.3f}); start-up "
-        f"{result['startup_s']:.1f} s; {proof['bytes'] / 1e9:.3f} GB, sync by {result['path']} {result['again_s']:.4f} s "
-        f"= {proof['bytes'] / result['again_s'] / 1e9:.1f} GB/s (sender {result['sender_s']:.4f} s), by session "
-        f"{result['session_s']:.4f} s; {result.get('then', '')}{result.get('killed', '')}"
-    )
+        f"{result['proof_s']:.1f} s{why})",
+        f"with other weights {result['tensors']} tensors and all outputs equal a cold start",
+        f"FP8 layers {rank['fp8_linear_layers']}, weights/rank {rank['weights_gib']:.3f} GiB (BF16 "
+        f"{rank['bf16_weights_gib']:.3f})",
+        f"start-up {result['startup_s']:.1f} s",
+        f"{gigabytes:.3f} GB, sync by {result['path']} {result['again_s']:.4f} s = "
+        f"{gigabytes / result['again_s']:.1f} GB/s (sender {result['sender_s']:.4f} s), by session "
+        f"{result['session_s']:.4f} s",
+        *(str(result[key]) for key in ("then", "killed") if key in result),
+    ]
+    print("; ".join(parts))
 
 
 if __name__ == "__main__":

@@ -6,10 +6,12 @@ import os
 from types import SimpleNamespace
 
 import pytest
+
 from harness import DEVICE, Remote, connect, driver
 from random_models import build_random_model
 
-# Without a GPU the engine is not compiled but for one small function at TP > 1; finding a compiler takes each worker 3 s.
+# Without a GPU the engine is not compiled but for one small function at TP > 1; finding a compiler takes each
+# worker 3 s.
 os.environ["TORCH_COMPILE_DISABLE"] = "1"
 
 

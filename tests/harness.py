@@ -1,4 +1,6 @@
-"""What tests, GPU checks and benchmarks share: the seed's loop, and the question whether a sync equals a cold start."""
+"""What tests, GPU checks and benchmarks share: the seed's loop, and the question whether a sync equals a cold
+start.
+"""
 
 import contextlib
 import json
@@ -106,9 +108,11 @@ def checksums(llm) -> dict[str, str]:
 
 @contextlib.contextmanager
 def fresh_engine(config: driver.Config, path: str, device: str, visible_gpus: str = ""):
-    """Start a fresh engine from a checkpoint in a process of its own; yields a function that waits for what it says.
+    """Start a fresh engine from a checkpoint in a process of its own; yields a function that waits for what
+    it says.
 
-    It is no part of any group and knows nothing of a sync: outputs and checksums of what vLLM and torchao load.
+    It is no part of any group and knows nothing of a sync: outputs and checksums of what vLLM and torchao
+    load.
     """
     executor = "mp" if config.tensor_parallel_size > 1 else "uni"
     own = dict(distributed_executor_backend=executor, worker_extension_cls="harness.Extension")
@@ -193,9 +197,11 @@ def sync_versus_cold_start(
     then=None,
     kill_a_worker: bool = False,
 ) -> dict:
-    """Trainer and engine start from checkpoint `old` and are proved; the trainer takes `new`; compare with an engine of it.
+    """Trainer and engine start from checkpoint `old` and are proved; the trainer takes `new`; compare with an
+    engine of it.
 
-    Needs a running Ray. `then(llm, new)` is called at the end. Returns measurements, some medians of `more_syncs`.
+    Needs a running Ray. `then(llm, new)` is called at the end. Returns measurements, some medians of
+    `more_syncs`.
     """
     result, start = {}, time.perf_counter()
     with contextlib.ExitStack() as cleanup:
@@ -244,7 +250,9 @@ def sync_versus_cold_start(
 
 
 def act_before_bucket(trainer, number: int | None, pid: int | None, how: int) -> None:
-    """In the trainer: before it packs that bucket (None: the middle one) of the next sync, send a signal to a process (None: to itself)."""
+    """In the trainer: before it packs that bucket (None: the middle one) of the next sync, send a signal to a
+    process (None: to itself).
+    """
     plain, number = trainer.buckets.send, len(trainer.buckets.buckets) // 2 if number is None else number
 
     def send(pack):
@@ -285,7 +293,9 @@ def seed_loop(llm, model, group) -> list[bool]:
 def seed_demonstration(
     llm, group, path: str, device: torch.device, dtype: torch.dtype = torch.float32
 ) -> dict:
-    """The seed's loop with a checkpoint, then with zeros as the seed has it: every byte zero, every scale finite."""
+    """The seed's loop with a checkpoint, then with zeros as the seed has it: every byte zero, every scale
+    finite.
+    """
     model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=dtype).to(device)
     seed_loop(llm, model, group)
     loaded = observe(llm)

@@ -17,8 +17,9 @@ from pathlib import Path
 
 import psutil
 import tyro
-from harness import driver
 from test_program import Program
+
+from harness import driver
 
 
 @dataclasses.dataclass

@@ -1,4 +1,4 @@
-"""The proof for many architectures, and what it must catch. Real vLLM, torchao and gloo in one process each."""
+"""The proof for many architectures. Real vLLM, torchao and gloo, in one process each."""
 
 import functools
 import json
@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 import pytest
+
 from architectures import ARCHITECTURES, FRESH
 from harness import HERE
 
@@ -24,7 +25,7 @@ AT_TWO = [
 ]
 CASES = [(1, name) for name in ARCHITECTURES] + [
     (2, name) for name in AT_TWO
-]  # the others at 2: by hand, see README
+]  # the others at 2: by hand, see RESULTS.md
 BY_SESSION = {"gpt2", "bloom", "falcon", "phi-2", "mixtral", "qwen-2-moe", "qwen-3-moe"}  # on the CPU
 
 
@@ -47,7 +48,9 @@ def found():
 
 @pytest.mark.parametrize(("tensor_parallel_size", "name"), CASES)
 def test_engine_equals_its_cold_start_and_follows(found, tensor_parallel_size, name):
-    """Zeroed and synced it is as at its start, by the expected path; with other weights a fresh engine's equal."""
+    """Zeroed and synced it is as at its start, by the expected path; with other weights a fresh engine's
+    equal.
+    """
     result = found(tensor_parallel_size)[name]
     assert "error" not in result, result["error"]
     path = "session" if name in BY_SESSION else "replay"

@@ -9,6 +9,7 @@ import bench_memory
 import bench_rollout
 import bench_weight_sync as weight_sync
 import pytest
+
 from harness import HERE
 
 

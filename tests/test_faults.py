@@ -1,6 +1,8 @@
-"""What goes wrong, with the real processes: who is named, how long it takes, and that no engine serves half a version.
+"""What goes wrong, with the real processes: who is named, how long it takes, and that no engine serves half a
+version.
 
-With 2 GPUs the deaths can be had over NCCL as well: `python -m pytest -rP tests/test_faults.py -k "dies or never"`.
+With 2 GPUs the deaths can be had over NCCL as well:
+`python -m pytest -rP tests/test_faults.py -k "dies or never"`.
 """
 
 import contextlib
@@ -22,6 +24,8 @@ import psutil
 import pytest
 import ray
 import torch
+from vllm import SamplingParams
+
 from harness import (
     DEVICE,
     PROMPTS,
@@ -35,7 +39,6 @@ from harness import (
     zero_and_sync,
 )
 from rlhf_utils import stateless_init_process_group
-from vllm import SamplingParams
 
 CPU = torch.device("cpu")
 SHAPE, BUCKET_BYTES = {"cpu": ("tiny-opt", 100_000), "cuda": ("opt-125m", 32 * 2**20)}[
@@ -50,7 +53,9 @@ def on(actor, function, *args):
 
 
 def start(config, models, cleanup, shape: str = SHAPE):
-    """An engine from one checkpoint and a trainer with another, joined, of which a test may kill what it likes."""
+    """An engine from one checkpoint and a trainer with another, joined, of which a test may kill what it
+    likes.
+    """
     old, new = models(shape)
     trainer_only = cleanup.enter_context(contextlib.ExitStack())
     trainer = driver.start_trainer(config, new, trainer_only)
@@ -115,11 +120,14 @@ def refuses(pair) -> bool:
     return True
 
 
-# ----- Deaths --------------------------------------------------------------------------------------------------------
+# ----- Deaths
+# --------------------------------------------------------------------------------------------------------
 
 
 def test_trainer_dies_before_during_and_after_a_broadcast(quick, models):
-    """The engine outlives it, serves only complete versions, and is right again with the next trainer's first sync."""
+    """The engine outlives it, serves only complete versions, and is right again with the next trainer's first
+    sync.
+    """
     with contextlib.ExitStack() as cleanup:
         pair = start(quick, models, cleanup)
         sync(quick, pair.trainer, pair.actor, bucket_bytes=BUCKET_BYTES)
@@ -157,7 +165,7 @@ def test_trainer_dies_before_during_and_after_a_broadcast(quick, models):
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP])
 def test_worker_dies_or_stalls_in_a_sync(quick, models, how):
-    """Named are the bucket, its weights and the engine, within the limit; afterwards nothing of it is left."""
+    """Named are the bucket, its weights and the engine, within the limit; then nothing of it is left."""
     with contextlib.ExitStack() as cleanup:
         pair = start(quick, models, cleanup)
         sync(quick, pair.trainer, pair.actor, bucket_bytes=BUCKET_BYTES)
@@ -181,7 +189,8 @@ def test_worker_dies_or_stalls_in_a_sync(quick, models, how):
         time.sleep(0.2)
 
 
-# ----- The rendezvous ------------------------------------------------------------------------------------------------
+# ----- The rendezvous
+# ------------------------------------------------------------------------------------------------
 
 
 def join(rank: int, port: int, timeout_s: float, results: dict, **settings) -> threading.Thread:
@@ -212,7 +221,9 @@ def test_a_peer_that_never_joins_is_named():
 
 
 def test_strangers_and_taken_ports(tmp_path):
-    """Garbage on the rendezvous port is no rank and stops nobody, pickled code stays asleep; a taken port is an error."""
+    """Garbage on the rendezvous port is no rank and stops nobody, pickled code stays asleep; a taken port is
+    an error.
+    """
     listening, results = socket.create_server(("127.0.0.1", 0)), {}
     port = listening.getsockname()[1]
     with pytest.raises(OSError, match="Address already in use"):
@@ -242,7 +253,8 @@ def test_strangers_and_taken_ports(tmp_path):
     assert list(tmp_path.iterdir()), "unpickled, it would have shown"
 
 
-# ----- Errors that the engine survives -------------------------------------------------------------------------------
+# ----- Errors that the engine survives
+# -------------------------------------------------------------------------------
 
 
 def test_weights_that_are_not_finite_are_not_sent(quick, pair):
@@ -407,7 +419,8 @@ def test_two_hundred_syncs_do_not_drift(quick, pair):
     assert sorted(times[-50:])[25] < 2 * sorted(times[50:100])[25]
 
 
-# ----- Disks, rewards, input -----------------------------------------------------------------------------------------
+# ----- Disks, rewards, input
+# -----------------------------------------------------------------------------------------
 
 
 def test_full_disk_leaves_the_last_complete_checkpoint(tmp_path, models, monkeypatch):
@@ -430,7 +443,9 @@ def test_full_disk_leaves_the_last_complete_checkpoint(tmp_path, models, monkeyp
 
 @pytest.mark.parametrize("fails", ["the disk", "the reward"])
 def test_what_was_learned_is_saved_when_a_run_dies(quick, pair, tmp_path, capfd, monkeypatch, fails):
-    """A line of the metrics that cannot be written is an error, not a hole in the curve; one message names it all."""
+    """A line of the metrics that cannot be written is an error, not a hole in the curve; one message names it
+    all.
+    """
     config = dataclasses.replace(quick, steps=1000, output_dir=tmp_path)
     calls = []
 
@@ -468,7 +483,9 @@ class Malicious:
 
 
 def test_corrupt_and_unsafe_models(models, tmp_path):
-    """A pickle that would run code, code beside the weights, weights and configs cut short: one error, nothing is run."""
+    """A pickle that would run code, code beside the weights, weights and configs cut short: one error,
+    nothing is run.
+    """
     import shutil
 
     from vllm.model_executor.model_loader.weight_utils import pt_weights_iterator

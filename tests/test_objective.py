@@ -7,6 +7,7 @@ import math
 
 import pytest
 import torch
+
 from harness import driver
 from random_models import build_random_model
 
@@ -36,7 +37,9 @@ def test_documentation_examples():
 
 
 def test_ppo_clips_only_what_would_go_too_far():
-    """Ratios 1.5 and 0.5 with clip 0.2: a gain stops at 1.2 (up) or 0.8 (down); a loss counts in full. 0.5: no mask."""
+    """Ratios 1.5 and 0.5 with clip 0.2: a gain stops at 1.2 (up) or 0.8 (down); a loss counts in full. 0.5:
+    no mask.
+    """
     terms = batch([[0.4, 0.4, 0.4], [0.4, 0.4, 0.4]], [[0.4] * 3] * 2, [1.0, -1.0], [[1, 1, 0], [1, 1, 0]])
     loss, gradient, metrics = loss_and_gradient([[0.6, 0.2, 0.9], [0.6, 0.2, 0.9]], terms)
     assert loss == pytest.approx(-1.2 - 0.5 + 1.5 + 0.8)
@@ -54,7 +57,9 @@ def test_token_truncation():
 
 
 def test_sequence_mask():
-    """Products of the ratios: 1.5 x 1 = 1.5 weighs the first answer; 4 x 1 > C drops the second; padding has no say."""
+    """Products of the ratios: 1.5 x 1 = 1.5 weighs the first answer; 4 x 1 > C drops the second; padding has
+    no say.
+    """
     terms = batch(
         [[0.6, 0.4, 0.9], [0.4, 0.4, 0.9]], [[0.4, 0.4, 0.1], [0.1, 0.4, 0.1]], [1.0, 1.0], [[1, 1, 0]] * 2
     )
@@ -130,7 +135,9 @@ def test_batch_size_is_not_bound_by_memory(path, rollouts):
 
 
 def test_only_completions_are_learned(path, rollouts):
-    """Position t predicts token t + 1: the mask starts at the prompt's last token and ends before the padding."""
+    """Position t predicts token t + 1: the mask starts at the prompt's last token and ends before the
+    padding.
+    """
     padded = driver.Trainer(CONFIG, path)._pad(rollouts)
     for row, rollout in enumerate(rollouts):
         targets = padded["tokens_BL"][row, 1:][padded["mask_BT"][row]].tolist()

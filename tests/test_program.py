@@ -12,9 +12,10 @@ from pathlib import Path
 
 import pytest
 import transformers
-from harness import PROMPTS, driver, fresh_engine
 from matplotlib.image import imread
 from ray.cluster_utils import Cluster
+
+from harness import PROMPTS, driver, fresh_engine
 
 PROGRAM = Path(__file__).resolve().parent.parent / "rlhf_online_quant.py"
 
@@ -25,6 +26,7 @@ class Program:
     def __init__(self, *flags: str, cwd: Path):
         self.mark = f"RLHF_TEST_MARK={uuid.uuid4()}"
         environment = os.environ | dict([self.mark.split("=")])
+        environment.pop("RAY_AUTH_MODE", None)  # which Ray sets in a process that starts a private cluster
         self.log = (cwd / "log").open("w+")
         command = [sys.executable, str(PROGRAM), *flags]
         self.process = subprocess.Popen(
@@ -129,15 +131,15 @@ def test_it_learns(default_run):
 def test_a_first_run_is_short_and_quiet(default_run):
     """No warning and no progress bar of any library; what takes long is announced."""
     lines = default_run[3].splitlines()
-    ours = r"Importing|No GPU found|Starting|\.\.\. |engine rank \d|  not in FP8|Agreed on|Proved|step |  sample|"
-    ours += (
-        r"A replay and a session|Greedy answers|  '.*' -> '|FP8 linear layers|Verified: True|Reward of|Wrote "
-    )
+    ours = r"Importing|No GPU|Starting|\.\.\. |engine rank \d|  not in FP8|Agreed on|Proved|step |  sample|"
+    ours += r"A replay|Greedy answers|  '.*' -> '|FP8 linear layers|Verified: True|Reward of|Wrote "
     assert len(lines) <= 45 and not [line for line in lines if not re.match(ours, line)]
 
 
 def test_resumed_run_gives_the_same_curve(default_run, tmp_path):
-    """Model, optimizer, step, prompts and sampling all go on where they were; that also shows that a run repeats."""
+    """Model, optimizer, step, prompts and sampling all go on where they were; that also shows that a run
+    repeats.
+    """
     folder, _, rows, _ = default_run
     _, resumed, _ = run("--resume", str(folder / "outputs" / "checkpoint-10"), "--steps", "14", cwd=tmp_path)
     changing = {
@@ -158,7 +160,9 @@ def test_resumed_run_gives_the_same_curve(default_run, tmp_path):
 
 
 def test_checkpoint_is_a_model_for_others(default_run):
-    """Plain vLLM, without anything of ours, generates what was learned; transformers agrees on the greedy tokens."""
+    """Plain vLLM, without anything of ours, generates what was learned; transformers agrees on the greedy
+    tokens.
+    """
     checkpoint = str(default_run[0] / "outputs" / "checkpoint-20")
     config = driver.Config(quantization="none", tensor_parallel_size=1)
     with fresh_engine(config, checkpoint, "cpu") as observed:
@@ -175,8 +179,9 @@ def test_checkpoint_is_a_model_for_others(default_run):
 def test_two_unquantized_engines_on_two_nodes_show_no_mismatch(tmp_path):
     """The control, with weights that stay as they are: what FP8 shows is quantization and not a broken sync.
 
-    Not at temperature 1, so that both sides must mean the distribution that is sampled from. Each engine has a bundle of
-    its own, both are in one group; actors on another node find the modules; nothing stays reserved.
+    Not at temperature 1, so that both sides must mean the distribution that is sampled from. Each engine has
+    a bundle of its own, both are in one group; actors on another node find the modules; nothing stays
+    reserved.
     """
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
     try:
@@ -189,7 +194,8 @@ def test_two_unquantized_engines_on_two_nodes_show_no_mismatch(tmp_path):
         assert summary["sync"]["tensors"] == 2 * 36 and summary["sync"]["answers"] == 8
         assert len(rows) == 2 and rows[-1]["weights_version"] == 3
         assert all(row["mismatch_kl"] < 1e-4 for row in rows)
-        look = "import ray, sys; ray.init(sys.argv[1]); print([g['state'] for g in ray.util.placement_group_table().values()])"
+        look = "import ray, sys; ray.init(sys.argv[1]); groups = ray.util.placement_group_table().values(); "
+        look += "print([group['state'] for group in groups])"
         states = subprocess.run(
             [sys.executable, "-c", look, cluster.address], capture_output=True, text=True, check=True
         )
@@ -221,7 +227,9 @@ def signal_actor(program: Program, name: str, how: int) -> None:
     ],
 )
 def test_nothing_is_left_behind(tmp_path, after, to_actor, to_driver):
-    """Ctrl-C, a termination, a killed actor or driver ends the program with an error and takes every process along."""
+    """Ctrl-C, a termination, a killed actor or driver ends the program with an error and takes every process
+    along.
+    """
     program = Program("--max-tokens", "400", cwd=tmp_path)
     try:
         program.wait_until_printed(after)

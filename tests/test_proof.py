@@ -1,4 +1,6 @@
-"""What the proof and the comparison of the second sync must catch, with engines in this process (see architectures.py)."""
+"""What the proof and the comparison of the second sync must catch, with engines in this process (see
+architectures.py).
+"""
 
 import json
 import subprocess
@@ -6,14 +8,14 @@ import sys
 
 import pytest
 import torch
-from architectures import ARCHITECTURES, build, local_engine, local_pair
-from harness import HERE, driver
 from test_program import Program
 from vllm import SamplingParams
 from vllm.config import set_current_vllm_config
 from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
 
 import rlhf_utils
+from architectures import ARCHITECTURES, build, local_engine, local_pair
+from harness import HERE, driver
 from rlhf_utils import ReloadSession, Replay, digests_of, record_copies
 
 CONFIG = driver.Config(
@@ -163,7 +165,9 @@ def test_a_model_that_cannot_be_synced_ends_the_run_before_the_first_step(tmp_pa
 
 @pytest.mark.parametrize("name", ["falcon", "phi-2", "gemma-3"])
 def test_recording_leaves_the_model_as_it_was(tmp_path, name):
-    """Loaders that concatenate, that register a parameter, that only copy; and one that does all it should not."""
+    """Loaders that concatenate, that register a parameter, that only copy; and one that does all it should
+    not.
+    """
     with local_pair(build(tmp_path, name), CONFIG) as (trainer, engine):
         own = worker(engine)
         model, manifest = (
@@ -236,7 +240,8 @@ import json, sys, torch
 from torchao.quantization import Float8Tensor
 from torchao.quantization.quantize_.workflows.float8 import float8_tensor
 def state():
-    return [id(float8_tensor.addmm_float8_unwrapped_inference), len(Float8Tensor._ATEN_OP_TABLE[Float8Tensor])]
+    table = Float8Tensor._ATEN_OP_TABLE[Float8Tensor]
+    return [id(float8_tensor.addmm_float8_unwrapped_inference), len(table)]
 before = state()
 import rlhf_utils
 imported = state(), "vllm" in sys.modules

@@ -11,6 +11,8 @@ import pytest
 import ray
 import torch
 import transformers
+from vllm import SamplingParams
+
 from harness import (
     HERE,
     PROMPTS,
@@ -27,7 +29,6 @@ from harness import (
 )
 from random_models import build_random_model
 from rlhf_utils import WeightSender
-from vllm import SamplingParams
 
 CPU = torch.device("cpu")
 NORM = "model.decoder.final_layer_norm.weight"
@@ -170,7 +171,9 @@ def test_the_recipe_in_readme(tmp_path):
 
 
 def test_answers_read_as_vllm_decodes_them(pair):
-    """Decoded at their end, all of them; letters and spaces only, because vLLM drops half a character at the end."""
+    """Decoded at their end, all of them; letters and spaces only, because vLLM drops half a character at the
+    end.
+    """
     letters = pair.llm.get_tokenizer()("abc xyz.").input_ids
     same = dict(max_tokens=12, seed=0, n=3, allowed_token_ids=letters)
     answers = [
@@ -201,7 +204,9 @@ def test_prefix_cache_is_reset(config, pair):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_seed_loop(config, pair, dtype):
-    """The seed's calls, verbatim in shape, from a trainer of each dtype: non-zero, zero, and each twice in a row."""
+    """The seed's calls, verbatim in shape, from a trainer of each dtype: non-zero, zero, and each twice in a
+    row.
+    """
     sync(config, pair.trainer, pair.actor)
     group = seed_group(pair.llm, 2, CPU)
     model = transformers.AutoModelForCausalLM.from_pretrained(pair.old, dtype=dtype)

@@ -13,7 +13,6 @@ import psutil
 import pytest
 import torch
 import triton
-from harness import driver
 from tokenizers import Tokenizer, decoders, models
 from torchao.float8.inference import Float8MMConfig, addmm_float8_unwrapped_inference
 from torchao.quantization import Float8Tensor, PerBlock, PerRow, PerTensor
@@ -24,6 +23,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 import rlhf_utils
+from harness import driver
 from rlhf_utils import (
     digest,
     digest_kernel,
@@ -187,7 +187,9 @@ def test_scaled_mm_is_torchaos(rows, device, bias, monkeypatch):
 
 
 def test_a_broadcast_that_does_not_end_is_aborted():
-    """NCCL would spin for ever, and vLLM's communicator would then do nothing, silently, when it is asked again."""
+    """NCCL would spin for ever, and vLLM's communicator would then do nothing, silently, when it is asked
+    again.
+    """
     group = SimpleNamespace(rank=1, timeout_s=0.05, disabled=False)
     group.destroy = lambda: setattr(group, "disabled", True)
     with pytest.raises(TimeoutError, match="rank 1, bucket 3: no progress for 0.05 s"):
@@ -222,7 +224,7 @@ def test_zero_blocks_of_any_granularity_are_repaired():
 
 
 def test_answers_keep_their_first_space():
-    """As vLLM decodes them token by token; a tokenizer of words with a mark for spaces drops the first one."""
+    """As vLLM decodes them, token by token; a tokenizer of words with marks for spaces drops the first."""
     words = Tokenizer(models.WordLevel({"▁What": 0, "▁is": 1, "▁4": 2, "▁.": 3, "</s>": 4}, unk_token="</s>"))
     words.decoder = decoders.Metaspace()
     tokenizer = PreTrainedTokenizerFast(
@@ -235,7 +237,8 @@ def test_answers_keep_their_first_space():
 def test_the_reaper_kills_what_is_rays():
     """A driver's own children, a tracker's service for example, live on."""
     sleep = "[sys.executable, '-c', 'import time; time.sleep(60)', mark]"
-    start = f"import subprocess, sys, time; print([subprocess.Popen({sleep}).pid for mark in ('/ray/', 'mine')], flush=True)"
+    pids = f"[subprocess.Popen({sleep}).pid for mark in ('/ray/', 'mine')]"
+    start = f"import subprocess, sys, time; print({pids}, flush=True)"
     command = [sys.executable, "-c", f"{start}; time.sleep(60)"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as parent:
         rays, mine = map(psutil.Process, json.loads(parent.stdout.readline()))
@@ -248,7 +251,9 @@ def test_the_reaper_kills_what_is_rays():
 
 
 def test_zero_activation_rows_stay_finite():
-    """Dynamic quantization divides by an activation row's scale too; the bound must leave every other row alone."""
+    """Dynamic quantization divides by an activation row's scale too; the bound must leave every other row
+    alone.
+    """
     bound = driver.torchao_config("fp8-dynamic").activation_value_lb
     activations = torch.randn(8, 64, dtype=torch.bfloat16)
     activations[2] = 0
@@ -310,7 +315,9 @@ def test_serialized_config_is_the_same_as_the_named_one(tmp_path):
 
 
 def test_compiled_code_with_fp8_weights_can_be_stored():
-    """vLLM moves the inputs of what it stores to the meta device; `tests/bench_startup.py` shows what that saves."""
+    """vLLM moves the inputs of what it stores to the meta device; `tests/bench_startup.py` shows what that
+    saves.
+    """
     rlhf_utils.patch_torchao()
     weight = Float8Tensor.from_hp(torch.randn(32, 64, dtype=torch.bfloat16), granularity=PerRow())
     empty = torch.empty_like(weight, device="meta", pin_memory=False)
