@@ -80,6 +80,7 @@ def be_quiet() -> None:
 if __name__ == "__main__":
     os.environ |= {name: os.environ.get(name, value) for name, value in ENVIRONMENT.items()}
     print("Importing PyTorch, vLLM and Ray ...", flush=True)
+    signal.signal(signal.SIGINT, lambda *_: os._exit(130))  # until `main` can say more
 if "VLLM_LOGGING_LEVEL" in os.environ:  # in this program and its processes; not where this file is imported
     be_quiet()
 
@@ -294,7 +295,7 @@ def load_reward(name: str) -> Callable[..., list[float]]:
         if ":" not in name:
             raise ValueError("no colon in it")
         reward = pkgutil.resolve_name(name)
-    except (ImportError, AttributeError, ValueError, SyntaxError) as error:
+    except Exception as error:  # a module may raise anything while it is imported
         raise ValueError(
             f"--reward {name}: expected {', '.join(shipped)}, or module:function with the module here or "
             f"installed. Found: {type(error).__name__}: {error}"
@@ -478,12 +479,13 @@ def save_what_was_learned(config: Config, trainer, saved: int, folder: Path | No
 
 
 def read_metrics(folder: Path) -> list[dict]:
-    """The rows of metrics.jsonl, one per step; a last one that was cut off is left out."""
-    file, rows = folder / "metrics.jsonl", []
-    for line in file.read_text().split("\n") if file.exists() else []:
-        with contextlib.suppress(json.JSONDecodeError):
-            rows.append(json.loads(line))
-    return rows
+    """The rows of metrics.jsonl, one per step; a last one that was cut off is left out. Raises ValueError."""
+    file = folder / "metrics.jsonl"
+    *complete, _ = file.read_text().split("\n") if file.exists() else [""]
+    try:
+        return [json.loads(line) for line in complete]
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{file}: expected a JSON object a line, found {error}; move it away") from error
 
 
 # ----- 3. The objective: pure functions of numbers ----------------------------------------------------------
@@ -801,7 +803,9 @@ def wait(refs: list, timeout_s: float, doing: str, patience_s: float = 0.0) -> l
     if failures:
         raise RuntimeError(f"{doing}: " + "; ".join(failures + silent))
     if pending:
-        raise TimeoutError(f"{doing} took longer than {timeout_s:g} s: {silent[0]}")
+        raise TimeoutError(
+            f"{doing} took longer than {timeout_s:g} s: {silent[0]}; --timeout-s sets the limit"
+        )
     return [results[ref] for ref in refs]
 
 
@@ -854,11 +858,11 @@ class Trainer(WeightSender):
         for module in model.modules():
             if isinstance(module, torch.nn.Dropout):
                 module.p = 0.0
-        generation = model.generation_config
-        if generation.do_sample is not True and (
-            generation.temperature or generation.top_p or generation.top_k
-        ):
-            generation.do_sample = True  # what such a file means; otherwise `save_pretrained` would refuse it
+        try:
+            model.generation_config.validate(strict=True)
+        except ValueError:  # `save_pretrained` would refuse it; mostly a temperature without `do_sample`
+            model.generation_config.do_sample = True
+            model.generation_config.validate(strict=True)
         return model.to(self.config.trainer_device).eval()
 
     def get_step(self) -> int:
@@ -1357,8 +1361,8 @@ def prove_fp8(engines: list, config: Config) -> list[dict]:
 
 # Smallest and largest value of a flag.
 LIMITS = {
-    "tensor_parallel_size": (1, 1024),
-    "num_engines": (1, 1024),
+    "tensor_parallel_size": (1, 64),
+    "num_engines": (1, 64),
     "max_model_len": (2, 10**8),
     "steps": (0, 10**9),
     "prompts_per_step": (1, 10**6),
@@ -1396,6 +1400,8 @@ def check_flags(config: Config) -> list[str]:
     if config.quantization != "auto":
         torchao_config(config.quantization)
     engine_arguments(dataclasses.replace(config, quantization="none"), "", "cpu")
+    if config.resume:
+        read_metrics(config.output_dir)
     if config.resume and not (config.resume / "trainer.pt").is_file():
         raise ValueError(
             f"--resume {config.resume}: expected checkpoint-N of an earlier run, found no trainer.pt there"
@@ -1465,19 +1471,24 @@ def find_model(model: str, folder: str, seed: int) -> str:
 def check_model(config: Config, path: str, prompts: list[str]) -> None:
     """Does the model fit the flags and the prompts? Raises ValueError if not, with what to type."""
     model = transformers.AutoConfig.from_pretrained(path).get_text_config()
-    size, heads = config.tensor_parallel_size, getattr(model, "num_attention_heads", 0)
-    if heads % size:
-        fits = max(n for n in range(1, min(size, heads) + 1) if heads % n == 0)
+    size, kv_heads = config.tensor_parallel_size, getattr(model, "num_key_value_heads", None) or 1
+    cut = ("num_attention_heads", "intermediate_size", "ffn_dim", "moe_intermediate_size")
+    sizes = {name: getattr(model, name) for name in cut if getattr(model, name, None)}
+
+    def fits(n: int) -> bool:
+        return not any(value % n for value in sizes.values()) and (kv_heads % n == 0 or n % kv_heads == 0)
+
+    if not fits(size):
+        largest = max(n for n in range(1, size) if fits(n))
         raise ValueError(
-            f"--tensor-parallel-size {size}: expected a divisor of the model's {heads} attention heads; type "
-            f"--tensor-parallel-size {fits}"
+            f"--tensor-parallel-size {size}: expected a divisor of the model's {sizes}, and a divisor or "
+            f"multiple of its {kv_heads} key-value heads; type --tensor-parallel-size {largest}"
         )
     rope = getattr(model, "rope_parameters", None) or {}
     kind, longest = rope.get("rope_type", "default"), getattr(model, "max_position_embeddings", None)
     if kind == "longrope":  # transformers changes its factors within a sequence, vLLM has one for all
-        longest = rope.get("original_max_position_embeddings") or getattr(
-            model, "original_max_position_embeddings", 0
-        )
+        original = "original_max_position_embeddings"
+        longest = rope.get(original) or getattr(model, original, 0)
     if kind in ("default", "longrope") and longest and config.max_model_len > longest:
         raise ValueError(
             f"--max-model-len {config.max_model_len}: this model's positions (RoPE type {kind}) end at "
@@ -1505,7 +1516,7 @@ def read_prompts(path: Path | None) -> list[str]:
     if path is None:
         return PROMPTS
     try:
-        prompts = [line for line in path.read_text(encoding="utf-8").split("\n") if line.strip()]
+        prompts = [line for line in path.read_text(encoding="utf-8-sig").split("\n") if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(
             f"--prompts-file {path}: expected UTF-8 text, one prompt a line. Found: {error}"
@@ -1687,6 +1698,5 @@ def report(summary: dict, folder: Path) -> None:
 if __name__ == "__main__":
     import rlhf_online_quant as program  # by its name, under which actors and workers know it too
 
-    with program.one_message():
-        settings = tyro.cli(program.Config)
-    program.main(settings)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    program.main(tyro.cli(program.Config))

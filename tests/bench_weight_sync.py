@@ -70,8 +70,7 @@ class Benchmark(driver.Config):
     """Only what must be free at the start."""
 
 
-# ----- What runs in the trainer and in the workers
-# -------------------------------------------------------------------
+# ----- What runs in the trainer and in the workers ----------------------------------------------------------
 
 
 def broadcast_raw(buckets: rlhf_utils.Buckets, repeats: int) -> list[float]:
@@ -168,8 +167,7 @@ class DummyTrainer(WeightSender):
         super().__init__(model, config.trainer_device)
 
 
-# ----- The driver
-# ----------------------------------------------------------------------------------------------------
+# ----- The driver -------------------------------------------------------------------------------------------
 
 
 def main(config: Benchmark) -> dict:

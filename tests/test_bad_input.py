@@ -30,8 +30,7 @@ def refused(function, *args, error=ValueError) -> str:
     return str(caught.value)
 
 
-# ----- Flags
-# ----------------------------------------------------------------------------------------------------------
+# ----- Flags ------------------------------------------------------------------------------------------------
 
 OUTSIDE = [(name, low - 1, "low") for name, (low, _) in driver.LIMITS.items()]
 OUTSIDE += [(name, high * 2 + 1, "high") for name, (_, high) in driver.LIMITS.items()]
@@ -145,12 +144,11 @@ def test_bad_prompts_file(tmp_path, content, found):
 
 def test_a_line_of_a_prompts_file_is_what_ends_with_a_newline(tmp_path):
     file = tmp_path / "prompts.txt"
-    file.write_bytes("a\u2028b\x0cc\r\n\nd\x85e".encode())
+    file.write_bytes("\ufeffa\u2028b\x0cc\r\n\nd\x85e".encode())
     assert driver.read_prompts(file) == ["a\u2028b\x0cc", "d\x85e"]
 
 
-# ----- Models
-# ---------------------------------------------------------------------------------------------------------
+# ----- Models -----------------------------------------------------------------------------------------------
 
 
 def model(folder, config: transformers.PretrainedConfig) -> str:
@@ -209,9 +207,13 @@ LONG = {"rope_type": "longrope", "short_factor": [1.0] * 8, "long_factor": [4.0]
         (
             GPT2,
             dict(tensor_parallel_size=3),
-            "--tensor-parallel-size 3: expected a divisor of the model's 4 attention",
+            "--tensor-parallel-size 3: expected a divisor of the model's {'num_att",
         ),
-        (GPT2, dict(tensor_parallel_size=3), "heads; type --tensor-parallel-size 2"),
+        (
+            GPT2,
+            dict(tensor_parallel_size=3),
+            "multiple of its 1 key-value heads; type --tensor-parallel-size 2",
+        ),
         (
             GPT2,
             dict(max_model_len=512),
@@ -276,8 +278,7 @@ def test_a_generation_config_that_transformers_would_not_save(tmp_path):
     assert (saved["temperature"], saved["top_p"], saved["do_sample"]) == (0.6, 0.95, True)
 
 
-# ----- Rewards
-# --------------------------------------------------------------------------------------------------------
+# ----- Rewards ----------------------------------------------------------------------------------------------
 
 
 def outputs(*texts: str) -> list:
@@ -328,8 +329,17 @@ def test_a_reward_can_know_what_was_cut_off():
     assert driver.compute_rewards(outputs("a", "b"), functools.partial(reward)) == [[0, 2]]
 
 
-# ----- Numbers
-# --------------------------------------------------------------------------------------------------------
+def test_a_reward_module_may_fail_in_any_way(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for number, code in enumerate(("1 / 0", "import nosuch", "def f(:", "raise SystemError")):
+        Path(f"broken_{number}.py").write_text(code)
+        message = refused(driver.load_reward, f"broken_{number}:f")
+        assert message.startswith(
+            f"--reward broken_{number}:f: expected letters, arithmetic, or module:function"
+        )
+
+
+# ----- Numbers ----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("value", [0.7, 10.1, 1e30, -3.3])
@@ -412,8 +422,7 @@ def test_a_step_that_bfloat16_swallows_is_said(path, capsys):
     assert shares["bfloat16"] < 0.1
 
 
-# ----- Files
-# ----------------------------------------------------------------------------------------------------------
+# ----- Files ------------------------------------------------------------------------------------------------
 
 
 def test_a_resumed_run_takes_the_flags(path, tmp_path):
@@ -428,6 +437,9 @@ def test_a_resumed_run_takes_the_flags(path, tmp_path):
     assert same(state(trainer), state(resumed))
     (tmp_path / "metrics.jsonl").write_text('{"step": 0}\n{"step": 1}\n{"st')
     assert driver.read_metrics(tmp_path) == [{"step": 0}, {"step": 1}]
+    (tmp_path / "metrics.jsonl").write_text('{"step": 0}\n{"st\n{"step": 2}\n')
+    message = refused(driver.check_flags, dataclasses.replace(CONFIG, output_dir=tmp_path, resume=tmp_path))
+    assert "metrics.jsonl: expected a JSON object a line" in message
 
 
 def test_metrics_are_json():

@@ -120,8 +120,7 @@ def refuses(pair) -> bool:
     return True
 
 
-# ----- Deaths
-# --------------------------------------------------------------------------------------------------------
+# ----- Deaths -----------------------------------------------------------------------------------------------
 
 
 def test_trainer_dies_before_during_and_after_a_broadcast(quick, models):
@@ -189,8 +188,7 @@ def test_worker_dies_or_stalls_in_a_sync(quick, models, how):
         time.sleep(0.2)
 
 
-# ----- The rendezvous
-# ------------------------------------------------------------------------------------------------
+# ----- The rendezvous ---------------------------------------------------------------------------------------
 
 
 def join(rank: int, port: int, timeout_s: float, results: dict, **settings) -> threading.Thread:
@@ -253,8 +251,7 @@ def test_strangers_and_taken_ports(tmp_path):
     assert list(tmp_path.iterdir()), "unpickled, it would have shown"
 
 
-# ----- Errors that the engine survives
-# -------------------------------------------------------------------------------
+# ----- Errors that the engine survives ----------------------------------------------------------------------
 
 
 def test_weights_that_are_not_finite_are_not_sent(quick, pair):
@@ -419,8 +416,7 @@ def test_two_hundred_syncs_do_not_drift(quick, pair):
     assert sorted(times[-50:])[25] < 2 * sorted(times[50:100])[25]
 
 
-# ----- Disks, rewards, input
-# -----------------------------------------------------------------------------------------
+# ----- Disks, rewards, input --------------------------------------------------------------------------------
 
 
 def test_full_disk_leaves_the_last_complete_checkpoint(tmp_path, models, monkeypatch):
