@@ -9,7 +9,7 @@
     for every step:                                         # `rlhf_training_iteration`
         outputs = engines.generate(prompts)                 # G answers to each, with log-probabilities
         advantages = compute_advantages(compute_rewards(outputs))
-        trainer.train_step(outputs, advantages)             # PPO's loss, corrected for FP8
+        trainer.train_step(to_rollouts(outputs, advantages))  # PPO's loss, corrected for FP8
         sync_weights_to_quantized_engine(trainer, engines)  # every answer comes from the newest weights
 
 Left out, because it hides the pattern: a value network (advantages come from the group), generation beside
@@ -71,8 +71,9 @@ ENVIRONMENT = {
 
 def be_quiet() -> None:
     """Libraries' errors only, unless VLLM_LOGGING_LEVEL asks for more. Some warn while they are imported."""
-    if os.environ.get("VLLM_LOGGING_LEVEL", "ERROR") == "ERROR":
+    if os.environ.get("PYTHONWARNINGS", "ignore") == "ignore":
         warnings.simplefilter("ignore")
+    if os.environ.get("VLLM_LOGGING_LEVEL", "ERROR") == "ERROR":
         for name in ("torchao", "torch.utils._pytree", "vllm", "ray", "transformers"):
             logging.getLogger(name).setLevel(logging.ERROR)
 
@@ -81,7 +82,7 @@ if __name__ == "__main__":
     os.environ |= {name: os.environ.get(name, value) for name, value in ENVIRONMENT.items()}
     print("Importing PyTorch, vLLM and Ray ...", flush=True)
     signal.signal(signal.SIGINT, lambda *_: os._exit(130))  # until `main` can say more
-if "VLLM_LOGGING_LEVEL" in os.environ:  # in this program and its processes; not where this file is imported
+if "VLLM_LOGGING_LEVEL" in os.environ:  # so in this program and in its processes
     be_quiet()
 
 import psutil
@@ -224,11 +225,6 @@ def rlhf_training_iteration(
     return outputs, rewards_PG, metrics
 
 
-# Log-probabilities of the sampled tokens alone. vLLM would decode every token as it comes and make the GPU
-# wait at hundreds of sequences; `MyLLM.generate` decodes at the end.
-ROLLOUT = dict(logprobs=0, flat_logprobs=True, detokenize=False)
-
-
 def generate(engines: list, prompts: list[str], config: Config, step: int = 0) -> list:
     """One vLLM RequestOutput per prompt, in order; each engine generates for an equal share of them.
 
@@ -315,7 +311,8 @@ def compute_rewards(outputs: list, reward: Callable = letters, timeout_s: float 
 
     Raises:
         RuntimeError: the function raised, or returned anything but one finite number per completion.
-        TimeoutError: it has not returned for `timeout_s` seconds.
+        TimeoutError: it has not returned for `timeout_s` seconds. (Not if it never lets go of Python's lock,
+            as a regular expression that backtracks for ever.)
     """
     name = getattr(reward, "__name__", repr(reward))
     prompts = [output.prompt for output in outputs for _ in output.outputs]
@@ -399,15 +396,15 @@ def train(config: Config, trainer, engines: list, prompts: list[str], first: int
     Whatever ends it early, what was learned is saved if the trainer lives; a note on the error says so.
     """
     file = config.output_dir / "metrics.jsonl"
-    rows = read_metrics(config.output_dir)[:first] if config.resume else []
+    rows = read_metrics(config.output_dir) if config.resume else []
+    rows = [row for row in rows if row["step"] < first]
     file.write_text("".join(map(to_json, rows)))
     saved, folder = first, config.resume
     with contextlib.ExitStack() as cleanup:
         if config.track != "none":
             tracker = importlib.import_module(config.track)
-            tracker.init(
-                project="rlhf-online-quant", config=json.loads(json.dumps(vars(config), default=str))
-            )
+            settings = json.loads(json.dumps(vars(config), default=str))
+            tracker.init(project="rlhf-online-quant", config=settings)
             cleanup.callback(tracker.finish)
         for step in range(first, config.steps):
             try:
@@ -428,9 +425,8 @@ def train(config: Config, trainer, engines: list, prompts: list[str], first: int
                     wait([trainer.save_checkpoint.remote(target)], 10 * config.timeout_s, f"saving {target}")
                     saved, folder = step + 1, target
             except Exception as error:
-                error.add_note(
-                    f"This was step {step}. {save_what_was_learned(config, trainer, saved, folder)}"
-                )
+                what = save_what_was_learned(config, trainer, saved, folder)
+                error.add_note(f"This was step {step}. {what}")
                 raise
     return rows
 
@@ -674,6 +670,8 @@ def prove_sync(
             seconds = time.perf_counter() - start
             different = differences(engines, cold, timeout_s)
             wrong = f"these are not as they were at the start: {some(different)}" if different else None
+        except ActorDiedError:  # says nothing of the model
+            raise
         except RuntimeError as error:
             wrong = str(error)
         if wrong is None:
@@ -774,15 +772,19 @@ def some(names: list[str]) -> str:
     return ", ".join(names[:6]) + (f" and {len(names) - 6} more" if len(names) > 6 else "")
 
 
+class ActorDiedError(RuntimeError):
+    """Which actors died while something was asked of one."""
+
+
 def wait(refs: list, timeout_s: float, doing: str, patience_s: float = 0.0) -> list:
     """`ray.get(refs)` with a time limit, whose one error names all actors that failed, died or are silent.
 
     Raises:
-        RuntimeError: an actor failed or died. The others have had 4 more seconds, and `patience_s` from the
-            start on, because what fails first is not always the cause.
+        RuntimeError: an actor failed or (`ActorDiedError`) died. The others have had 4 more seconds, and
+            `patience_s` from the start on, because what fails first is not always the cause.
         TimeoutError: it took longer than `timeout_s` seconds.
     """
-    start, pending, results, failures = time.monotonic(), list(refs), {}, []
+    start, pending, results, failures, kind = time.monotonic(), list(refs), {}, [], RuntimeError
     deadline, next_sign = start + timeout_s, start + 10
     while pending and (left := deadline - time.monotonic()) > 0:
         done, pending = ray.wait(pending, timeout=min(2.0, left))
@@ -791,9 +793,11 @@ def wait(refs: list, timeout_s: float, doing: str, patience_s: float = 0.0) -> l
                 results[ref] = ray.get(ref)
             except ray.exceptions.RayError as error:
                 failures.append(f"{who(ref)}: {cause_of(error)}")
+                kind = kind if isinstance(error, ray.exceptions.RayTaskError) else ActorDiedError
         if not done and not failures:  # an actor that nothing is asked of at the moment may have died as well
             states = {name: ray._private.state.actors(actor.hex())["State"] for actor, name in ACTORS.items()}
             failures = [f"{name} has died" for name, state in states.items() if state == "DEAD"]
+            kind = ActorDiedError if failures else kind
         if failures:
             deadline = min(deadline, max(time.monotonic() + 4, start + patience_s))
         elif time.monotonic() > next_sign:
@@ -801,7 +805,7 @@ def wait(refs: list, timeout_s: float, doing: str, patience_s: float = 0.0) -> l
             print(f"... {doing}: {time.monotonic() - start:.0f} s", file=sys.stderr, flush=True)
     silent = [f"no answer from {', '.join(map(who, pending))}"] if pending else []
     if failures:
-        raise RuntimeError(f"{doing}: " + "; ".join(failures + silent))
+        raise kind(f"{doing}: " + "; ".join(failures + silent))
     if pending:
         raise TimeoutError(
             f"{doing} took longer than {timeout_s:g} s: {silent[0]}; --timeout-s sets the limit"
@@ -831,7 +835,7 @@ class Trainer(WeightSender):
     """The full-precision side: model, optimizer, and, by inheritance, rank 0 of the weight-update group."""
 
     def __init__(self, config: Config, path: str):
-        self.config, self.path, self.step, self.between_epochs = config, path, 0, False
+        self.config, self.path, self.step, self.unfinished = config, path, 0, False
         super().__init__(self._load(config.resume or path), config.trainer_device)
         if config.gradient_checkpointing:
             self.model.gradient_checkpointing_enable()
@@ -876,7 +880,8 @@ class Trainer(WeightSender):
             rollouts: dicts with `prompt` and `completion` (token ids), `logprobs` (the engine's, one per
                 completion token, in nats) and `advantage`.
 
-        Raises RuntimeError, and leaves the weights as they were, if a gradient is NaN or infinite.
+        Raises RuntimeError before a weight changes, if a gradient is NaN or infinite. After a failure behind
+        the first of several epochs the weights are those of no step, and `save_checkpoint` refuses them.
         """
         config, start = self.config, time.perf_counter()
         if self.device.type == "cuda":
@@ -899,10 +904,10 @@ class Trainer(WeightSender):
                 sums = {name: value + float(metrics[name]) for name, value in sums.items()}
             parameters = self.model.parameters()
             norm = torch.nn.utils.clip_grad_norm_(parameters, MAX_GRAD_NORM, error_if_nonfinite=True)
-            self.between_epochs = epoch + 1 < config.epochs
+            self.unfinished = True
             self.optimizer.step()
         self.optimizer.zero_grad()
-        self.step += 1
+        self.step, self.unfinished = self.step + 1, False
         self.scan_weights()
         old_N = torch.cat([batch["old_BT"][batch["mask_BT"]] for batch in batches])
         engine_N = torch.cat([batch["engine_BT"][batch["mask_BT"]] for batch in batches])
@@ -959,10 +964,10 @@ class Trainer(WeightSender):
     def save_checkpoint(self, folder: Path) -> None:
         """Write all that `--resume` needs; the folder appears when it is complete.
 
-        Raises ValueError if a weight holds NaN, RuntimeError if a step has failed between two of its epochs.
+        Raises ValueError if a weight holds NaN, RuntimeError if a step has failed half way.
         """
-        if self.between_epochs:
-            raise RuntimeError("a step has failed between two of its epochs: its weights are no step's")
+        if self.unfinished:
+            raise RuntimeError("a step has failed half way: the weights are those of no step")
         self.check_finite()
         aside = folder.with_name(folder.name + ".incomplete")
         self.save_pretrained(aside)
@@ -997,11 +1002,17 @@ def split_by_tokens(rollouts: list[dict], limit: int) -> list[list[dict]]:
 # ----- 6. The engine ----------------------------------------------------------------------------------------
 
 
+# Log-probabilities of the sampled tokens alone. vLLM would decode every token as it comes and make the GPU
+# wait at hundreds of sequences; `MyLLM.generate` decodes at the end.
+ROLLOUT = dict(logprobs=0, flat_logprobs=True, detokenize=False)
+
+
 class MyLLM(LLM):
     """vLLM with a version for its weights, which refuses to generate while they are incomplete (*torn*).
 
-    An update begins with `update_weight` or `receive_weights` and ends with `check_weights_changed` or with
-    `receive_weights` itself. At its end the prefix cache, the old weights' keys and values, is emptied.
+    It knows updates by `WorkerExtension`'s methods, not those by vLLM's own. They begin with `update_weight` or
+    `receive_weights` and end with `check_weights_changed` or with `receive_weights` itself. At the end the
+    prefix cache, which holds the old weights' keys and values, is emptied.
     """
 
     weights_version = 0
@@ -1188,7 +1199,7 @@ def engine_arguments(config: Config, path: str, device: str) -> dict:
     ).parameters.keys()
     if unknown := more.keys() - known:
         raise ValueError(f"--engine-args: vllm.LLM has no keyword {', '.join(sorted(unknown))}")
-    if taken := more.keys() & fixed.keys():
+    if taken := more.keys() & {*fixed, "quantization"}:
         raise ValueError(
             f"--engine-args: {', '.join(sorted(taken))} is set by the program or by a flag of its own"
         )
@@ -1206,7 +1217,7 @@ while not select.select([sys.stdin], [], [], 0.5)[0]:  # readable when the drive
     with contextlib.suppress(psutil.Error):
         for child in psutil.Process(int(sys.argv[1])).children():
             with contextlib.suppress(psutil.Error):
-                if "/ray/" in " ".join(child.cmdline()):
+                if sys.argv[2] in " ".join(child.cmdline()):
                     seen.update([child, *child.children(recursive=True)])
 for process in psutil.wait_procs(seen - {psutil.Process()}, timeout=4)[1]:
     with contextlib.suppress(psutil.Error):
@@ -1233,15 +1244,12 @@ def connect(config: Config, cleanup: contextlib.ExitStack) -> int:
             ) from error
     # A killed actor takes its children along.
     os.environ.setdefault("RAY_process_group_cleanup_enabled", "true")
-    reaper = [sys.executable, "-c", REAPER, str(os.getpid())]
+    reaper = [sys.executable, "-c", REAPER, str(os.getpid()), str(Path(ray.__file__).parent)]
     cleanup.enter_context(subprocess.Popen(reaper, stdin=subprocess.PIPE, start_new_session=True))
     cleanup.callback(ray.shutdown)  # it kills the raylet after a second and may orphan the others
     private = {} if config.ray_address else {"num_cpus": 1 + config.world_size, "include_dashboard": False}
     environment = actor_environment()
-    modules = [
-        str(HERE / "rlhf_online_quant.py"),
-        str(HERE / "rlhf_utils.py"),
-    ]  # imported by actors on any node
+    modules = [str(HERE / name) for name in ("rlhf_online_quant.py", "rlhf_utils.py")]  # for other nodes
     quiet = environment["VLLM_LOGGING_LEVEL"] == "ERROR"
     options = private | {
         "runtime_env": {"env_vars": environment, "py_modules": modules},
@@ -1250,11 +1258,10 @@ def connect(config: Config, cleanup: contextlib.ExitStack) -> int:
     try:
         ray.init(config.ray_address or "local", **options)
     except ConnectionError:  # Ray does not say why; a cluster that was started beside a token asks for it
-        if not authentication_token_setup.maybe_enable_token_auth_if_token_available(warn_if_disabled=False):
+        ask = authentication_token_setup.maybe_enable_token_auth_if_token_available
+        if config.ray_address is None or not ask(warn_if_disabled=False):
             raise
-        print(
-            f"Trying {config.ray_address} again, with the token in ~/.ray (RAY_AUTH_MODE=token)", flush=True
-        )
+        print(f"Trying {config.ray_address} again, with the token in ~/.ray (RAY_AUTH_MODE=token)")
         ray.init(config.ray_address, **options)
     return int(ray.cluster_resources().get("GPU", 0))
 
@@ -1338,20 +1345,20 @@ def stop_engine(llm) -> None:
 
 
 def prove_fp8(engines: list, config: Config) -> list[dict]:
-    """Print and return what each rank of each engine holds.
+    """Print and return what each worker of each engine holds.
 
-    Raises ValueError: quantization was asked for and some rank has no FP8 layer.
+    Raises ValueError: quantization was asked for and some worker has no FP8 layer.
     """
     ranks = sum(wait(on_workers(engines, "inspect_weights"), config.timeout_s, "inspecting the engine"), [])
-    for number, rank in enumerate(ranks):
+    for number, rank in enumerate(ranks, start=1):
         print(
-            f"engine rank {number}: {rank['fp8_linear_layers']} linear layers in FP8, weights "
+            f"worker (rank {number}): {rank['fp8_linear_layers']} linear layers in FP8, weights "
             f"{rank['weights_gib']:.4f} GiB, in BF16 they would take {rank['bf16_weights_gib']:.4f} GiB"
         )
     print(f"  not in FP8: {some(ranks[0]['unquantized'])}")
     if config.quantization != "none" and not all(rank["fp8_linear_layers"] for rank in ranks):
         raise ValueError(
-            f"--quantization {config.quantization} had no effect: an engine rank has no Float8Tensor layer. "
+            f"--quantization {config.quantization} had no effect: a worker has no Float8Tensor layer. "
             "Use a torchao FP8 config and shard dimensions that are multiples of 16, or --quantization none"
         )
     return ranks
@@ -1397,9 +1404,8 @@ def check_flags(config: Config) -> list[str]:
     if config.track != "none" and importlib.util.find_spec(config.track) is None:
         raise ValueError(f"--track {config.track}: not installed here; pip install {config.track}")
     load_reward(config.reward)
-    if config.quantization != "auto":
-        torchao_config(config.quantization)
-    engine_arguments(dataclasses.replace(config, quantization="none"), "", "cpu")
+    quantization = "fp8-dynamic" if config.quantization == "auto" else config.quantization
+    engine_arguments(dataclasses.replace(config, quantization=quantization), "", "cpu")
     if config.resume:
         read_metrics(config.output_dir)
     if config.resume and not (config.resume / "trainer.pt").is_file():
@@ -1436,7 +1442,7 @@ def resolve(config: Config, gpus: int) -> tuple[Config, str]:
         )
     model, quantization = ("facebook/opt-125m", "fp8-dynamic") if gpus else ("tiny", "fp8-weight-only")
     model = model if config.model == "auto" else config.model
-    if Path(model).is_dir():
+    if model != "tiny" and Path(model).is_dir():
         model = str(Path(model).absolute())  # actors work elsewhere
     learning_rate = 5e-4 if model == "tiny" else 1e-6
     return dataclasses.replace(
@@ -1485,16 +1491,18 @@ def check_model(config: Config, path: str, prompts: list[str]) -> None:
             f"multiple of its {kv_heads} key-value heads; type --tensor-parallel-size {largest}"
         )
     rope = getattr(model, "rope_parameters", None) or {}
-    kind, longest = rope.get("rope_type", "default"), getattr(model, "max_position_embeddings", None)
-    if kind == "longrope":  # transformers changes its factors within a sequence, vLLM has one for all
+    ropes = [rope, *(inside for inside in rope.values() if isinstance(inside, dict))]  # one a kind of layer
+    kinds = {rope.get("rope_type", "default") for rope in ropes}
+    longest = getattr(model, "max_position_embeddings", None)
+    if "longrope" in kinds:  # transformers changes its factors within a sequence, vLLM has one for all
         original = "original_max_position_embeddings"
         longest = rope.get(original) or getattr(model, original, 0)
-    if kind in ("default", "longrope") and longest and config.max_model_len > longest:
+    if kinds <= {"default", "longrope"} and longest and config.max_model_len > longest:
         raise ValueError(
-            f"--max-model-len {config.max_model_len}: this model's positions (RoPE type {kind}) end at "
-            f"{longest}; beyond, trainer and engine compute different things. Type at most that"
+            f"--max-model-len {config.max_model_len}: this model has positions for {longest} tokens; beyond, "
+            "trainer and engine compute different things, if at all. Type at most that"
         )
-    if kind == "dynamic":
+    if "dynamic" in kinds:
         raise ValueError(
             "this model's RoPE scaling (dynamic) is computed in one way by transformers and in another by "
             "vLLM: trainer and engine would be two models. Expected another rope_type in its config.json"
@@ -1581,8 +1589,10 @@ def one_message() -> Iterator[None]:
     """Say what went wrong in one message, before the clean-up, and end the program with exit code 1."""
     try:
         yield
-    except (RuntimeError, OSError, ValueError, ray.exceptions.RayError) as error:
-        print("\n".join([f"FAILED: {error}", *getattr(error, "__notes__", [])]), file=sys.stderr, flush=True)
+    except Exception as error:
+        known = isinstance(error, (RuntimeError, OSError, ValueError, ray.exceptions.RayError))
+        what = f"FAILED: {error}" if known else f"FAILED: {type(error).__name__}: {error}"
+        print("\n".join([what, *getattr(error, "__notes__", [])]), file=sys.stderr, flush=True)
         raise SystemExit(1) from error
     except KeyboardInterrupt as error:
         print("FAILED: interrupted", file=sys.stderr, flush=True)
@@ -1607,8 +1617,8 @@ def main(config: Config) -> dict:
             raise ValueError(
                 f"--steps {config.steps}: {config.resume} has {first} steps behind it; type at least that"
             )
-        engines = f"{config.num_engines} engine(s) ({device}, TP={config.tensor_parallel_size})"
-        print(f"Starting Ray, trainer ({config.trainer_device}) and {engines} ...", flush=True)
+        layout = f"{config.num_engines} engine(s) ({device}, TP={config.tensor_parallel_size})"
+        print(f"Starting Ray, trainer ({config.trainer_device}) and {layout} ...", flush=True)
         if not config.ray_address:
             connect(config, cleanup)
         # Ray's own handler would kill the cluster at once.
@@ -1639,7 +1649,7 @@ def main(config: Config) -> dict:
             "ranks": ranks,
             "sync": sync,
             "weights_version": version,
-            "last_step": rows[-1] if rows else None,
+            "last_step": json.loads(to_json(rows[-1])) if rows else None,
             "samples": [
                 {"prompt": old["prompt"], "before": old["text"], "after": new["text"]}
                 for old, new in zip(before, after, strict=True)

@@ -105,7 +105,7 @@ def test_default_run(default_run):
     assert any(sample["before"] != sample["after"] for sample in summary["samples"])
     assert set(summary["versions"]) == {"python", "torch", "vllm", "torchao", "ray", "transformers"}
     assert "No GPU found: the same processes on the CPU" in printed
-    assert "engine rank 1: 8 linear layers in FP8, weights" in printed
+    assert "worker (rank 2): 8 linear layers in FP8, weights" in printed
     assert (
         "Proved: set to zero and synced by replay, the engine is what it was when it had started" in printed
     )
@@ -131,7 +131,9 @@ def test_it_learns(default_run):
 def test_a_first_run_is_short_and_quiet(default_run):
     """No warning and no progress bar of any library; what takes long is announced."""
     lines = default_run[3].splitlines()
-    ours = r"Importing|No GPU|Starting|\.\.\. |engine rank \d|  not in FP8|Agreed on|Proved|step |  sample|"
+    ours = (
+        r"Importing|No GPU|Starting|\.\.\. |worker \(rank \d\)|  not in FP8|Agreed on|Proved|step |  sample|"
+    )
     ours += r"A replay|Greedy answers|  '.*' -> '|FP8 linear layers|Verified: True|Reward of|Wrote "
     assert len(lines) <= 45 and not [line for line in lines if not re.match(ours, line)]
 
@@ -189,7 +191,7 @@ def test_two_unquantized_engines_on_two_nodes_show_no_mismatch(tmp_path):
         flags = ["--ray-address", cluster.address, "--num-engines", "2", "--tensor-parallel-size", "1"]
         control = ["--quantization", "none", "--learning-rate", "0", "--temperature", "0.7", "--steps", "2"]
         summary, rows, printed = run(*flags, *control, cwd=tmp_path)
-        assert summary["world_size"] == 3 and len(summary["ranks"]) == 2 and "engine rank 1:" in printed
+        assert summary["world_size"] == 3 and len(summary["ranks"]) == 2 and "worker (rank 2):" in printed
         assert summary["fp8_linear_layers"] == 0 and summary["sync"]["path"] == "session"
         assert summary["sync"]["tensors"] == 2 * 36 and summary["sync"]["answers"] == 8
         assert len(rows) == 2 and rows[-1]["weights_version"] == 3
@@ -217,10 +219,10 @@ def signal_actor(program: Program, name: str, how: int) -> None:
     ("after", "to_actor", "to_driver"),
     [
         ("Starting Ray, trainer", None, signal.SIGINT),
-        ("engine rank 1", None, signal.SIGTERM),
+        ("worker (rank 2)", None, signal.SIGTERM),
         ("step    0", ("ray::MyLLM", signal.SIGKILL), None),
         (
-            "engine rank 1",
+            "worker (rank 2)",
             ("VLLM::Worker_TP1", signal.SIGSTOP),
             signal.SIGKILL,
         ),  # what is stopped cannot see the end

@@ -47,7 +47,7 @@ def test_two_engines_replay_the_same_weights(config, models, capfd):
     )
     with contextlib.ExitStack() as cleanup:
         trainer, engines, ranks = driver.start(config, old, "cpu", cleanup)
-        assert len(ranks) == 2 and "engine rank 1: 8 linear layers in FP8" in capfd.readouterr().out
+        assert len(ranks) == 2 and "worker (rank 2): 8 linear layers in FP8" in capfd.readouterr().out
         proof = prove(config, trainer, engines)
         assert proof["path"] == "replay" and proof["tensors"] == 2 * 44 and proof["answers"] == 8
         cold = driver.observe(engines, 60)
@@ -290,5 +290,5 @@ def test_no_fp8_layer_is_an_error(config, models, tmp_path):
     with driver.contextlib.ExitStack() as cleanup:
         actor = driver.start_engine(config, models("tiny-opt")[0], "cpu", cleanup)
         Remote(actor).get_weights_version()
-        with pytest.raises(ValueError, match="had no effect: an engine rank has no Float8Tensor layer"):
+        with pytest.raises(ValueError, match="had no effect: a worker has no Float8Tensor layer"):
             driver.prove_fp8([actor], config)

@@ -242,7 +242,9 @@ def test_the_reaper_kills_what_is_rays():
     command = [sys.executable, "-c", f"{start}; time.sleep(60)"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as parent:
         rays, mine = map(psutil.Process, json.loads(parent.stdout.readline()))
-        with subprocess.Popen([sys.executable, "-c", driver.REAPER, str(parent.pid)], stdin=subprocess.PIPE):
+        with subprocess.Popen(
+            [sys.executable, "-c", driver.REAPER, str(parent.pid), "/ray/"], stdin=subprocess.PIPE
+        ):
             time.sleep(2)
         statuses = rays.status(), mine.status()
         mine.kill()
