@@ -55,35 +55,31 @@ from typing import Literal
 
 # What every process of a run has in its environment, if the user has not set it.
 ENVIRONMENT = {
-    "VLLM_LOGGING_LEVEL": "ERROR",
-    "PYTHONWARNINGS": "ignore",
-    "TORCH_CPP_LOG_LEVEL": "ERROR",
-    "TORCH_LOGS": "-torch.utils._pytree",
-    "TRANSFORMERS_VERBOSITY": "error",
-    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
     # Without a GPU: two workers share a NUMA node, which vLLM refuses by default; and KV cache in GiB.
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
     "VLLM_CPU_KVCACHE_SPACE": "1",
     # vLLM's scheduler runs inside the actor: a process less, and batches that do not depend on timing.
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
 }
-
-
-def be_quiet() -> None:
-    """Libraries' errors only, unless VLLM_LOGGING_LEVEL asks for more. Some warn while they are imported."""
-    if os.environ.get("PYTHONWARNINGS", "ignore") == "ignore":
-        warnings.simplefilter("ignore")
-    if os.environ.get("VLLM_LOGGING_LEVEL", "ERROR") == "ERROR":
-        for name in ("torchao", "torch.utils._pytree", "vllm", "ray", "transformers"):
-            logging.getLogger(name).setLevel(logging.ERROR)
-
-
+QUIET = os.environ.get("VLLM_LOGGING_LEVEL", "ERROR") == "ERROR"  # libraries print their errors only
+if QUIET:
+    ENVIRONMENT |= {
+        "VLLM_LOGGING_LEVEL": "ERROR",
+        "PYTHONWARNINGS": "ignore",
+        "TORCH_CPP_LOG_LEVEL": "ERROR",
+        "TORCH_LOGS": "-torch.utils._pytree",
+        "TRANSFORMERS_VERBOSITY": "error",
+        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    }
 if __name__ == "__main__":
     os.environ |= {name: os.environ.get(name, value) for name, value in ENVIRONMENT.items()}
     print("Importing PyTorch, vLLM and Ray ...", flush=True)
     signal.signal(signal.SIGINT, lambda *_: os._exit(130))  # until `main` can say more
-if "VLLM_LOGGING_LEVEL" in os.environ:  # so in this program and in its processes
-    be_quiet()
+if QUIET and "VLLM_LOGGING_LEVEL" in os.environ:  # in the program's processes; some libraries warn on import
+    for name in ("torchao", "vllm", "ray", "transformers"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    if os.environ.get("PYTHONWARNINGS", "ignore") == "ignore":
+        warnings.simplefilter("ignore")
 
 import psutil
 import ray
@@ -616,19 +612,19 @@ def sync_weights_to_quantized_engine(
     """
     trainers, engines, start = as_list(train_model), as_list(quantized_llm), time.perf_counter()
     agree_on_weights(trainers, engines, bucket_bytes, timeout_s)
-    sent, ranks = broadcast_weights(trainers, engines, timeout_s)
-    compared = any(rank["compare"] for rank in ranks)
+    sync = broadcast_weights(trainers, engines, timeout_s)
+    compared = any(rank["compare"] for rank in sync["ranks"])
     if compared:
-        replayed = observe(engines, timeout_s)
-        sent, ranks = broadcast_weights(trainers, engines, timeout_s, by_session=True)
+        replayed, because = observe(engines, timeout_s), None
+        sync = broadcast_weights(trainers, engines, timeout_s, by_session=True)
         if different := differences(engines, replayed, timeout_s):
             because = f"a replay and a session of the same new weights differ in {some(different)}"
             print(f"Weight syncs are reload sessions from now on, because {because}")
-            wait(on_workers(engines, "settle_path", because), timeout_s, "choosing sessions")
         else:
-            wait(on_workers(engines, "settle_path"), timeout_s, "choosing replays")
             print("A replay and a session of the first other weights gave the same tensors and answers")
-    return sync_result(sent, ranks, time.perf_counter() - start) | {"compared": compared}
+        wait(on_workers(engines, "settle_path", because), timeout_s, "settling on replays or sessions")
+    seconds = time.perf_counter() - start
+    return sync | {"seconds": seconds, "gb_per_s": sync["bytes"] / seconds / 1e9, "compared": compared}
 
 
 @one_at_a_time()
@@ -664,10 +660,9 @@ def prove_sync(
     because = agree_on_weights(trainers, engines, bucket_bytes, timeout_s)
     for by_session in [True] if because else [False, True]:
         wait(on_workers(engines, "zero_weights"), timeout_s, "setting the engine's weights to zero")
-        start, ranks = time.perf_counter(), []
+        sync = None
         try:
-            sent, ranks = broadcast_weights(trainers, engines, timeout_s, by_session)
-            seconds = time.perf_counter() - start
+            sync = broadcast_weights(trainers, engines, timeout_s, by_session)
             different = differences(engines, cold, timeout_s)
             wrong = f"these are not as they were at the start: {some(different)}" if different else None
         except ActorDiedError:  # says nothing of the model
@@ -677,7 +672,7 @@ def prove_sync(
         if wrong is None:
             break
         if by_session:
-            if ranks:  # the broadcast went well: let nobody generate with these weights
+            if sync:  # the broadcast went well: let nobody generate with these weights
                 wait(on_workers(engines, "zero_weights"), timeout_s, "setting the engine's weights to zero")
             raise RuntimeError(
                 "this model cannot be synced: after a reload session of vLLM's with the weights that the "
@@ -685,8 +680,8 @@ def prove_sync(
             )
         because = f"after a replay {wrong}"
         print(f"Weight syncs are reload sessions, because {because}")
-        wait(on_workers(engines, "settle_path", because), timeout_s, "choosing sessions")
-    return sync_result(sent, ranks, seconds) | {
+        wait(on_workers(engines, "settle_path", because), timeout_s, "settling on sessions")
+    return sync | {
         "verified": wrong is None,
         "because": because,
         "tensors": sum(len(engine["digests"]) for engine in cold),
@@ -718,19 +713,14 @@ def agree_on_weights(trainers: list, engines: list, bucket_bytes: int, timeout_s
     return because
 
 
-def broadcast_weights(
-    trainers: list, engines: list, timeout_s: float, by_session: bool = False
-) -> tuple[dict, list[dict]]:
-    """What the sender and each worker of each engine say of one broadcast of all weights."""
+def broadcast_weights(trainers: list, engines: list, timeout_s: float, by_session: bool = False) -> dict:
+    """One broadcast of all weights; returns what a sync reports, `ranks` being what each worker says."""
+    start = time.perf_counter()
     sending = [trainer.send_weights.remote() for trainer in trainers]
     receiving = on_workers(engines, "receive_weights", by_session)
     patience_s = timeout_s / 2 + 2  # a rank whose peer has died knows by then in which bucket that was
     results = wait([*sending, *receiving], timeout_s, "broadcasting weights", patience_s)
-    return results[0], sum(results[len(sending) :], [])
-
-
-def sync_result(sent: dict, ranks: list[dict], seconds: float) -> dict:
-    """What a sync reports."""
+    seconds, sent, ranks = time.perf_counter() - start, results[0], sum(results[len(sending) :], [])
     return {
         "bytes": sent["bytes"],
         "seconds": seconds,
@@ -1010,8 +1000,8 @@ ROLLOUT = dict(logprobs=0, flat_logprobs=True, detokenize=False)
 class MyLLM(LLM):
     """vLLM with a version for its weights, which refuses to generate while they are incomplete (*torn*).
 
-    It knows updates by `WorkerExtension`'s methods, not those by vLLM's own. They begin with `update_weight` or
-    `receive_weights` and end with `check_weights_changed` or with `receive_weights` itself. At the end the
+    It knows updates by `WorkerExtension`'s methods, not those by vLLM's own. They begin with `update_weight`
+    or `receive_weights` and end with `check_weights_changed` or with `receive_weights` itself. At the end the
     prefix cache, which holds the old weights' keys and values, is emptied.
     """
 
@@ -1170,7 +1160,7 @@ def engine_arguments(config: Config, path: str, device: str) -> dict:
     """
     on_cpu = "mp" if config.tensor_parallel_size > 1 else "uni"  # vLLM has no Ray workers on the CPU
     defaults = dict(
-        gpu_memory_utilization=0.8, seed=config.seed, disable_log_stats=True, use_tqdm_on_load=False
+        gpu_memory_utilization=0.8, seed=config.seed, disable_log_stats=True, use_tqdm_on_load=not QUIET
     )
     fixed = dict(
         model=path,
@@ -1248,12 +1238,10 @@ def connect(config: Config, cleanup: contextlib.ExitStack) -> int:
     cleanup.enter_context(subprocess.Popen(reaper, stdin=subprocess.PIPE, start_new_session=True))
     cleanup.callback(ray.shutdown)  # it kills the raylet after a second and may orphan the others
     private = {} if config.ray_address else {"num_cpus": 1 + config.world_size, "include_dashboard": False}
-    environment = actor_environment()
     modules = [str(HERE / name) for name in ("rlhf_online_quant.py", "rlhf_utils.py")]  # for other nodes
-    quiet = environment["VLLM_LOGGING_LEVEL"] == "ERROR"
     options = private | {
-        "runtime_env": {"env_vars": environment, "py_modules": modules},
-        "logging_level": logging.ERROR if quiet else logging.INFO,
+        "runtime_env": {"env_vars": actor_environment(), "py_modules": modules},
+        "logging_level": logging.ERROR if QUIET else logging.INFO,
     }
     try:
         ray.init(config.ray_address or "local", **options)
