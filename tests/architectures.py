@@ -12,7 +12,6 @@ import concurrent.futures
 import contextlib
 import gc
 import json
-import multiprocessing
 import os
 import sys
 import tempfile
@@ -22,7 +21,6 @@ import transformers
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, set_seed
 from vllm.distributed import cleanup_dist_env_and_memory
-from vllm.v1.executor import multiproc_executor
 
 from harness import driver
 from random_models import tokenizer_of
@@ -190,11 +188,6 @@ def follow(name: str, tensor_parallel_size: int, folder: str) -> dict:
 
 
 def main(tensor_parallel_size: int, names: list[str]) -> None:
-    context = multiprocessing.get_context("forkserver")  # workers begin with all imports done
-    context.set_forkserver_preload(
-        ["rlhf_utils", "vllm.v1.worker.cpu_worker", "vllm.v1.executor.multiproc_executor"]
-    )
-    multiproc_executor.get_mp_context = lambda: context
     for name in names:
         gc.freeze()  # what has been imported is not garbage; vLLM collects often
         with tempfile.TemporaryDirectory() as folder:

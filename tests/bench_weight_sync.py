@@ -27,7 +27,6 @@ import torch
 import tyro
 from transformers import AutoModelForCausalLM
 
-import rlhf_utils
 from harness import (
     Extension,
     Remote,
@@ -40,7 +39,7 @@ from harness import (
     zero_and_sync,
 )
 from random_models import SHAPES, build_random_model, write_config
-from rlhf_utils import WeightSender, agreed
+from rlhf_utils import Buckets, WeightSender, agreed
 
 RAW, PUBLISHED, VLLM = (
     "raw broadcast",
@@ -73,7 +72,7 @@ class Benchmark(driver.Config):
 # ----- What runs in the trainer and in the workers ----------------------------------------------------------
 
 
-def broadcast_raw(buckets: rlhf_utils.Buckets, repeats: int) -> list[float]:
+def broadcast_raw(buckets: Buckets, repeats: int) -> list[float]:
     """Both ends: seconds for the same bytes in the same buckets, with nothing to pack, quantize or check."""
     seconds = []
     for _ in range(repeats + 1):

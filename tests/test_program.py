@@ -221,24 +221,21 @@ def signal_actor(program: Program, name: str, how: int) -> None:
         ("Starting Ray, trainer", None, signal.SIGINT),
         ("worker (rank 2)", None, signal.SIGTERM),
         ("step    0", ("ray::MyLLM", signal.SIGKILL), None),
-        (
-            "worker (rank 2)",
-            ("VLLM::Worker_TP1", signal.SIGSTOP),
-            signal.SIGKILL,
-        ),  # what is stopped cannot see the end
+        # What is stopped cannot see the end.
+        ("worker (rank 2)", ("VLLM::Worker_TP1", signal.SIGSTOP), signal.SIGKILL),
     ],
 )
 def test_nothing_is_left_behind(tmp_path, after, to_actor, to_driver):
     """Ctrl-C, a termination, a killed actor or driver ends the program with an error and takes every process
     along.
     """
-    program = Program("--max-tokens", "400", cwd=tmp_path)
+    program = Program(*(["--max-tokens", "400"] if to_driver else ["--steps", "1000"]), cwd=tmp_path)
     try:
         program.wait_until_printed(after)
         if to_actor:
             signal_actor(program, *to_actor)
-        time.sleep(1)
         if to_driver:
+            time.sleep(1)
             program.process.send_signal(to_driver)
         began = time.monotonic()
         assert program.process.wait(30) != 0
