@@ -14,12 +14,12 @@ A sync, as the driver asks for it (`sync_weights_to_quantized_engine` in rlhf_on
 Reading order, with lines. Parts 1 to 4, with the digests of part 6, are a complete, right sync; part 5
 makes it fast.
 
-    1. the group     115  who sends to whom
-    2. the session    82  how vLLM takes a whole new set of weights, and quantizes it
-    3. the two ends  405  WeightSender, WorkerExtension
-    4. the buckets   140  fixed memory for weights on their way, and digests of what came in
-    5. the replay    212  what a session would copy, learned once, done again without vLLM's loaders
-    6. bytes          94  digests, and rows quantized as torchao does it; on GPUs by Triton kernels
+    1. the group     117  who sends to whom
+    2. the session    83  how vLLM takes a whole new set of weights, and quantizes it
+    3. the two ends  409  WeightSender, WorkerExtension
+    4. the buckets   142  fixed memory for weights on their way, and digests of what came in
+    5. the replay    214  what a session would copy, learned once, done again without vLLM's loaders
+    6. bytes          96  digests, and rows quantized as torchao does it; on GPUs by Triton kernels
     7. the patches    41  what the workers change in torchao, and until when
 
 Four rules decide the code:

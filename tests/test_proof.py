@@ -138,7 +138,8 @@ def test_a_wrong_session_is_an_error_and_the_engine_stays_torn(llama, monkeypatc
     monkeypatch.setattr(rlhf_utils, "record_copies", no_recording)
     with local_pair(llama, CONFIG) as (trainer, engine):
         with pytest.raises(
-            RuntimeError, match=rf"this model cannot be synced: after a reload session .*: {NORM} on worker 0 \(engine 0"
+            RuntimeError,
+            match=rf"this model cannot be synced: after a reload session .*: {NORM} on worker 0 \(engine 0",
         ):
             driver.prove_sync(trainer, engine, max_tokens=8, **SETTINGS)
         with pytest.raises(RuntimeError, match="refusing to generate"):
