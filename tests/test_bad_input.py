@@ -2,17 +2,21 @@
 engine.
 """
 
+import contextlib
 import dataclasses
 import functools
 import json
 import math
+import os
 import shutil
 import signal
+import socket
 import time
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import ray
 import torch
 import transformers
 import tyro
@@ -122,6 +126,31 @@ def test_a_cluster_that_is_not_there(address, capsys):
         and f"FAILED: --ray-address {address}: expected HOST:PORT" in capsys.readouterr().err
     )
     assert time.monotonic() - began < 10
+
+
+def test_a_cluster_that_asks_for_the_token_gets_it(monkeypatch):
+    """Ray shows the token in ~/.ray to a cluster that it finds, not to one whose address it is given."""
+    asked = []
+
+    def init(address, **_):
+        asked.append((address, os.environ.get("RAY_AUTH_MODE")))
+        if len(asked) == 1:
+            raise ConnectionError("Failed to connect to Ray cluster")
+
+    def show_token(warn_if_disabled):
+        monkeypatch.setenv("RAY_AUTH_MODE", "token")
+        return True
+
+    monkeypatch.delenv("RAY_AUTH_MODE", raising=False)
+    monkeypatch.setattr(ray, "init", init)
+    monkeypatch.setattr(ray, "shutdown", lambda: None)
+    monkeypatch.setattr(ray, "cluster_resources", lambda: {"GPU": 2.0})
+    token = driver.authentication_token_setup
+    monkeypatch.setattr(token, "maybe_enable_token_auth_if_token_available", show_token)
+    with socket.create_server(("127.0.0.1", 0)) as cluster, contextlib.ExitStack() as cleanup:
+        address = f"127.0.0.1:{cluster.getsockname()[1]}"
+        assert driver.connect(driver.Config(ray_address=address), cleanup) == 2
+    assert asked == [(address, None), (address, "token")]
 
 
 def test_ctrl_c_is_one_line(capsys):

@@ -26,7 +26,6 @@ class Program:
     def __init__(self, *flags: str, cwd: Path):
         self.mark = f"RLHF_TEST_MARK={uuid.uuid4()}"
         environment = os.environ | dict([self.mark.split("=")])
-        environment.pop("RAY_AUTH_MODE", None)  # which Ray sets in a process that starts a private cluster
         self.log = (cwd / "log").open("w+")
         command = [sys.executable, str(PROGRAM), *flags]
         self.process = subprocess.Popen(
