@@ -183,7 +183,11 @@ def test_a_line_of_a_prompts_file_is_what_ends_with_a_newline(tmp_path):
 def model(folder, config: transformers.PretrainedConfig) -> str:
     """A random model with a tokenizer; returns the folder."""
     torch.manual_seed(0)
-    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    random = transformers.AutoModelForCausalLM.from_config(config)
+    with torch.no_grad():
+        for parameter in random.parameters():  # large ones, so that a cap on attention scores acts
+            parameter.add_(torch.randn_like(parameter), alpha=0.3)
+    random.save_pretrained(folder)
     tokenizer_of(config.vocab_size).save_pretrained(folder)
     return str(folder)
 
