@@ -102,7 +102,6 @@ from vllm import LLM, SamplingParams
 
 from rlhf_utils import BUCKET_BYTES, WeightSender
 
-HERE = Path(__file__).resolve().parent
 ACTORS = {}  # Ray's id of an actor -> its name in messages
 SYNCING = threading.Lock()  # held while a weight sync runs
 PROMPTS = [
@@ -1123,7 +1122,7 @@ def fork_workers() -> None:
     from vllm.v1.executor import multiproc_executor
 
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["rlhf_online_quant", "vllm.v1.worker.cpu_worker"])
+    context.set_forkserver_preload([__name__, "vllm.v1.worker.cpu_worker"])
     multiprocessing.forkserver.ensure_running()
     multiproc_executor.get_mp_context = lambda: context
 
@@ -1238,7 +1237,7 @@ def connect(config: Config, cleanup: contextlib.ExitStack) -> int:
     cleanup.enter_context(subprocess.Popen(reaper, stdin=subprocess.PIPE, start_new_session=True))
     cleanup.callback(ray.shutdown)  # it kills the raylet after a second and may orphan the others
     private = {} if config.ray_address else {"num_cpus": 1 + config.world_size, "include_dashboard": False}
-    modules = [str(HERE / name) for name in ("rlhf_online_quant.py", "rlhf_utils.py")]  # for other nodes
+    modules = [__file__, str(Path(__file__).with_name("rlhf_utils.py"))]  # for other nodes
     options = private | {
         "runtime_env": {"env_vars": actor_environment(), "py_modules": modules},
         "logging_level": logging.ERROR if QUIET else logging.INFO,
@@ -1694,7 +1693,6 @@ def report(summary: dict, folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    import rlhf_online_quant as program  # by its name, under which actors and workers know it too
-
+    program = importlib.import_module(Path(__file__).stem)  # by the name that actors and workers know, too
     signal.signal(signal.SIGINT, signal.default_int_handler)
     program.main(tyro.cli(program.Config))
