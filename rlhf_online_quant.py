@@ -1469,6 +1469,7 @@ def check_model(config: Config, path: str, prompts: list[str]) -> None:
     sizes = {name: getattr(model, name) for name in cut if getattr(model, name, None)}
 
     def fits(n: int) -> bool:
+        """Can vLLM cut the model into n shards?"""
         return not any(value % n for value in sizes.values()) and (kv_heads % n == 0 or n % kv_heads == 0)
 
     if not fits(size):

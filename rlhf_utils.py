@@ -16,9 +16,9 @@ makes it fast.
 
     1. the group     117  who sends to whom
     2. the session    83  how vLLM takes a whole new set of weights, and quantizes it
-    3. the two ends  409  WeightSender, WorkerExtension
+    3. the two ends  410  WeightSender, WorkerExtension
     4. the buckets   142  fixed memory for weights on their way, and digests of what came in
-    5. the replay    214  what a session would copy, learned once, done again without vLLM's loaders
+    5. the replay    216  what a session would copy, learned once, done again without vLLM's loaders
     6. bytes          96  digests, and rows quantized as torchao does it; on GPUs by Triton kernels
     7. the patches    41  what the workers change in torchao, and until when
 
@@ -392,6 +392,7 @@ class WeightSender:
             weight = None  # that is being cut into pieces
 
             def pack(number: int) -> None:
+                """Fill a bucket, cast to its dtypes."""
                 nonlocal weight
                 targets, sources = [], []
                 for piece, view in self.buckets.buckets[number].pieces:
@@ -844,6 +845,7 @@ def as_loaders_see_it(model: torch.nn.Module) -> Iterator[None]:
     from vllm.model_executor.model_loader.reload.sanitize import restore_layer_refs
 
     def on_meta(tensor: Tensor | None, layer: torch.nn.Module) -> Tensor | None:
+        """The tensor without memory, with the loader that it had at first."""
         if tensor is None:  # a bias that a layer does not have
             return None
         tensor = restore_layer_refs(to_meta_tensor(tensor), layer)
@@ -900,6 +902,7 @@ def record_copies(model: torch.nn.Module, manifest: Manifest) -> dict[str, list[
         tensors |= named_tensors(model)  # loaders may register more
 
     def storage(tensor: Tensor) -> int:
+        """What views of one tensor have in common."""
         return tensor.untyped_storage()._cdata
 
     weight_at = {storage(weight): name for name, weight in weights.items()}
