@@ -52,6 +52,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Literal
+from unittest import mock
 
 # What every process of a run has in its environment, if the user has not set it.
 ENVIRONMENT = {
@@ -92,6 +93,7 @@ import vllm
 from ray._private.authentication import authentication_token_setup
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+from torch.utils.checkpoint import checkpoint
 from torchao.core.config import AOBaseConfig, config_from_dict, config_to_dict
 from torchao.quantization import (
     Float8DynamicActivationFloat8WeightConfig,
@@ -125,6 +127,8 @@ class Config:
     """Where the trainer runs; `auto` takes a GPU if the cluster has any."""
     trainer_dtype: Literal["float32", "bfloat16"] = "float32"
     """Of the trainer's weights and optimizer. In bfloat16 small steps are lost in rounding."""
+    matmul_precision: Literal["auto", "bfloat16", "tf32", "float32"] = "auto"
+    """Of the trainer's products. `auto`: bfloat16 (autocast) on GPUs, float32 on the CPU."""
     tensor_parallel_size: int = 2
     """GPUs of an engine (CPU: processes). The trainer's GPU comes on top."""
     num_engines: int = 1
@@ -190,18 +194,30 @@ class Config:
 
 
 def rlhf_training_iteration(
-    train_model, quantized_llm: list, prompts: list[str], config: Config, step: int = 0
-) -> tuple[list, list[list[float]], dict]:
-    """Rollouts, rewards, a training step, sync. Returns vLLM's outputs, rewards (P, G) and metrics."""
+    train_model,
+    quantized_llm: list,
+    prompts: list[str],
+    config: Config,
+    step: int = 0,
+    outputs: list | None = None,
+    next_prompts: list[str] | None = None,
+) -> tuple[list, list[list[float]], dict, list]:
+    """Rollouts, rewards, a training step, sync. Returns vLLM's outputs, rewards (P, G) and metrics.
+
+    With `next_prompts` (`--overlap`) the engines generate for the next step while the trainer learns from
+    this one; what they return comes last, and is the next call's `outputs`.
+    """
     start = time.perf_counter()
-    outputs = generate(quantized_llm, prompts, config, step)
-    rollout_s = time.perf_counter() - start
+    outputs = outputs or generate(quantized_llm, prompts, config, step)
     rewards_PG = compute_rewards(outputs, load_reward(config.reward), config.timeout_s)
     rollouts = to_rollouts(outputs, compute_advantages(torch.tensor(rewards_PG, dtype=torch.float64)))
-    [trained] = wait([train_model.train_step.remote(rollouts)], 10 * config.timeout_s, "the training step")
+    ahead = start_generating(quantized_llm, next_prompts, config, step + 1) if next_prompts else []
+    training = [train_model.train_step.remote(rollouts), *ahead]  # an engine that generates cannot be synced
+    trained, *ahead = wait(training, 10 * config.timeout_s, "the training step")
     sync = sync_weights_to_quantized_engine(train_model, quantized_llm, timeout_s=config.timeout_s)
     versions = [llm.get_weights_version.remote() for llm in quantized_llm]
     tokens = sum(len(rollout["completion"]) for rollout in rollouts)
+    rollout_s = max(output.seconds for output in outputs)
     finished = [completion.finish_reason == "stop" for output in outputs for completion in output.outputs]
     metrics = {
         "step": step,
@@ -217,11 +233,17 @@ def rlhf_training_iteration(
         "step_s": time.perf_counter() - start,
         "weights_version": wait(versions, config.timeout_s, "reading the version")[0],
     }
-    return outputs, rewards_PG, metrics
+    return outputs, rewards_PG, metrics, sum(ahead, [])
 
 
 def generate(engines: list, prompts: list[str], config: Config, step: int = 0) -> list:
-    """One vLLM RequestOutput per prompt, in order; each engine generates for an equal share of them.
+    """One vLLM RequestOutput per prompt, in order; see `start_generating`."""
+    calls = start_generating(engines, prompts, config, step)
+    return sum(wait(calls, 10 * config.timeout_s, "generating"), [])
+
+
+def start_generating(engines: list, prompts: list[str], config: Config, step: int = 0) -> list[ray.ObjectRef]:
+    """Ask each engine for an equal share of the prompts' completions.
 
     Raises RuntimeError while a weight sync is running. (A call to the actor itself waits for its turn.)
     """
@@ -232,11 +254,10 @@ def generate(engines: list, prompts: list[str], config: Config, step: int = 0) -
     seeds = [(first + i) * samples for i in range(len(prompts))]  # vLLM adds the sample's index
     params = [SamplingParams(seed=seed, **sampling) for seed in seeds]
     share = math.ceil(len(prompts) / len(engines))
-    calls = [
+    return [
         llm.generate.remote(prompts[i : i + share], params[i : i + share], use_tqdm=False)
         for llm, i in zip(engines, range(0, len(prompts), share))
     ]
-    return sum(wait(calls, 10 * config.timeout_s, "generating"), [])
 
 
 def to_rollouts(outputs: list, advantages_PG: torch.Tensor) -> list[dict]:
@@ -484,6 +505,7 @@ def read_metrics(folder: Path) -> list[dict]:
 CLIP = 0.2  # PPO: the probability ratio to the policy before the step counts within 1 - CLIP and 1 + CLIP
 CORRECTION_CAP = 2.0  # C, the largest importance weight
 MAX_GRAD_NORM = 1.0  # gradients are scaled down to this norm
+HEAD_ROWS = 1024  # tokens whose logits are held at a time
 
 
 def compute_ppo_loss(logprobs_BT: torch.Tensor, batch: dict[str, torch.Tensor], config: Config) -> tuple:
@@ -830,7 +852,10 @@ class Trainer(WeightSender):
             self.model.gradient_checkpointing_enable()
             self.model.train()  # transformers checkpoints nothing otherwise
         self.reference = self._load(path) if config.kl_coef else None
-        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=config.learning_rate, weight_decay=0.0)
+        self.optimizer = torch.optim.AdamW(
+            self.model.parameters(), lr=config.learning_rate, weight_decay=0.0, fused=True
+        )
+        torch.set_float32_matmul_precision("high" if config.matmul_precision == "tf32" else "highest")
         if config.resume:
             state = torch.load(config.resume / "trainer.pt", map_location=self.device, weights_only=True)
             self.optimizer.load_state_dict(state["optimizer"])
@@ -875,8 +900,9 @@ class Trainer(WeightSender):
         config, start = self.config, time.perf_counter()
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
-        batches = [self._pad(part) for part in split_by_tokens(rollouts, config.tokens_per_microbatch)]
-        tokens = sum(int(batch["mask_BT"].sum()) for batch in batches)
+        by_length = sorted(rollouts, key=lambda rollout: len(rollout["prompt"] + rollout["completion"]))
+        batches = [self._pad(part) for part in split_by_tokens(by_length, config.tokens_per_microbatch)]
+        tokens = sum(len(rollout["completion"]) for rollout in rollouts)
         sums = dict.fromkeys(("loss", "ppo_clipped", "corrected", "reference_kl"), 0.0)
         before = self._sample_weights()
         for epoch in range(config.epochs):
@@ -890,7 +916,7 @@ class Trainer(WeightSender):
                             batch["reference_BT"] = self._logprobs(self.reference, batch)
                 loss, metrics = compute_ppo_loss(logprobs_BT, batch, config)
                 (loss / tokens).backward()
-                sums = {name: value + float(metrics[name]) for name, value in sums.items()}
+                sums = {name: value + metrics[name] for name, value in sums.items()}
             parameters = self.model.parameters()
             norm = torch.nn.utils.clip_grad_norm_(parameters, MAX_GRAD_NORM, error_if_nonfinite=True)
             self.unfinished = True
@@ -903,7 +929,7 @@ class Trainer(WeightSender):
         on_gpu = self.device.type == "cuda"
         memory = torch.cuda.max_memory_allocated() if on_gpu else psutil.Process().memory_info().rss
         return (
-            {name: value / tokens / config.epochs for name, value in sums.items()}
+            {name: float(value) / tokens / config.epochs for name, value in sums.items()}
             | measure_mismatch(old_N, engine_N)
             | {"weights_changed": (self._sample_weights() != before).float().mean().item()}
             | {
@@ -917,27 +943,22 @@ class Trainer(WeightSender):
         """One micro-batch, padded on the right. Position t predicts token t + 1; masked in: completions."""
         longest = max(len(rollout["prompt"] + rollout["completion"]) for rollout in rollouts)
         tokens_BL = torch.zeros(len(rollouts), longest, dtype=torch.long)
-        attend_BL, mask_BL, engine_BL = torch.zeros_like(tokens_BL), tokens_BL.bool(), tokens_BL.float()
+        mask_BL, engine_BL = tokens_BL.bool(), tokens_BL.float()
         for row, rollout in enumerate(rollouts):
             start, end = len(rollout["prompt"]), len(rollout["prompt"] + rollout["completion"])
             tokens_BL[row, :end] = torch.tensor(rollout["prompt"] + rollout["completion"])
-            attend_BL[row, :end] = 1
             mask_BL[row, start:end] = True
             engine_BL[row, start:end] = torch.tensor(rollout["logprobs"])
         advantages_B1 = torch.tensor([[rollout["advantage"]] for rollout in rollouts], dtype=torch.float32)
-        batch = {"tokens_BL": tokens_BL, "attend_BL": attend_BL, "advantages_B1": advantages_B1}
+        batch = {"tokens_BL": tokens_BL, "advantages_B1": advantages_B1}
         batch |= {"mask_BT": mask_BL[:, 1:], "engine_BT": engine_BL[:, 1:]}
         return {name: tensor.to(self.device) for name, tensor in batch.items()}
 
     def _logprobs(self, model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-        """Log-probability (nats, at the rollouts' temperature) of each next token, shape (B, T)."""
-        tokens_BL = batch["tokens_BL"]
-        output = model(input_ids=tokens_BL, attention_mask=batch["attend_BL"], use_cache=False)
-        logits_BTV, targets_BT = output.logits[:, :-1].float() / self.config.temperature, tokens_BL[:, 1:]
-        losses = torch.nn.functional.cross_entropy(
-            logits_BTV.flatten(0, 1), targets_BT.flatten(), reduction="none"
-        )
-        return -losses.view_as(targets_BT)
+        """`completion_logprobs` at the run's temperature, with products in `matmul_precision`."""
+        in_bf16 = self.config.matmul_precision == "bfloat16"
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=in_bf16):
+            return completion_logprobs(model, batch, self.config.temperature)
 
     @torch.no_grad()
     def _sample_weights(self) -> torch.Tensor:
@@ -972,6 +993,66 @@ def switch_off_noise(config: transformers.PretrainedConfig) -> None:
             switch_off_noise(value)
         elif isinstance(value, float) and re.search("drop|jitter", name):
             setattr(config, name, 0.0)
+
+
+def completion_logprobs(
+    model: torch.nn.Module, batch: dict[str, torch.Tensor], temperature: float = 1.0
+) -> torch.Tensor:
+    """Log-probability (nats, at a temperature) of each completion token, shape (B, T); 0 elsewhere.
+
+    The head sees the completions' tokens alone, `HEAD_ROWS` at a time, and again in the backward pass: there
+    are never logits of all of them. A causal model needs no mask for what is padded on the right.
+
+    Args:
+        batch: `tokens_BL`, and `mask_BT`, True where a position predicts a completion token.
+    """
+    tokens_BL, mask_BT = batch["tokens_BL"], batch["mask_BT"]
+    head, seen = model.get_output_embeddings(), []
+    with mock.patch.object(head, "forward", lambda hidden_BLH: seen.append(hidden_BLH) or hidden_BLH):
+        model(input_ids=tokens_BL, use_cache=False)
+
+    def of_some(hidden_NH: torch.Tensor, targets_N: torch.Tensor) -> torch.Tensor:
+        """By the model's own code behind its trunk, which may scale and cap logits."""
+        trunk = Given(model.base_model, hidden_NH[None])
+        with mock.patch.object(model, model.base_model_prefix, trunk):
+            logits_NV = model(input_ids=targets_N[None], use_cache=False).logits[0].float()
+        if temperature != 1:
+            logits_NV = logits_NV / temperature
+        return -torch.nn.functional.cross_entropy(logits_NV, targets_N, reduction="none")
+
+    hidden_NH, targets_N = seen[0][:, :-1][mask_BT], tokens_BL[:, 1:][mask_BT]
+    parts = zip(hidden_NH.split(HEAD_ROWS), targets_N.split(HEAD_ROWS), strict=True)
+    logprobs_N = torch.cat([checkpoint(of_some, *part, use_reentrant=False) for part in parts])
+    return torch.zeros(mask_BT.shape, device=mask_BT.device).masked_scatter(mask_BT, logprobs_N)
+
+
+class Given(torch.nn.Module):
+    """Stands in for a trunk (and every module of it): gives one hidden state whatever it is asked."""
+
+    def __init__(self, trunk: torch.nn.Module, hidden_BLH: torch.Tensor):
+        super().__init__()
+        self.__dict__ |= {"trunk": trunk, "output": TrunkOutput(hidden_BLH)}  # no submodule
+
+    def forward(self, *args, **kwargs) -> "TrunkOutput":
+        """What a trunk returns."""
+        return self.output
+
+    def __getattr__(self, name: str):
+        value = getattr(self.__dict__["trunk"], name)
+        return self if isinstance(value, torch.nn.Module) else value
+
+
+class TrunkOutput:
+    """Hidden states (B, L, H), and None for all else that a head's code may look for."""
+
+    def __init__(self, hidden_BLH: torch.Tensor):
+        self.last_hidden_state = hidden_BLH
+
+    def __getitem__(self, index: int) -> torch.Tensor:
+        return (self.last_hidden_state,)[index]
+
+    def __getattr__(self, name: str) -> None:
+        return None
 
 
 def split_by_tokens(rollouts: list[dict], limit: int) -> list[list[dict]]:
@@ -1054,9 +1135,14 @@ class MyLLM(LLM):
         return super()._run_engine(*args, **kwargs)
 
     def generate(self, *args, **kwargs):
-        """LLM.generate; decodes each answer at its end if vLLM did not token by token."""
+        """LLM.generate; decodes each answer at its end if vLLM did not token by token.
+
+        Each output says which `weights_version` it comes from, and how many `seconds` all of them took.
+        """
+        start = time.perf_counter()
         outputs, tokenizer = super().generate(*args, **kwargs), self.get_tokenizer()
         for output in outputs:
+            output.weights_version, output.seconds = self.weights_version, time.perf_counter() - start
             for answer in output.outputs:
                 answer.text = answer.text or decode(tokenizer, output.prompt_token_ids, answer.token_ids)
         return outputs
@@ -1432,8 +1518,10 @@ def resolve(config: Config, gpus: int) -> tuple[Config, str]:
     if model != "tiny" and Path(model).is_dir():
         model = str(Path(model).absolute())  # actors work elsewhere
     learning_rate = 5e-4 if model == "tiny" else 1e-6
+    precision = {"cuda": "bfloat16", "cpu": "float32"}[trainer_device]
     return dataclasses.replace(
         config,
+        matmul_precision=precision if config.matmul_precision == "auto" else config.matmul_precision,
         model=model,
         quantization=quantization if config.quantization == "auto" else config.quantization,
         trainer_device=trainer_device,

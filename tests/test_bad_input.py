@@ -212,7 +212,7 @@ def test_the_trainer_computes_what_the_engine_does(tmp_path, config, checkpointi
     trainer = driver.Trainer(settings, path)
     plain = transformers.AutoModelForCausalLM.from_pretrained(path, attn_implementation="eager").eval()
     batch = trainer._pad([ROLLOUT, ROLLOUT])
-    expected = driver.Trainer._logprobs(SimpleNamespace(config=settings), plain, batch)
+    expected = driver.completion_logprobs(plain, batch, settings.temperature)
     torch.testing.assert_close(trainer._logprobs(trainer.model, batch), expected)
     assert trainer.model.training == checkpointing
 

@@ -7,7 +7,9 @@ import math
 
 import pytest
 import torch
+import transformers
 
+from architectures import ARCHITECTURES, SMALL
 from harness import driver
 from random_models import build_random_model
 
@@ -143,7 +145,50 @@ def test_only_completions_are_learned(path, rollouts):
         targets = padded["tokens_BL"][row, 1:][padded["mask_BT"][row]].tolist()
         assert targets == rollout["completion"]
         assert padded["engine_BT"][row][padded["mask_BT"][row]].tolist() == rollout["logprobs"]
-        assert padded["attend_BL"][row].sum() == len(rollout["prompt"]) + len(rollout["completion"])
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_no_whole_logits_but_every_scale_and_cap(name, monkeypatch):
+    """Values and gradients of the model's own logits, with attention to the padding masked out."""
+    monkeypatch.setattr(driver, "HEAD_ROWS", 16)
+    class_name, differs = ARCHITECTURES[name]
+    config = getattr(transformers, class_name)(**SMALL | differs)
+    if "final_logit_softcapping" in vars(config):
+        config.final_logit_softcapping = 2.0
+    transformers.set_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter), alpha=0.05)
+    tokens_BL, mask_BT = torch.randint(3, 300, (3, 40)), torch.zeros(3, 39, dtype=torch.bool)
+    attend_BL = torch.ones_like(tokens_BL)
+    for row, end in enumerate([40, 30, 17]):
+        mask_BT[row, 8 : end - 1] = True
+        attend_BL[row, end:] = tokens_BL[row, end:] = 0
+    ours_BT = driver.completion_logprobs(model, {"tokens_BL": tokens_BL, "mask_BT": mask_BT}, 0.7)
+    logits_BTV = model(input_ids=tokens_BL, attention_mask=attend_BL).logits[:, :-1] / 0.7
+    plain_BT1 = logits_BTV.log_softmax(-1).gather(-1, tokens_BL[:, 1:, None])
+    plain_BT = plain_BT1.squeeze(-1).masked_fill(~mask_BT, 0.0)
+    torch.testing.assert_close(ours_BT, plain_BT)
+    parameters = list(model.parameters())
+    wanted = torch.autograd.grad(plain_BT.sum(), parameters, allow_unused=True)
+    found = torch.autograd.grad(ours_BT.sum(), parameters, allow_unused=True)
+    for one, other in zip(found, wanted, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-4)
+
+
+def test_products_in_bfloat16_leave_weights_and_gradients_in_float32(path, rollouts):
+    """Master weights, gradients and AdamW's state; and the products do differ."""
+    seen = {}
+    for precision in ("float32", "bfloat16"):
+        trainer = driver.Trainer(dataclasses.replace(CONFIG, matmul_precision=precision), path)
+        trainer.model.get_input_embeddings().weight.register_hook(lambda grad: dtypes.append(grad.dtype))
+        dtypes = []
+        seen[precision] = trainer.train_step(rollouts)["mismatch_kl"]
+        states = [value for state in trainer.optimizer.state.values() for value in state.values()]
+        assert {tensor.dtype for tensor in [*trainer.model.parameters(), *states]} == {torch.float32}
+        assert set(dtypes) == {torch.float32}
+    assert seen["float32"] != seen["bfloat16"] == pytest.approx(seen["float32"], rel=0.05)
 
 
 def test_second_epoch_clips_and_sees_the_reference(path, rollouts, monkeypatch):
