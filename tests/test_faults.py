@@ -422,8 +422,8 @@ def test_two_hundred_syncs_do_not_drift(quick, pair):
 def test_full_disk_leaves_the_last_complete_checkpoint(tmp_path, models, monkeypatch):
     path = models("tiny-opt")[0]
     config = driver.Config(model=path, trainer_device="cpu", learning_rate=1e-3)
-    trainer, folder = driver.Trainer(config, path), tmp_path / "checkpoint-1"
-    trainer.save_checkpoint(folder)
+    trainer = driver.Trainer(config, path)
+    _, folder = trainer.save_checkpoint(tmp_path)
     weights = {name: tensor.clone() for name, tensor in trainer.model.state_dict().items()}
     trainer.train_step([{"prompt": [3], "completion": [4], "logprobs": [-1.0], "advantage": 1.0}])
 
@@ -431,8 +431,10 @@ def test_full_disk_leaves_the_last_complete_checkpoint(tmp_path, models, monkeyp
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(torch, "save", full)
-    with pytest.raises(OSError, match="No space left"):
-        trainer.save_checkpoint(folder)
+    for trainer.step in (0, 1):  # the same folder again, and the next one
+        with pytest.raises(OSError, match="No space left"):
+            trainer.save_checkpoint(tmp_path)
+    assert not (tmp_path / "checkpoint-1").exists()
     resumed = driver.Trainer(dataclasses.replace(config, resume=folder), path)
     assert all(torch.equal(tensor, weights[name]) for name, tensor in resumed.model.state_dict().items())
 
@@ -513,8 +515,8 @@ def test_corrupt_and_unsafe_models(models, tmp_path):
     (remote / "config.json").write_text(json.dumps(settings))
     (remote / "mine.py").write_text(f"open({str(canary)!r}, 'w')")
     with pytest.raises(ValueError, match="--model .*remote: expected a model"):
-        driver.find_model(str(remote), str(tmp_path), 0)
+        driver.check_model(dataclasses.replace(config, model=str(remote)), str(remote), ["a"])
     (remote / "config.json").write_text("{")
     with pytest.raises(ValueError, match="--model .*remote: expected a model"):
-        driver.find_model(str(remote), str(tmp_path), 0)
+        driver.check_model(dataclasses.replace(config, model=str(remote)), str(remote), ["a"])
     assert not canary.exists()
