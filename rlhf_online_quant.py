@@ -579,9 +579,9 @@ def sync_weights_to_quantized_engine(
         ("replay" or "session"), `compared` (whether this was that sync), `sender` and per-rank details.
 
     Raises:
-        RuntimeError: what is wrong with which weight on which rank, or who died. Unless no byte has moved,
-            the engine refuses to generate. Or: another sync is running.
-        TimeoutError: the group did not finish in `timeout_s` seconds.
+        RuntimeError: what is wrong with which weight on which rank, or another sync is running.
+        ConnectionError, TimeoutError: who died; who did not finish in `timeout_s` seconds. Unless no byte has
+            moved, the engine refuses to generate after any of these.
     """
     trainers, engines, start = as_list(train_model), as_list(quantized_llm), time.perf_counter()
     agree_on_weights(trainers, engines, bucket_bytes, timeout_s)
@@ -641,9 +641,7 @@ def prove_sync(
                     "before": cold[0]["answers"],
                 }
             wrong = f"these are not as they were at the start: {some(different)}"
-        except ActorDiedError:  # says nothing of the model
-            raise
-        except RuntimeError as error:
+        except RuntimeError as error:  # a death, a ConnectionError, says nothing of the model
             wrong = str(error)
         if not by_session:
             because = f"after a replay {wrong}"
@@ -723,15 +721,11 @@ def some(names: list[str]) -> str:
     return ", ".join(names[:6]) + (f" and {len(names) - 6} more" if len(names) > 6 else "")
 
 
-class ActorDiedError(RuntimeError):
-    """Which actors died while something was asked of one."""
-
-
 def wait(refs: list, timeout_s: float, doing: str, patience_s: float = 0.0) -> list:
     """`ray.get(refs)` with a time limit, whose one error names all actors that failed, died or are silent.
 
     Raises:
-        RuntimeError: an actor failed or (`ActorDiedError`) died. The others have had 4 more seconds, and
+        RuntimeError, ConnectionError: an actor failed; one died. The others have had 4 more seconds, and
             `patience_s` from the start on, because what fails first is not always the cause.
         TimeoutError: it took longer than `timeout_s` seconds.
     """
@@ -760,7 +754,7 @@ def wait(refs: list, timeout_s: float, doing: str, patience_s: float = 0.0) -> l
             raise TimeoutError(f"{doing}: {silent}; --timeout-s sets the limit")
         failures.append(silent)
     if failures:
-        raise (ActorDiedError if died else RuntimeError)(f"{doing}: {'; '.join(failures)}")
+        raise (ConnectionError if died else RuntimeError)(f"{doing}: {'; '.join(failures)}")
     return [results[ref] for ref in refs]
 
 
@@ -1094,18 +1088,15 @@ def torchao_config(quantization: str) -> AOBaseConfig | None:
     }
     if quantization in named:
         return named[quantization]
-    with expected(
-        f"--quantization {quantization}", f"{', '.join(named)}, or a file of JSON by config_to_dict"
-    ):
+    choices = ", ".join(named)
+    with expected(f"--quantization {quantization}", f"{choices}, or a file with the JSON of config_to_dict"):
         return config_from_dict(json.loads(Path(quantization).read_text()))
 
 
 def engine_arguments(config: Config, path: str, device: str) -> dict:
     """Keyword arguments for `LLM`: an FP8 engine whose workers can receive weights. Raises ValueError."""
     on_cpu = "mp" if config.tensor_parallel_size > 1 else "uni"  # vLLM has no Ray workers on the CPU
-    defaults = dict(
-        gpu_memory_utilization=0.8, seed=config.seed, disable_log_stats=True, use_tqdm_on_load=not QUIET
-    )
+    defaults = dict(gpu_memory_utilization=0.8, seed=config.seed, use_tqdm_on_load=not QUIET)
     fixed = dict(
         model=path,
         dtype="bfloat16",  # torchao's PerRow quantizes nothing else
@@ -1344,9 +1335,7 @@ def resolve(config: Config, gpus: int) -> tuple[Config, str]:
 
 def check_model(config: Config, path: str, prompts: list[str]) -> None:
     """Does the model at `path` fit the flags and the prompts? Raises ValueError if not, with what to type."""
-    where = (
-        "on the Hugging Face hub (reachable; public or logged in), a local folder with config.json, or `tiny`"
-    )
+    where = "on the Hugging Face hub (public or logged in), a local folder with config.json, or `tiny`"
     with expected(f"--model {config.model}", f"a model {where}"):
         model = transformers.AutoConfig.from_pretrained(path, trust_remote_code=False).get_text_config()
     size, kv_heads = config.tensor_parallel_size, getattr(model, "num_key_value_heads", None) or 1
@@ -1366,14 +1355,12 @@ def check_model(config: Config, path: str, prompts: list[str]) -> None:
     if "longrope" in kinds:  # transformers changes its factors within a sequence, vLLM has one for all
         original = "original_max_position_embeddings"
         longest = rope.get(original) or getattr(model, original, 0)
-    two_models = "trainer and engine would compute different things"
+    differ = "trainer and engine would compute different things"
     if kinds <= {"default", "longrope"} and longest and config.max_model_len > longest:
         found = f"--max-model-len {config.max_model_len}: this model has positions for {longest} tokens"
-        raise ValueError(f"{found}; beyond, {two_models}. Type at most that")
+        raise ValueError(f"{found}; beyond, {differ}. Type at most that")
     if "dynamic" in kinds:
-        raise ValueError(
-            f"found dynamic RoPE scaling, expected another rope_type in config.json: {two_models}"
-        )
+        raise ValueError(f"found dynamic RoPE scaling, expected another rope_type in config.json: {differ}")
     with expected(f"--model {config.model}", "a tokenizer beside the model"):
         tokenizer = transformers.AutoTokenizer.from_pretrained(path)
         if len(tokenizer) <= len(tokenizer.all_special_ids):  # transformers made one up

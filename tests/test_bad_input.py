@@ -82,7 +82,7 @@ def test_wrong_kinds(flags, capsys):
         (dict(reward="math:pi"), "Found: TypeError: a float, not a function"),
         (
             dict(quantization="nosuch"),
-            "--quantization nosuch: expected fp8-dynamic, fp8-weight-only, none, or a file of JSON by",
+            "--quantization nosuch: expected fp8-dynamic, fp8-weight-only, none, or a file with the",
         ),
         (dict(prompts_file=Path("/")), "--prompts-file /: expected UTF-8 text, one prompt a line. Found:"),
         (
