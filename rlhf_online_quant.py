@@ -330,10 +330,8 @@ def compute_rewards(outputs: list, reward: Callable = letters, timeout_s: float 
     rewards, largest = answer.result(), torch.finfo(torch.float32).max
     wrong = [f"{value} for {c.text!r}" for value, c in zip(rewards, completions) if not abs(value) <= largest]
     if wrong or len(rewards) != len(completions):
-        raise RuntimeError(
-            f"reward function {name}: expected {len(completions)} finite numbers, one per completion; found "
-            f"{len(rewards)} numbers, not finite: {wrong[:3] or 'none'}"
-        )
+        what = f"expected {len(completions)} finite numbers, one per completion; found {len(rewards)} numbers"
+        raise RuntimeError(f"reward function {name}: {what}, not finite: {wrong[:3] or 'none'}")
     rows = iter(rewards)
     return [[next(rows) for _ in output.outputs] for output in outputs]
 
@@ -420,16 +418,13 @@ def warn_of(metrics: dict, config: Config, first: int) -> None:
     """Print what is wrong with a step, and what to do."""
     usual = USUAL_KL["none" if config.quantization == "none" else "fp8"]
     if not metrics["mismatch_kl"] <= usual:
-        print(
-            f"WARNING: mismatch KL above {usual:g}. If --quantization none shows it too, from the first step "
-            "on, trainer and engine compute different things. If FP8 alone does, lower --learning-rate."
-        )
+        print(f"WARNING: mismatch KL above {usual:g}. If FP8 alone shows it, lower --learning-rate.")
+        print("If --quantization none does, from the first step on, trainer and engine are two models.")
+    changed = metrics["weights_changed"]
     may_round = config.trainer_dtype == "bfloat16" and metrics["step"] == first and metrics["grad_norm"] > 0
-    if may_round and metrics["weights_changed"] < 0.1:
-        print(
-            f"WARNING: this step changed {metrics['weights_changed']:.1%} of the weights, the rest was lost "
-            f"in rounding. Use --trainer-dtype float32 or more than --learning-rate {config.learning_rate:g}."
-        )
+    if may_round and changed < 0.1:
+        print(f"WARNING: this step changed {changed:.1%} of the weights, bfloat16's rounding took the rest.")
+        print(f"Use --trainer-dtype float32, or more than --learning-rate {config.learning_rate:g}.")
 
 
 def save_what_was_learned(config: Config, trainer, saved: int, folder: Path | None) -> str:
@@ -649,10 +644,9 @@ def prove_sync(
             wait(on_workers(engines, "settle_path", because), timeout_s, "settling on sessions")
     if sync:  # the broadcast went well: let nobody generate with these weights
         wait(on_workers(engines, "zero_weights"), timeout_s, "setting the engine's weights to zero")
-    raise RuntimeError(
-        "this model cannot be synced: after a reload session of vLLM's with the weights that the "
-        f"engine has started from, {wrong}" + (f". Before, {because}" if because else "")
-    )
+    before = f". Before, {because}" if because else ""
+    session = "after a reload session of vLLM's with the weights that the engine has started from"
+    raise RuntimeError(f"this model cannot be synced: {session}, {wrong}{before}")
 
 
 def agree_on_weights(trainers: list, engines: list, bucket_bytes: int, timeout_s: float) -> str | None:
@@ -966,13 +960,9 @@ class MyLLM(LLM):
     torn: str | None = None  # the worker method that will complete the update which has begun
     asked: tuple[list[str], int] = (PROMPTS, 32)  # what `answer` was last asked: prompts, tokens
 
-    # What begins an update, and what ends it.
-    UPDATES = {
-        "update_weight": "check_weights_changed",
-        "receive_weights": "receive_weights",
-        "zero_weights": "receive_weights",
-        "reset_weights": "receive_weights",  # vLLM's own zeros
-    }
+    # What begins an update: what ends it. `reset_weights` are vLLM's own zeros.
+    UPDATES = {"update_weight": "check_weights_changed"}
+    UPDATES |= dict.fromkeys(["receive_weights", "zero_weights", "reset_weights"], "receive_weights")
 
     def __init__(self, *args, **kwargs):
         """On the CPU vLLM forks its workers from one process that has imported everything, instead of two."""
@@ -1002,10 +992,8 @@ class MyLLM(LLM):
 
     def _refuse_if_torn(self) -> None:
         if self.torn:
-            raise RuntimeError(
-                f"refusing to generate: the weight update after version {self.weights_version} has not been "
-                "completed; sync a complete set of weights first"
-            )
+            update = f"the weight update after version {self.weights_version} has not been completed"
+            raise RuntimeError(f"refusing to generate: {update}; sync a complete set of weights first")
 
     def _add_request(self, *args, **kwargs):
         """Every way to ask an LLM comes through here: generate, chat, enqueue, beam_search, encode, ..."""
@@ -1157,10 +1145,8 @@ def connect(config: Config, cleanup: contextlib.ExitStack) -> int:
     cleanup.enter_context(subprocess.Popen(reaper, stdin=subprocess.PIPE, start_new_session=True))
     cleanup.callback(ray.shutdown)  # it kills the raylet after a second and may orphan the others
     modules = [__file__, str(Path(__file__).with_name("rlhf_utils.py"))]  # for other nodes
-    options = {
-        "runtime_env": {"env_vars": actor_environment(), "py_modules": modules},
-        "logging_level": logging.ERROR if QUIET else logging.INFO,
-    }
+    environment = {"env_vars": actor_environment(), "py_modules": modules}
+    options = dict(runtime_env=environment, logging_level=logging.ERROR if QUIET else logging.INFO)
     if address is None:
         ray.init("local", num_cpus=1 + config.world_size, include_dashboard=False, **options)
     else:
@@ -1249,16 +1235,13 @@ def prove_fp8(engines: list, config: Config) -> list[dict]:
     """Print and return what each worker holds. Raises ValueError if one has no FP8 layer and should have."""
     ranks = sum(wait(on_workers(engines, "inspect_weights"), config.timeout_s, "inspecting the engine"), [])
     for number, rank in enumerate(ranks, start=1):
-        print(
-            f"worker (rank {number}): {rank['fp8_linear_layers']} linear layers in FP8, weights "
-            f"{rank['weights_gib']:.4f} GiB, in BF16 they would take {rank['bf16_weights_gib']:.4f} GiB"
-        )
+        sizes = f"{rank['weights_gib']:.4f} GiB, in BF16 they would take {rank['bf16_weights_gib']:.4f} GiB"
+        print(f"worker (rank {number}): {rank['fp8_linear_layers']} linear layers in FP8, weights {sizes}")
     print(f"  not in FP8: {some(ranks[0]['unquantized'])}")
     if config.quantization != "none" and not all(rank["fp8_linear_layers"] for rank in ranks):
-        raise ValueError(
-            f"--quantization {config.quantization} had no effect: a worker has no Float8Tensor layer. "
-            "Use a torchao FP8 config and shard dimensions that are multiples of 16, or --quantization none"
-        )
+        found = f"--quantization {config.quantization} had no effect: a worker has no Float8Tensor layer"
+        fits = "a torchao FP8 config and shard dimensions that are multiples of 16"
+        raise ValueError(f"{found}. Expected {fits}; or type --quantization none")
     return ranks
 
 
@@ -1302,7 +1285,14 @@ def check_flags(config: Config) -> tuple[list[str], int]:
             first = torch.load(config.resume / "trainer.pt", mmap=True, weights_only=True)["step"]
     if first > config.steps:
         raise ValueError(f"--steps {config.steps}: expected at least the {first} of {config.resume}")
-    return read_prompts(config.prompts_file), first
+    prompts = PROMPTS
+    if config.prompts_file:
+        with expected(f"--prompts-file {config.prompts_file}", "UTF-8 text, one prompt a line"):
+            text = config.prompts_file.read_text(encoding="utf-8-sig")
+            prompts = [line for line in text.split("\n") if line.strip()]
+            if not prompts:
+                raise ValueError("no line with text")
+    return prompts, first
 
 
 def resolve(config: Config, gpus: int) -> tuple[Config, str]:
@@ -1319,11 +1309,9 @@ def resolve(config: Config, gpus: int) -> tuple[Config, str]:
         fits = ["--num-engines 1"] if config.num_engines > 1 else []
         fits += ["--tensor-parallel-size 1"] if gpus else []
         fits += ["--trainer-device cpu"] if gpus < 2 else []
-        raise ValueError(
-            f"Found {gpus} GPU(s), need {needed}: {for_engines} for the engine (--num-engines x "
-            f"--tensor-parallel-size) and {needed - for_engines} for the trainer.\n"
-            f"What fits here: python {Path(sys.argv[0]).name} {' '.join(fits)}"
-        )
+        found = f"Found {gpus} GPU(s), need {needed}: {for_engines} for the engine (--num-engines x "
+        found += f"--tensor-parallel-size) and {needed - for_engines} for the trainer"
+        raise ValueError(f"{found}.\nWhat fits here: python {Path(sys.argv[0]).name} {' '.join(fits)}")
     if config.learning_rate is None:
         config.learning_rate = 5e-4 if config.model == "tiny" else 1e-6
     if config.model != "tiny" and Path(config.model).is_dir():
@@ -1368,22 +1356,10 @@ def check_model(config: Config, path: str, prompts: list[str]) -> None:
     lengths = {i: len(tokenizer(prompt).input_ids) for i, prompt in enumerate(prompts, start=1)}
     room = config.max_model_len - config.max_tokens
     if long := [f"prompt {i} has {n} tokens" for i, n in lengths.items() if n > room]:
-        raise ValueError(
-            f"Found {len(long)} prompts that leave no room for --max-tokens {config.max_tokens}: {some(long)}"
-            f". Expected at most --max-model-len {config.max_model_len} in all; shorten them, or type "
-            f"--max-model-len {max(lengths.values()) + config.max_tokens}"
-        )
-
-
-def read_prompts(path: Path | None) -> list[str]:
-    """The non-empty lines of a UTF-8 file; without one, the prompts of vLLM's examples. Raises ValueError."""
-    if path is None:
-        return PROMPTS
-    with expected(f"--prompts-file {path}", "UTF-8 text, one prompt a line"):
-        prompts = [line for line in path.read_text(encoding="utf-8-sig").split("\n") if line.strip()]
-        if not prompts:
-            raise ValueError("no line with text")
-        return prompts
+        found = f"{len(long)} prompts that leave no room for --max-tokens {config.max_tokens}: {some(long)}"
+        wanted = f"at most --max-model-len {config.max_model_len} in all; shorten them, or type"
+        longest = max(lengths.values()) + config.max_tokens
+        raise ValueError(f"Found {found}. Expected {wanted} --max-model-len {longest}")
 
 
 TINY = dict(

@@ -175,14 +175,15 @@ def test_bad_prompts_file(tmp_path, content, found):
     file = tmp_path / "prompts.txt"
     if content is not None:
         file.write_bytes(content)
-    with pytest.raises(ValueError, match=found):
-        driver.read_prompts(file)
+    with pytest.raises(ValueError, match=f"--prompts-file {file}: expected UTF-8 text, .*({found})"):
+        driver.check_flags(driver.Config(prompts_file=file, output_dir=tmp_path))
 
 
 def test_a_line_of_a_prompts_file_is_what_ends_with_a_newline(tmp_path):
     file = tmp_path / "prompts.txt"
     file.write_bytes("\ufeffa\u2028b\x0cc\r\n\nd\x85e".encode())
-    assert driver.read_prompts(file) == ["a\u2028b\x0cc", "d\x85e"]
+    prompts, _ = driver.check_flags(driver.Config(prompts_file=file, output_dir=tmp_path))
+    assert prompts == ["a\u2028b\x0cc", "d\x85e"]
 
 
 # ----- Models -----------------------------------------------------------------------------------------------
