@@ -419,7 +419,7 @@ def warn_of(metrics: dict, config: Config, first: int) -> None:
     usual = USUAL_KL["none" if config.quantization == "none" else "fp8"]
     if not metrics["mismatch_kl"] <= usual:
         print(f"WARNING: mismatch KL above {usual:g}. If FP8 alone shows it, lower --learning-rate.")
-        print("If --quantization none does, from the first step on, trainer and engine are two models.")
+        print("If --quantization none does too, from the first step on, trainer and engine are two models.")
     changed = metrics["weights_changed"]
     may_round = config.trainer_dtype == "bfloat16" and metrics["step"] == first and metrics["grad_norm"] > 0
     if may_round and changed < 0.1:
@@ -943,7 +943,6 @@ def split_by_tokens(rollouts: list[dict], limit: int) -> list[list[dict]]:
 
 # ----- 6. The engine ----------------------------------------------------------------------------------------
 
-
 # Log-probabilities of the sampled tokens alone. vLLM would decode every token as it comes and make the GPU
 # wait at hundreds of sequences; `MyLLM.generate` decodes at the end.
 ROLLOUT = dict(logprobs=0, flat_logprobs=True, detokenize=False)
@@ -960,7 +959,7 @@ class MyLLM(LLM):
     torn: str | None = None  # the worker method that will complete the update which has begun
     asked: tuple[list[str], int] = (PROMPTS, 32)  # what `answer` was last asked: prompts, tokens
 
-    # What begins an update: what ends it. `reset_weights` are vLLM's own zeros.
+    # The worker method that begins an update -> the one that completes it. `reset_weights` is vLLM's own.
     UPDATES = {"update_weight": "check_weights_changed"}
     UPDATES |= dict.fromkeys(["receive_weights", "zero_weights", "reset_weights"], "receive_weights")
 
