@@ -13,22 +13,16 @@
         sync_weights_to_quantized_engine(trainer, engines)  # every answer comes from the newest weights
 
 Left out, because it hides the pattern: a value network (advantages come from the group), generation beside
-training, sharded trainers (rlhf_utils.py takes them). Both ends of the wire are in rlhf_utils.py.
-
-Reading order:
-
-    1. config        2. the loop      3. the objective    4. the sync
-    5. the trainer   6. the engine    7. start and stop   8. before anything starts
-
-Without a GPU the same processes run on the CPU (gloo, weight-only FP8, a tiny random model).
+training, sharded trainers (rlhf_utils.py, which has both ends of the wire, takes them). Without a GPU the
+same processes run on the CPU (gloo, weight-only FP8, a tiny random model).
 
 Names of dimensions: P prompts, G samples per prompt, B sequences of a micro-batch, L tokens of a sequence,
 T = L - 1 predicted ones, V vocabulary, N all sampled tokens at hand. `rewards_PG` has the shape (P, G).
 """
 
+import concurrent.futures
 import contextlib
 import dataclasses
-import importlib
 import importlib.util
 import inspect
 import json
@@ -37,7 +31,6 @@ import math
 import multiprocessing.forkserver
 import os
 import pkgutil
-import queue
 import random
 import re
 import shutil
@@ -76,10 +69,10 @@ if __name__ == "__main__":
     os.environ |= {name: os.environ.get(name, value) for name, value in ENVIRONMENT.items()}
     print("Importing PyTorch, vLLM and Ray ...", flush=True)
     signal.signal(signal.SIGINT, lambda *_: os._exit(130))  # until `main` can say more
-if QUIET and "VLLM_LOGGING_LEVEL" in os.environ:  # in the program's processes; some libraries warn on import
+if os.environ.get("VLLM_LOGGING_LEVEL") == "ERROR":  # in the program's processes; some warn on import
     for name in ("torchao", "vllm", "ray", "transformers"):
         logging.getLogger(name).setLevel(logging.ERROR)
-    if os.environ.get("PYTHONWARNINGS", "ignore") == "ignore":
+    if os.environ.get("PYTHONWARNINGS") == "ignore":
         warnings.simplefilter("ignore")
 
 import psutil
@@ -91,15 +84,11 @@ import transformers
 import tyro
 import vllm
 from ray._private.authentication import authentication_token_setup
-from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
+from ray.util.placement_group import placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from torch.utils.checkpoint import checkpoint
 from torchao.core.config import AOBaseConfig, config_from_dict, config_to_dict
-from torchao.quantization import (
-    Float8DynamicActivationFloat8WeightConfig,
-    Float8WeightOnlyConfig,
-    PerRow,
-)
+from torchao.quantization import Float8DynamicActivationFloat8WeightConfig, Float8WeightOnlyConfig, PerRow
 from vllm import LLM, SamplingParams
 
 from rlhf_utils import BUCKET_BYTES, WeightSender
@@ -188,6 +177,15 @@ class Config:
     def world_size(self) -> int:
         """Ranks of the weight-update group: the trainer and every engine's workers."""
         return 1 + self.num_engines * self.tensor_parallel_size
+
+
+@contextlib.contextmanager
+def expected(flag: str, what: str) -> Iterator[None]:
+    """What the block raises, because of what the user gave, becomes a ValueError: expected and found."""
+    try:
+        yield
+    except Exception as error:  # a config or a module of the user's may raise whatever it likes
+        raise ValueError(f"{flag}: expected {what}. Found: {type(error).__name__}: {error}") from error
 
 
 # ----- 2. The loop ------------------------------------------------------------------------------------------
@@ -303,27 +301,20 @@ def load_reward(name: str) -> Callable[..., list[float]]:
         return shipped[name]
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())
-    try:
-        if ":" not in name:
-            raise ValueError("no colon in it")
+    with expected(f"--reward {name}", f"{', '.join(shipped)}, or module:function, here or installed"):
         reward = pkgutil.resolve_name(name)
-    except Exception as error:  # a module may raise anything while it is imported
-        raise ValueError(
-            f"--reward {name}: expected {', '.join(shipped)}, or module:function with the module here or "
-            f"installed. Found: {type(error).__name__}: {error}"
-        ) from error
-    if not callable(reward):
-        raise ValueError(f"--reward {name}: expected a function, found {type(reward).__name__}")
-    return reward
+        if not callable(reward):
+            raise TypeError(f"a {type(reward).__name__}, not a function")
+        return reward
 
 
 def compute_rewards(outputs: list, reward: Callable = letters, timeout_s: float = 30.0) -> list[list[float]]:
     """Rewards of every completion, in the shape (P, G).
 
     Args:
-        reward: gets a list of prompts and a list of completions (str without special tokens; one of each per
-            completion) and returns as many floats. By parameters of these names it gets `finish_reasons`, too
-            ("length" for a completion that was cut off, else "stop"), and `completion_ids`, all token ids.
+        reward: gets a list of prompts and one of completions (without special tokens) and returns as many
+            floats. By parameters of these names it gets `finish_reasons`, too ("length" for a completion that
+            was cut off, else "stop"), and `completion_ids`, all token ids.
 
     Raises:
         RuntimeError: the function raised, or returned anything but one finite number per completion.
@@ -333,42 +324,35 @@ def compute_rewards(outputs: list, reward: Callable = letters, timeout_s: float 
     name = getattr(reward, "__name__", repr(reward))
     prompts = [output.prompt for output in outputs for _ in output.outputs]
     completions = [completion for output in outputs for completion in output.outputs]
-    on_demand = {
-        "finish_reasons": lambda: [completion.finish_reason for completion in completions],
-        "completion_ids": lambda: [list(completion.token_ids) for completion in completions],
-    }
-    try:
-        wanted = inspect.signature(reward).parameters
-    except (TypeError, ValueError):  # some functions that are not written in Python
-        wanted = {}
-    more = {key: values() for key, values in on_demand.items() if key in wanted}
-    answer = queue.Queue()
+    answer = concurrent.futures.Future()
 
     def ask() -> None:
         """In a thread of its own, which may hang."""
         try:
-            answer.put([float(value) for value in reward(prompts, [c.text for c in completions], **more)])
+            wanted, more = inspect.signature(reward).parameters, {}
+            if "finish_reasons" in wanted:
+                more["finish_reasons"] = [completion.finish_reason for completion in completions]
+            if "completion_ids" in wanted:
+                more["completion_ids"] = [list(completion.token_ids) for completion in completions]
+            rewards = reward(prompts, [completion.text for completion in completions], **more)
+            answer.set_result([float(value) for value in rewards])
         except BaseException as error:  # raised below; SystemExit would end this thread without a word
-            answer.put(error)
+            answer.set_exception(error)
 
     threading.Thread(target=ask, daemon=True).start()  # a daemon does not keep the program from ending
-    try:
-        rewards = answer.get(timeout=timeout_s)
-    except queue.Empty:
-        raise TimeoutError(f"reward function {name} has not returned for {timeout_s:g} s") from None
-    if isinstance(rewards, BaseException):
-        message = f"reward function {name} failed: {type(rewards).__name__}: {rewards}"
-        if "main thread" in str(rewards):  # signal.alarm, by which math_verify limits its time
+    if not concurrent.futures.wait([answer], timeout_s).done:
+        raise TimeoutError(f"reward function {name} has not returned for {timeout_s:g} s")
+    if error := answer.exception():
+        message = f"reward function {name} failed: {type(error).__name__}: {error}"
+        if "main thread" in str(error):  # signal.alarm, by which math_verify limits its time
             message += ". It runs in a thread, where signals cannot be set: switch its own time limit off "
             message += "(math_verify: timeout_seconds=None, parsing_timeout=None); --timeout-s is one"
-        raise RuntimeError(message) from rewards
-    largest = torch.finfo(torch.float32).max
+        raise RuntimeError(message) from error
+    rewards, largest = answer.result(), torch.finfo(torch.float32).max
     wrong = [f"{value} for {c.text!r}" for value, c in zip(rewards, completions) if not abs(value) <= largest]
     if wrong or len(rewards) != len(completions):
-        raise RuntimeError(
-            f"reward function {name}: expected {len(completions)} finite numbers, one per completion; found "
-            f"{len(rewards)} numbers, not finite: {wrong[:3] or 'none'}"
-        )
+        what = f"expected {len(completions)} finite numbers, one per completion; found {len(rewards)} numbers"
+        raise RuntimeError(f"reward function {name}: {what}, not finite: {wrong[:3] or 'none'}")
     rows = iter(rewards)
     return [[next(rows) for _ in output.outputs] for output in outputs]
 
@@ -415,7 +399,7 @@ def train(config: Config, trainer, engines: list, prompts: list[str], first: int
     rows = read_metrics(config.output_dir) if config.resume else []
     rows = [row for row in rows if row["step"] < first]
     file.write_text("".join(map(to_json, rows)))
-    saved, folder = first, config.resume
+    saved = first, config.resume
     with contextlib.ExitStack() as cleanup:
         if config.track != "none":
             tracker = importlib.import_module(config.track)
@@ -437,12 +421,10 @@ def train(config: Config, trainer, engines: list, prompts: list[str], first: int
                     answer, reward = outputs[0].outputs[0].text, rewards_PG[0][0]
                     print(f"  sample: {outputs[0].prompt!r} -> {answer[:60]!r} | reward {reward:.3f}")
                 if step + 1 == config.steps or config.save_every and (step + 1) % config.save_every == 0:
-                    target = checkpoint_folder(config, step + 1)
-                    wait([trainer.save_checkpoint.remote(target)], 10 * config.timeout_s, f"saving {target}")
-                    saved, folder = step + 1, target
+                    saving = trainer.save_checkpoint.remote(config.output_dir)
+                    [saved] = wait([saving], 10 * config.timeout_s, "saving a checkpoint")
             except Exception as error:
-                what = save_what_was_learned(config, trainer, saved, folder)
-                error.add_note(f"This was step {step}. {what}")
+                error.add_note(f"This was step {step}. {save_what_was_learned(config, trainer, *saved)}")
                 raise
     return rows
 
@@ -457,47 +439,34 @@ def warn_of(metrics: dict, config: Config, first: int) -> None:
     """Print what is wrong with a step, and what to do."""
     usual = USUAL_KL["none" if config.quantization == "none" else "fp8"]
     if not metrics["mismatch_kl"] <= usual:
-        print(
-            f"WARNING: mismatch KL above {usual:g}. If --quantization none shows it too, from the first step "
-            "on, trainer and engine compute different things. If FP8 alone does, lower --learning-rate."
-        )
+        print(f"WARNING: mismatch KL above {usual:g}. If FP8 alone shows it, lower --learning-rate.")
+        print("If --quantization none does too, from the first step on, trainer and engine are two models.")
     changed = metrics["weights_changed"]
-    may_round = config.trainer_dtype == "bfloat16" and metrics["step"] == first
-    if may_round and metrics["grad_norm"] > 0 and changed < 0.1:
-        print(
-            f"WARNING: this step changed {changed:.1%} of the weights; the rest of it was lost in bfloat16's "
-            f"rounding. Use --trainer-dtype float32, or more than --learning-rate {config.learning_rate:g}."
-        )
-
-
-def checkpoint_folder(config: Config, step: int) -> Path:
-    """Where the model goes that has `step` steps behind it."""
-    return config.output_dir.absolute() / f"checkpoint-{step}"
+    may_round = config.trainer_dtype == "bfloat16" and metrics["step"] == first and metrics["grad_norm"] > 0
+    if may_round and changed < 0.1:
+        print(f"WARNING: this step changed {changed:.1%} of the weights, bfloat16's rounding took the rest.")
+        print(f"Use --trainer-dtype float32, or more than --learning-rate {config.learning_rate:g}.")
 
 
 def save_what_was_learned(config: Config, trainer, saved: int, folder: Path | None) -> str:
     """Save the trainer's complete steps, if `folder` holds only `saved`; a sentence says what there is."""
     try:  # not by `wait`: that an engine has died does not matter now
-        done = ray.get(trainer.get_step.remote(), timeout=config.timeout_s)
-        if done > saved:
-            target = checkpoint_folder(config, done)
-            ray.get(trainer.save_checkpoint.remote(target), timeout=10 * config.timeout_s)
-            saved, folder = done, target
+        if ray.get(trainer.get_step.remote(), timeout=config.timeout_s) > saved:
+            saving = trainer.save_checkpoint.remote(config.output_dir)
+            saved, folder = ray.get(saving, timeout=10 * config.timeout_s)
     except ray.exceptions.RayError as error:  # a GetTimeoutError is one
         print(f"What the trainer had learned could not be saved: {cause_of(error)}", file=sys.stderr)
-    return (
-        f"{saved} complete steps are saved: go on with --resume {folder}" if folder else "No step is saved."
-    )
+    if folder is None:
+        return "No step is saved."
+    return f"{saved} complete steps are saved: go on with --resume {folder}"
 
 
 def read_metrics(folder: Path) -> list[dict]:
     """The rows of metrics.jsonl, one per step; a last one that was cut off is left out. Raises ValueError."""
     file = folder / "metrics.jsonl"
     *complete, _ = file.read_text().split("\n") if file.exists() else [""]
-    try:
+    with expected(str(file), "a JSON object a line; move it away"):
         return [json.loads(line) for line in complete]
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{file}: expected a JSON object a line, found {error}; move it away") from error
 
 
 # ----- 3. The objective: pure functions of numbers ----------------------------------------------------------
@@ -627,9 +596,9 @@ def sync_weights_to_quantized_engine(
         ("replay" or "session"), `compared` (whether this was that sync), `sender` and per-rank details.
 
     Raises:
-        RuntimeError: what is wrong with which weight on which rank, or who died. Unless no byte has moved,
-            the engine refuses to generate. Or: another sync is running.
-        TimeoutError: the group did not finish in `timeout_s` seconds.
+        RuntimeError: what is wrong with which weight on which rank, or another sync is running.
+        ConnectionError, TimeoutError: who died; who did not finish in `timeout_s` seconds. Unless no byte has
+            moved, the engine refuses to generate after any of these.
     """
     trainers, engines, start = as_list(train_model), as_list(quantized_llm), time.perf_counter()
     agree_on_weights(trainers, engines, bucket_bytes, timeout_s)
@@ -652,7 +621,7 @@ def sync_weights_to_quantized_engine(
 def prove_sync(
     train_model,
     quantized_llm,
-    prompts: list[str] | None = None,
+    prompts: list[str] = PROMPTS,
     max_tokens: int = 32,
     bucket_bytes: int = BUCKET_BYTES,
     timeout_s: float = 30.0,
@@ -663,21 +632,16 @@ def prove_sync(
     then synced: by replay, and if that is not possible or gives something else, by a reload session, which
     then serves from now on. All stored tensors and the greedy answers to `prompts` must be as before.
 
-    Args:
-        train_model, quantized_llm: as for `sync_weights_to_quantized_engine`.
+    Arguments as for `sync_weights_to_quantized_engine`. Returns what that returns, and `verified`, `because`
+    (why it is no replay), `tensors` and `answers` (how many were compared), and `before`, the first engine's
+    answers.
 
-    Returns: What the sync returns, and `verified`, `because` (why it is no replay), `tensors` and `answers`
-        (how many were compared), and `before`, the first engine's answers.
-
-    Raises:
-        RuntimeError: which tensors or answers differ after a session, or why there was none.
+    Raises RuntimeError: which tensors or answers differ after a session, or why there was none.
     """
     trainers, engines = as_list(train_model), as_list(quantized_llm)
     if any(wait([llm.get_weights_version.remote() for llm in engines], timeout_s, "reading the version")):
-        raise RuntimeError(
-            "prove_sync compares with a cold start, and an engine has been updated: start it anew"
-        )
-    cold = observe(engines, timeout_s, prompts or PROMPTS, max_tokens)
+        raise RuntimeError("prove_sync needs a cold start, and an engine has been updated: start it anew")
+    cold = observe(engines, timeout_s, prompts, max_tokens)
     because = agree_on_weights(trainers, engines, bucket_bytes, timeout_s)
     for by_session in [True] if because else [False, True]:
         wait(on_workers(engines, "zero_weights"), timeout_s, "setting the engine's weights to zero")
@@ -685,50 +649,40 @@ def prove_sync(
         try:
             sync = broadcast_weights(trainers, engines, timeout_s, by_session)
             different = differences(engines, cold, timeout_s)
-            wrong = f"these are not as they were at the start: {some(different)}" if different else None
-        except ActorDiedError:  # says nothing of the model
-            raise
-        except RuntimeError as error:
+            if not different:
+                return sync | {
+                    "verified": True,
+                    "because": because,
+                    "tensors": sum(len(engine["digests"]) for engine in cold),
+                    "answers": sum(len(engine["answers"]) for engine in cold if engine["repeatable"]),
+                    "before": cold[0]["answers"],
+                }
+            wrong = f"these are not as they were at the start: {some(different)}"
+        except RuntimeError as error:  # a death, a ConnectionError, says nothing of the model
             wrong = str(error)
-        if wrong is None:
-            break
-        if by_session:
-            if sync:  # the broadcast went well: let nobody generate with these weights
-                wait(on_workers(engines, "zero_weights"), timeout_s, "setting the engine's weights to zero")
-            raise RuntimeError(
-                "this model cannot be synced: after a reload session of vLLM's with the weights that the "
-                f"engine has started from, {wrong}" + (f". Before, {because}" if because else "")
-            )
-        because = f"after a replay {wrong}"
-        print(f"Weight syncs are reload sessions, because {because}")
-        wait(on_workers(engines, "settle_path", because), timeout_s, "settling on sessions")
-    return sync | {
-        "verified": wrong is None,
-        "because": because,
-        "tensors": sum(len(engine["digests"]) for engine in cold),
-        "answers": sum(len(engine["answers"]) for engine in cold if engine["repeatable"]),
-        "before": cold[0]["answers"],
-    }
+        if not by_session:
+            because = f"after a replay {wrong}"
+            print(f"Weight syncs are reload sessions, because {because}")
+            wait(on_workers(engines, "settle_path", because), timeout_s, "settling on sessions")
+    if sync:  # the broadcast went well: let nobody generate with these weights
+        wait(on_workers(engines, "zero_weights"), timeout_s, "setting the engine's weights to zero")
+    before = f". Before, {because}" if because else ""
+    session = "after a reload session of vLLM's with the weights that the engine has started from"
+    raise RuntimeError(f"this model cannot be synced: {session}, {wrong}{before}")
 
 
 def agree_on_weights(trainers: list, engines: list, bucket_bytes: int, timeout_s: float) -> str | None:
-    """Check the trainer's weights; if both ends have not agreed on them yet, let them.
-
-    Returns why the updates will be reload sessions, if that is known now.
-    """
+    """Check the trainer's weights; agree on them if they are new. Returns why not by replays, if known."""
     preparing = [trainer.prepare_weights.remote(bucket_bytes) for trainer in trainers]
     manifest = wait(preparing, timeout_s, "checking the trainer's weights")[0]
     if manifest is None:
         return None
-    asked = on_workers(engines, "agree_on_weights", manifest, bucket_bytes)
-    replies = sum(wait(asked, timeout_s, "agreeing on the weights"), [])
-    manifest = replies[0][0]
-    if any(other != manifest for other, _ in replies):
-        raise RuntimeError(
-            "the workers want other dtypes for the same weights: start all engines the same way"
-        )
-    wait([trainers[0].agree_on_weights.remote(manifest, bucket_bytes)], timeout_s, "agreeing on the weights")
-    because = "; ".join(sorted({reason for _, reason in replies if reason})) or None
+    asked, doing = on_workers(engines, "agree_on_weights", manifest, bucket_bytes), "agreeing on the weights"
+    manifests, reasons = zip(*sum(wait(asked, timeout_s, doing), []), strict=True)
+    if any(manifest != manifests[0] for manifest in manifests):
+        raise RuntimeError("the workers want the same weights in other dtypes: start all engines alike")
+    wait([trainers[0].agree_on_weights.remote(manifests[0], bucket_bytes)], timeout_s, doing)
+    because = "; ".join(sorted(set(filter(None, reasons)))) or None
     how = f"reload sessions, because {because}" if because else "replays of what vLLM would copy"
     print(f"Agreed on {len(manifest)} weights; weight syncs are {how}")
     return because
@@ -740,8 +694,8 @@ def broadcast_weights(trainers: list, engines: list, timeout_s: float, by_sessio
     sending = [trainer.send_weights.remote() for trainer in trainers]
     receiving = on_workers(engines, "receive_weights", by_session)
     patience_s = timeout_s / 2 + 2  # a rank whose peer has died knows by then in which bucket that was
-    results = wait([*sending, *receiving], timeout_s, "broadcasting weights", patience_s)
-    seconds, sent, ranks = time.perf_counter() - start, results[0], sum(results[len(sending) :], [])
+    sent, *results = wait([*sending, *receiving], timeout_s, "broadcasting weights", patience_s)
+    seconds, ranks = time.perf_counter() - start, sum(results[len(trainers) - 1 :], [])
     return {
         "bytes": sent["bytes"],
         "seconds": seconds,
@@ -761,9 +715,9 @@ def observe(engines: list, timeout_s: float, prompts: list[str] | None = None, m
     return seen
 
 
-def differences(engines: list, expected: list[dict], timeout_s: float) -> list[str]:
-    """Names of the tensors that are not as expected; if all are, prompts that are answered differently."""
-    calls = [llm.differences.remote(seen) for llm, seen in zip(engines, expected, strict=True)]
+def differences(engines: list, seen: list[dict], timeout_s: float) -> list[str]:
+    """Names of the tensors that are not as `seen`; if all are, prompts that are answered differently."""
+    calls = [llm.differences.remote(one) for llm, one in zip(engines, seen, strict=True)]
     found = wait(calls, 10 * timeout_s, "comparing the engine's tensors and answers")
     return [f"{what} (engine {i})" for i, names in enumerate(found) for what in names]
 
@@ -783,19 +737,15 @@ def some(names: list[str]) -> str:
     return ", ".join(names[:6]) + (f" and {len(names) - 6} more" if len(names) > 6 else "")
 
 
-class ActorDiedError(RuntimeError):
-    """Which actors died while something was asked of one."""
-
-
 def wait(refs: list, timeout_s: float, doing: str, patience_s: float = 0.0) -> list:
     """`ray.get(refs)` with a time limit, whose one error names all actors that failed, died or are silent.
 
     Raises:
-        RuntimeError: an actor failed or (`ActorDiedError`) died. The others have had 4 more seconds, and
+        RuntimeError, ConnectionError: an actor failed; one died. The others have had 4 more seconds, and
             `patience_s` from the start on, because what fails first is not always the cause.
         TimeoutError: it took longer than `timeout_s` seconds.
     """
-    start, pending, results, failures, kind = time.monotonic(), list(refs), {}, [], RuntimeError
+    start, pending, results, failures, died = time.monotonic(), list(refs), {}, [], False
     deadline, next_sign = start + timeout_s, start + 10
     while pending and (left := deadline - time.monotonic()) > 0:
         done, pending = ray.wait(pending, timeout=min(2.0, left))
@@ -804,23 +754,23 @@ def wait(refs: list, timeout_s: float, doing: str, patience_s: float = 0.0) -> l
                 results[ref] = ray.get(ref)
             except ray.exceptions.RayError as error:
                 failures.append(f"{who(ref)}: {cause_of(error)}")
-                kind = kind if isinstance(error, ray.exceptions.RayTaskError) else ActorDiedError
+                died = died or not isinstance(error, ray.exceptions.RayTaskError)
         if not done and not failures:  # an actor that nothing is asked of at the moment may have died as well
             states = {name: ray._private.state.actors(actor.hex())["State"] for actor, name in ACTORS.items()}
             failures = [f"{name} has died" for name, state in states.items() if state == "DEAD"]
-            kind = ActorDiedError if failures else kind
+            died = bool(failures)
         if failures:
             deadline = min(deadline, max(time.monotonic() + 4, start + patience_s))
         elif time.monotonic() > next_sign:
             next_sign += 10
             print(f"... {doing}: {time.monotonic() - start:.0f} s", file=sys.stderr, flush=True)
-    silent = [f"no answer from {', '.join(map(who, pending))}"] if pending else []
-    if failures:
-        raise kind(f"{doing}: " + "; ".join(failures + silent))
     if pending:
-        raise TimeoutError(
-            f"{doing} took longer than {timeout_s:g} s: {silent[0]}; --timeout-s sets the limit"
-        )
+        silent = f"no answer from {', '.join(map(who, pending))} in {time.monotonic() - start:.0f} s"
+        if not failures:
+            raise TimeoutError(f"{doing}: {silent}; --timeout-s sets the limit")
+        failures.append(silent)
+    if failures:
+        raise (ConnectionError if died else RuntimeError)(f"{doing}: {'; '.join(failures)}")
     return [results[ref] for ref in refs]
 
 
@@ -971,19 +921,22 @@ class Trainer(WeightSender):
         self.model.save_pretrained(folder)
         transformers.AutoTokenizer.from_pretrained(self.path).save_pretrained(folder)
 
-    def save_checkpoint(self, folder: Path) -> None:
-        """Write all that `--resume` needs; the folder appears when it is complete.
+    def save_checkpoint(self, output_dir: Path) -> tuple[int, Path]:
+        """Write all that `--resume` needs to checkpoint-STEP, which appears when it is complete.
 
-        Raises ValueError if a weight holds NaN, RuntimeError if a step has failed half way.
+        Returns step and folder. Raises ValueError if a weight holds NaN, RuntimeError if a step has failed
+        half way.
         """
         if self.unfinished:
             raise RuntimeError("a step has failed half way: the weights are those of no step")
         self.check_finite()
+        folder = output_dir / f"checkpoint-{self.step}"
         aside = folder.with_name(folder.name + ".incomplete")
         self.save_pretrained(aside)
         torch.save({"optimizer": self.optimizer.state_dict(), "step": self.step}, aside / "trainer.pt")
         shutil.rmtree(folder, ignore_errors=True)
         aside.rename(folder)
+        return self.step, folder
 
 
 def switch_off_noise(config: transformers.PretrainedConfig) -> None:
@@ -1071,7 +1024,6 @@ def split_by_tokens(rollouts: list[dict], limit: int) -> list[list[dict]]:
 
 # ----- 6. The engine ----------------------------------------------------------------------------------------
 
-
 # Log-probabilities of the sampled tokens alone. vLLM would decode every token as it comes and make the GPU
 # wait at hundreds of sequences; `MyLLM.generate` decodes at the end.
 ROLLOUT = dict(logprobs=0, flat_logprobs=True, detokenize=False)
@@ -1080,27 +1032,27 @@ ROLLOUT = dict(logprobs=0, flat_logprobs=True, detokenize=False)
 class MyLLM(LLM):
     """vLLM with a version for its weights, which refuses to generate while they are incomplete (*torn*).
 
-    It knows updates by `WorkerExtension`'s methods, not those by vLLM's own. They begin with `update_weight`
-    or `receive_weights` and end with `check_weights_changed` or with `receive_weights` itself. At the end the
-    prefix cache, which holds the old weights' keys and values, is emptied.
+    It knows updates by `WorkerExtension`'s methods, not those by vLLM's own. At the end of one the prefix
+    cache, which holds the old weights' keys and values, is emptied.
     """
 
     weights_version = 0
-    torn: str | None = None  # why the weights are not one complete version
-    torn_until: str | None = None  # the worker method that completes them
+    torn: str | None = None  # the worker method that will complete the update which has begun
     asked: tuple[list[str], int] = (PROMPTS, 32)  # what `answer` was last asked: prompts, tokens
 
-    # What begins an update, and what ends it.
-    UPDATES = {
-        "update_weight": "check_weights_changed",
-        "receive_weights": "receive_weights",
-        "zero_weights": "receive_weights",
-        "reset_weights": "receive_weights",  # vLLM's own zeros
-    }
+    # The worker method that begins an update -> the one that completes it. `reset_weights` is vLLM's own.
+    UPDATES = {"update_weight": "check_weights_changed"}
+    UPDATES |= dict.fromkeys(["receive_weights", "zero_weights", "reset_weights"], "receive_weights")
 
     def __init__(self, *args, **kwargs):
+        """On the CPU vLLM forks its workers from one process that has imported everything, instead of two."""
         if kwargs.get("distributed_executor_backend") == "mp":
-            fork_workers()
+            from vllm.v1.executor import multiproc_executor
+
+            context = multiprocessing.get_context("forkserver")
+            context.set_forkserver_preload([__name__, "vllm.v1.worker.cpu_worker"])
+            multiprocessing.forkserver.ensure_running()
+            multiproc_executor.get_mp_context = lambda: context
         super().__init__(*args, **kwargs)
 
     def __repr__(self) -> str:
@@ -1109,20 +1061,19 @@ class MyLLM(LLM):
 
     def collective_rpc(self, method, timeout=None, args=(), kwargs=None):
         """Call a method of every worker; keeps account of updates."""
-        if method in self.UPDATES:
-            self.torn_until = self.UPDATES[method]
-            self.torn = f"the weight update after version {self.weights_version} has not been completed"
+        self.torn = self.UPDATES.get(method, self.torn)
         results = super().collective_rpc(method, timeout, args, kwargs)
-        if self.torn and method == self.torn_until:
+        if method == self.torn:
             if not self.reset_prefix_cache():
                 raise RuntimeError("vLLM refused to reset the prefix cache: requests are still running")
             self.weights_version += 1
-            self.torn = self.torn_until = None
+            self.torn = None
         return results
 
     def _refuse_if_torn(self) -> None:
         if self.torn:
-            raise RuntimeError(f"refusing to generate: {self.torn}; sync a complete set of weights first")
+            update = f"the weight update after version {self.weights_version} has not been completed"
+            raise RuntimeError(f"refusing to generate: {update}; sync a complete set of weights first")
 
     def _add_request(self, *args, **kwargs):
         """Every way to ask an LLM comes through here: generate, chat, enqueue, beam_search, encode, ..."""
@@ -1152,22 +1103,16 @@ class MyLLM(LLM):
         self.asked = (prompts, max_tokens) if prompts else self.asked
         self.reset_prefix_cache()  # on GPUs the last bits depend on how much of a prompt was cached
         params = SamplingParams(temperature=0, max_tokens=self.asked[1], **ROLLOUT)
-        return [
-            {
-                "prompt": output.prompt,
-                "text": answer.text,
-                "token_ids": list(answer.token_ids),
-                "logprobs": list(answer.logprobs.logprobs),
-            }
-            for output in self.generate(self.asked[0], params, use_tqdm=False)
-            for answer in output.outputs
-        ]
+        answers = []
+        for output in self.generate(self.asked[0], params, use_tqdm=False):
+            tokens, logprobs = output.outputs[0].token_ids, output.outputs[0].logprobs.logprobs
+            said = {"text": output.outputs[0].text, "token_ids": list(tokens), "logprobs": list(logprobs)}
+            answers.append({"prompt": output.prompt, **said})
+        return answers
 
     def observe(self, prompts: list[str] | None = None, max_tokens: int = 32) -> dict:
-        """What this engine holds and says.
-
-        Returns `digests` of every stored tensor of every worker, by name; `answers` to the prompts; and
-        `repeatable`: asked twice, does it say the same twice?
+        """`digests` of every stored tensor of every worker, by name; `answers` to the prompts; `repeatable`:
+        asked twice, does it say the same twice?
         """
         answers = self.answer(prompts, max_tokens)
         return {"digests": self.digests(), "answers": answers, "repeatable": self.answer() == answers}
@@ -1203,21 +1148,8 @@ def decode(tokenizer, prompt: list[int], answer: list[int]) -> str:
     return tokenizer.decode([*prompt[-1:], *answer], **options)[len(before) :]
 
 
-def fork_workers() -> None:
-    """Let vLLM fork its CPU workers from one process that has imported everything, instead of two."""
-    from vllm.v1.executor import multiproc_executor
-
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__, "vllm.v1.worker.cpu_worker"])
-    multiprocessing.forkserver.ensure_running()
-    multiproc_executor.get_mp_context = lambda: context
-
-
 def torchao_config(quantization: str) -> AOBaseConfig | None:
-    """The torchao config behind `--quantization`; None for `none`.
-
-    Raises ValueError: neither a known name nor a readable torchao config.
-    """
+    """What `--quantization` means to torchao; None for `none`. Raises ValueError."""
     named = {
         # The lower bound keeps an all-zero activation row from being divided by its scale of 0, no other row
         # changes. Inductor's settings stay vLLM's: torchao's tune by timing, for minutes and not repeatably.
@@ -1229,24 +1161,15 @@ def torchao_config(quantization: str) -> AOBaseConfig | None:
     }
     if quantization in named:
         return named[quantization]
-    try:
+    choices = ", ".join(named)
+    with expected(f"--quantization {quantization}", f"{choices}, or a file with the JSON of config_to_dict"):
         return config_from_dict(json.loads(Path(quantization).read_text()))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(
-            f"--quantization {quantization}: expected {', '.join(named)}, or a file with the JSON of "
-            f"torchao's config_to_dict(config). Found: {type(error).__name__}: {error}"
-        ) from error
 
 
 def engine_arguments(config: Config, path: str, device: str) -> dict:
-    """Keyword arguments for `LLM`: an FP8 engine whose workers can receive weights.
-
-    Raises ValueError for `engine_args` that are no keywords of vLLM's, or that the program sets itself.
-    """
+    """Keyword arguments for `LLM`: an FP8 engine whose workers can receive weights. Raises ValueError."""
     on_cpu = "mp" if config.tensor_parallel_size > 1 else "uni"  # vLLM has no Ray workers on the CPU
-    defaults = dict(
-        gpu_memory_utilization=0.8, seed=config.seed, disable_log_stats=True, use_tqdm_on_load=not QUIET
-    )
+    defaults = dict(gpu_memory_utilization=0.8, seed=config.seed, use_tqdm_on_load=not QUIET)
     fixed = dict(
         model=path,
         dtype="bfloat16",  # torchao's PerRow quantizes nothing else
@@ -1256,28 +1179,16 @@ def engine_arguments(config: Config, path: str, device: str) -> dict:
         enforce_eager=config.enforce_eager or device == "cpu",
         max_model_len=config.max_model_len,
         logprobs_mode="processed_logprobs",  # of the distribution that is sampled from, temperature included
+        quantization=None,
     )
     if quantization := torchao_config(config.quantization):
         as_json = json.dumps(config_to_dict(quantization))
         fixed |= dict(quantization="torchao", hf_overrides={"quantization_config_dict_json": as_json})
-    try:
+    example = """such as '{"kv_cache_dtype": "fp8"}'"""
+    what = f"a JSON object with keywords of vllm.LLM that the program does not set, {example}"
+    with expected(f"--engine-args {config.engine_args}", what):
         more = json.loads(config.engine_args)
-        if not isinstance(more, dict):
-            raise ValueError(f"a {type(more).__name__}")
-    except ValueError as error:
-        raise ValueError(
-            f"--engine-args {config.engine_args}: expected a JSON object, such as "
-            f'\'{{"kv_cache_dtype": "fp8"}}\'. Found: {error}'
-        ) from error
-    known = {field.name for field in dataclasses.fields(vllm.EngineArgs)} | inspect.signature(
-        LLM
-    ).parameters.keys()
-    if unknown := more.keys() - known:
-        raise ValueError(f"--engine-args: vllm.LLM has no keyword {', '.join(sorted(unknown))}")
-    if taken := more.keys() & {*fixed, "quantization"}:
-        raise ValueError(
-            f"--engine-args: {', '.join(sorted(taken))} is set by the program or by a flag of its own"
-        )
+        inspect.signature(vllm.EngineArgs).bind_partial(**fixed, **more)
     return defaults | more | fixed
 
 
@@ -1308,42 +1219,35 @@ def actor_environment() -> dict[str, str]:
 
 def connect(config: Config, cleanup: contextlib.ExitStack) -> int:
     """Connect to Ray, or start a private cluster of which `cleanup` leaves nothing. Returns how many GPUs."""
-    if config.ray_address not in (None, "auto", "local"):
-        host, _, port = config.ray_address.removeprefix("ray://").rpartition(":")
-        try:
+    address = config.ray_address
+    if address not in (None, "auto", "local"):
+        with expected(f"--ray-address {address}", "HOST:PORT, as `ray start --head` prints it, or `auto`"):
+            host, _, port = address.removeprefix("ray://").rpartition(":")
             socket.create_connection((host.strip("[]"), int(port)), timeout=5).close()
-        except (OSError, ValueError) as error:
-            raise ConnectionError(
-                f"--ray-address {config.ray_address}: expected HOST:PORT of a running cluster, as `ray start "
-                f"--head` prints it, or `auto`. Found: {error}"
-            ) from error
     # A killed actor takes its children along.
     os.environ.setdefault("RAY_process_group_cleanup_enabled", "true")
     reaper = [sys.executable, "-c", REAPER, str(os.getpid()), str(Path(ray.__file__).parent)]
     cleanup.enter_context(subprocess.Popen(reaper, stdin=subprocess.PIPE, start_new_session=True))
     cleanup.callback(ray.shutdown)  # it kills the raylet after a second and may orphan the others
-    private = {} if config.ray_address else {"num_cpus": 1 + config.world_size, "include_dashboard": False}
     modules = [__file__, str(Path(__file__).with_name("rlhf_utils.py"))]  # for other nodes
-    options = private | {
-        "runtime_env": {"env_vars": actor_environment(), "py_modules": modules},
-        "logging_level": logging.ERROR if QUIET else logging.INFO,
-    }
-    try:
-        ray.init(config.ray_address or "local", **options)
-    except ConnectionError:  # Ray does not say why; a cluster that was started beside a token asks for it
-        ask = authentication_token_setup.maybe_enable_token_auth_if_token_available
-        if config.ray_address is None or not ask(warn_if_disabled=False):
-            raise
-        print(f"Trying {config.ray_address} again, with the token in ~/.ray (RAY_AUTH_MODE=token)")
-        ray.init(config.ray_address, **options)
+    environment = {"env_vars": actor_environment(), "py_modules": modules}
+    options = dict(runtime_env=environment, logging_level=logging.ERROR if QUIET else logging.INFO)
+    if address is None:
+        ray.init("local", num_cpus=1 + config.world_size, include_dashboard=False, **options)
+    else:
+        try:
+            ray.init(address, **options)
+        except ConnectionError:  # Ray does not say why; a cluster that was started beside a token asks for it
+            ask = authentication_token_setup.maybe_enable_token_auth_if_token_available
+            if not ask(warn_if_disabled=False):
+                raise
+            print(f"Trying {address} again, with the token in ~/.ray (RAY_AUTH_MODE=token)")
+            ray.init(address, **options)
     return int(ray.cluster_resources().get("GPU", 0))
 
 
 def start(config: Config, path: str, device: str, cleanup: contextlib.ExitStack) -> tuple:
-    """Trainer and engines, loaded side by side and joined in one group.
-
-    Returns the trainer's handle, the engines' handles, and what `prove_fp8` found.
-    """
+    """Trainer and engines, loaded side by side, in one group; returns handles and what `prove_fp8` found."""
     trainer = start_trainer(config, path, cleanup)  # first, so that it gets GPU 0
     first_ranks = range(1, config.world_size, config.tensor_parallel_size)
     weights = str(config.resume or path)  # those of the trainer
@@ -1353,34 +1257,47 @@ def start(config: Config, path: str, device: str, cleanup: contextlib.ExitStack)
 
 
 def start_trainer(config: Config, path: str, cleanup: contextlib.ExitStack):
-    """Start loading the trainer and return the actor's handle; `cleanup` kills it."""
+    """Start loading the trainer."""
     gpus = int(config.trainer_device == "cuda")
-    group = reserve([{"CPU": 1, "GPU": gpus}], config.timeout_s, cleanup)
-    placement = PlacementGroupSchedulingStrategy(group)
-    options = dict(num_cpus=1, num_gpus=gpus, scheduling_strategy=placement)
-    trainer = ray.remote(Trainer).options(**options).remote(config, path)
-    ACTORS[trainer._actor_id] = "trainer (rank 0)"
-    cleanup.callback(ray.kill, trainer)
-    cleanup.callback(ACTORS.pop, trainer._actor_id, None)
-    return trainer
+    name, bundles, arguments = "trainer (rank 0)", [{"CPU": 1, "GPU": gpus}], dict(config=config, path=path)
+    return start_actor(Trainer, name, arguments, bundles, gpus, config.timeout_s, cleanup)
 
 
 def start_engine(config: Config, path: str, device: str, cleanup: contextlib.ExitStack, first_rank: int = 1):
-    """Start loading an engine, one GPU bundle per worker; returns the actor's handle, `cleanup` stops it."""
+    """Start loading an engine, one GPU bundle per worker."""
     arguments = engine_arguments(config, path, device)
-    bundle = {"GPU": 1} if device == "cuda" else {"CPU": 1}
-    placement = PlacementGroupSchedulingStrategy(
-        reserve([bundle] * config.tensor_parallel_size, config.timeout_s, cleanup),
-        placement_group_bundle_index=0,
-        placement_group_capture_child_tasks=True,
-    )
-    options = dict(num_cpus=0, num_gpus=0, scheduling_strategy=placement)
-    llm = ray.remote(MyLLM).options(**options).remote(**arguments)
+    bundles = [{"GPU": 1} if device == "cuda" else {"CPU": 1}] * config.tensor_parallel_size
     ranks = range(first_rank, first_rank + config.tensor_parallel_size)
-    ACTORS[llm._actor_id] = f"engine (rank {', '.join(map(str, ranks))})"
-    cleanup.callback(stop_engine, llm)
-    cleanup.callback(ACTORS.pop, llm._actor_id, None)
-    return llm
+    name = f"engine (rank {', '.join(map(str, ranks))})"
+    return start_actor(MyLLM, name, arguments, bundles, 0, config.timeout_s, cleanup)
+
+
+def start_actor(
+    kind: type, name: str, arguments: dict, bundles: list[dict], gpus: int, limit_s: float, cleanup
+):
+    """Start an actor in a placement group of its own; returns its handle, `cleanup` stops it."""
+    group = placement_group(bundles)
+    cleanup.callback(remove_placement_group, group)
+    wait([group.ready()], limit_s, f"reserving {bundles} in the Ray cluster")
+    placement = PlacementGroupSchedulingStrategy(
+        group, placement_group_bundle_index=0, placement_group_capture_child_tasks=True
+    )
+    options = dict(num_cpus=0, num_gpus=gpus, scheduling_strategy=placement)
+    actor = ray.remote(kind).options(**options).remote(**arguments)
+    ACTORS[actor._actor_id] = name
+    cleanup.callback(stop_actor, actor)
+    return actor
+
+
+def stop_actor(actor) -> None:
+    """Let vLLM stop its processes, if it is an engine; kill the actor in any case."""
+    name = ACTORS.pop(actor._actor_id)
+    try:
+        if hasattr(actor, "shutdown"):
+            ray.get(actor.shutdown.remote(), timeout=5)
+    except ray.exceptions.RayError as error:  # a GetTimeoutError is one
+        print(f"{name} did not shut down by itself ({type(error).__name__}): killed", file=sys.stderr)
+    ray.kill(actor)
 
 
 def join_group(config: Config, device: str, trainer, engines: list) -> None:
@@ -1390,181 +1307,121 @@ def join_group(config: Config, device: str, trainer, engines: list) -> None:
     loaded = [rendezvous, *[llm.get_weights_version.remote() for llm in engines]]
     (address, port), *_ = wait(loaded, 10 * config.timeout_s, "starting trainer and engine")
     backend = "nccl" if device == config.trainer_device == "cuda" else "gloo"
-    limit = config.timeout_s / 2  # the ranks know more than the driver, so they speak first
-    rest = (config.world_size, backend, limit)
+    # Half the limit: the ranks know more than the driver, so they speak first.
+    rest = (config.world_size, backend, config.timeout_s / 2)
     joining = [trainer.init_weight_update_group.remote(address, port, *rest)]
     for i, llm in enumerate(engines):
-        arguments = (address, port, 1 + i * config.tensor_parallel_size, *rest)
-        joining.append(llm.collective_rpc.remote("init_weight_update_group", args=arguments))
+        rank = 1 + i * config.tensor_parallel_size
+        joining += on_workers([llm], "init_weight_update_group", address, port, rank, *rest)
     wait(joining, config.timeout_s, f"joining the {backend} group of {config.world_size}")
 
 
-def reserve(bundles: list[dict], timeout_s: float, cleanup: contextlib.ExitStack) -> PlacementGroup:
-    """A placement group that is ready, and is removed by `cleanup`."""
-    group = placement_group(bundles)
-    cleanup.callback(remove_placement_group, group)
-    wait([group.ready()], timeout_s, f"reserving {bundles} in the Ray cluster")
-    return group
-
-
-def stop_engine(llm) -> None:
-    """Let vLLM stop its processes; kill the actor in any case."""
-    try:
-        ray.get(llm.shutdown.remote(), timeout=5)
-    except ray.exceptions.RayError as error:  # a GetTimeoutError is one
-        reason = type(error).__name__
-        print(f"The engine did not shut down by itself ({reason}); killing it.", file=sys.stderr)
-    ray.kill(llm)
-
-
 def prove_fp8(engines: list, config: Config) -> list[dict]:
-    """Print and return what each worker of each engine holds.
-
-    Raises ValueError: quantization was asked for and some worker has no FP8 layer.
-    """
+    """Print and return what each worker holds. Raises ValueError if one has no FP8 layer and should have."""
     ranks = sum(wait(on_workers(engines, "inspect_weights"), config.timeout_s, "inspecting the engine"), [])
     for number, rank in enumerate(ranks, start=1):
-        print(
-            f"worker (rank {number}): {rank['fp8_linear_layers']} linear layers in FP8, weights "
-            f"{rank['weights_gib']:.4f} GiB, in BF16 they would take {rank['bf16_weights_gib']:.4f} GiB"
-        )
+        sizes = f"{rank['weights_gib']:.4f} GiB, in BF16 they would take {rank['bf16_weights_gib']:.4f} GiB"
+        print(f"worker (rank {number}): {rank['fp8_linear_layers']} linear layers in FP8, weights {sizes}")
     print(f"  not in FP8: {some(ranks[0]['unquantized'])}")
     if config.quantization != "none" and not all(rank["fp8_linear_layers"] for rank in ranks):
-        raise ValueError(
-            f"--quantization {config.quantization} had no effect: a worker has no Float8Tensor layer. "
-            "Use a torchao FP8 config and shard dimensions that are multiples of 16, or --quantization none"
-        )
+        found = f"--quantization {config.quantization} had no effect: a worker has no Float8Tensor layer"
+        fits = "a torchao FP8 config and shard dimensions that are multiples of 16"
+        raise ValueError(f"{found}. Expected {fits}; or type --quantization none")
     return ranks
 
 
 # ----- 8. Before anything starts, and main ------------------------------------------------------------------
 
-# Smallest and largest value of a flag.
+# Smallest and largest value of flags.
 LIMITS = {
-    "tensor_parallel_size": (1, 64),
-    "num_engines": (1, 64),
-    "max_model_len": (2, 10**8),
-    "steps": (0, 10**9),
-    "prompts_per_step": (1, 10**6),
-    "samples_per_prompt": (2, 10**5),  # advantages compare different answers to one prompt
-    "max_tokens": (1, 10**8),
-    "temperature": (0.01, 100.0),  # below, vLLM samples at 0.01 all the same
-    "learning_rate": (0.0, 1.0),
-    "epochs": (1, 1000),
-    "kl_coef": (0.0, 1000.0),
-    "tokens_per_microbatch": (1, 10**9),
-    "save_every": (0, 10**9),
-    "seed": (0, 2**31 - 1),
-    "timeout_s": (1.0, 10**6),
+    ("steps", "save_every"): (0, 10**9),
+    ("max_model_len", "max_tokens", "tokens_per_microbatch"): (1, 10**9),
+    ("prompts_per_step", "epochs"): (1, 10**6),
+    ("samples_per_prompt",): (2, 10**6),  # advantages compare different answers to one prompt
+    ("tensor_parallel_size", "num_engines"): (1, 64),
+    ("seed",): (0, 2**31 - 1),
+    ("learning_rate",): (0.0, 1.0),
+    ("kl_coef",): (0.0, 1000.0),
+    ("temperature",): (0.01, 100.0),  # below, vLLM samples at 0.01 all the same
+    ("timeout_s",): (1.0, 1e6),
 }
 
 
-def check_flags(config: Config) -> list[str]:
-    """Everything that can be known without a cluster or a model; returns the prompts.
-
-    Raises ValueError: what was found, what was expected.
-    """
-    for name, (low, high) in LIMITS.items():
-        value = getattr(config, name)
-        if value is not None and not low <= value <= high:  # NaN is not, either
-            flag = name.replace("_", "-")
-            raise ValueError(f"--{flag}: expected {low:g} to {high:g}, found {value:g}")
-    if config.max_tokens >= config.max_model_len:
-        raise ValueError(
-            f"--max-tokens {config.max_tokens}: expected less than --max-model-len {config.max_model_len}, "
-            "which holds the prompt as well; lower one or raise the other"
-        )
+def check_flags(config: Config) -> tuple[list[str], int]:
+    """What can be known without cluster and model. Returns prompts and first step; raises ValueError."""
+    for names, (low, high) in LIMITS.items():
+        for name in names:
+            value = getattr(config, name)
+            if value is not None and not low <= value <= high:  # NaN is not, either
+                flag = name.replace("_", "-")
+                raise ValueError(f"--{flag}: expected {low:g} to {high:g}, found {value:g}")
     if config.track != "none" and importlib.util.find_spec(config.track) is None:
         raise ValueError(f"--track {config.track}: not installed here; pip install {config.track}")
     load_reward(config.reward)
     quantization = "fp8-dynamic" if config.quantization == "auto" else config.quantization
     engine_arguments(dataclasses.replace(config, quantization=quantization), "", "cpu")
-    if config.resume:
-        read_metrics(config.output_dir)
-    if config.resume and not (config.resume / "trainer.pt").is_file():
-        raise ValueError(
-            f"--resume {config.resume}: expected checkpoint-N of an earlier run, found no trainer.pt there"
-        )
-    try:
+    with expected(f"--output-dir {config.output_dir}", "a folder that can be written to"):
         config.output_dir.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=config.output_dir).close()
-    except OSError as error:
-        raise ValueError(
-            f"--output-dir {config.output_dir}: expected a folder that can be written to. Found: {error}"
-        ) from error
-    return read_prompts(config.prompts_file)
+    first = 0
+    if config.resume:
+        read_metrics(config.output_dir)
+        with expected(f"--resume {config.resume}", "checkpoint-N of an earlier run"):
+            first = torch.load(config.resume / "trainer.pt", mmap=True, weights_only=True)["step"]
+    if first > config.steps:
+        raise ValueError(f"--steps {config.steps}: expected at least the {first} of {config.resume}")
+    prompts = PROMPTS
+    if config.prompts_file:
+        with expected(f"--prompts-file {config.prompts_file}", "UTF-8 text, one prompt a line"):
+            text = config.prompts_file.read_text(encoding="utf-8-sig")
+            prompts = [line for line in text.split("\n") if line.strip()]
+            if not prompts:
+                raise ValueError("no line with text")
+    return prompts, first
 
 
 def resolve(config: Config, gpus: int) -> tuple[Config, str]:
-    """Fill in every `auto` for a cluster with that many GPUs; returns the config and the engines' device.
-
-    Raises ValueError: too few GPUs, with the count found, the count needed and the command that fits.
-    """
+    """Fill in every `auto`; returns the config and the engines' device. Raises ValueError: too few GPUs."""
     device = "cuda" if gpus else "cpu"
-    trainer_device = device if config.trainer_device == "auto" else config.trainer_device
+    on_gpus = {"model": "facebook/opt-125m", "quantization": "fp8-dynamic", "trainer_device": "cuda"}
+    on_cpu = {"model": "tiny", "quantization": "fp8-weight-only", "trainer_device": "cpu"}
+    here = on_gpus if gpus else on_cpu
+    here = {name: value for name, value in here.items() if getattr(config, name) == "auto"}
+    config = dataclasses.replace(config, output_dir=config.output_dir.absolute(), **here)
     for_engines = config.num_engines * config.tensor_parallel_size if gpus else 0
-    needed = for_engines + (trainer_device == "cuda")
+    needed = for_engines + (config.trainer_device == "cuda")
     if gpus < needed:
         fits = ["--num-engines 1"] if config.num_engines > 1 else []
         fits += ["--tensor-parallel-size 1"] if gpus else []
         fits += ["--trainer-device cpu"] if gpus < 2 else []
-        raise ValueError(
-            f"Found {gpus} GPU(s), need {needed}: {for_engines} for the engine (--num-engines x "
-            f"--tensor-parallel-size) and {needed - for_engines} for the trainer.\n"
-            f"What fits here: python {Path(sys.argv[0]).name} {' '.join(fits)}"
-        )
-    model, quantization = ("facebook/opt-125m", "fp8-dynamic") if gpus else ("tiny", "fp8-weight-only")
-    model = model if config.model == "auto" else config.model
-    if model != "tiny" and Path(model).is_dir():
-        model = str(Path(model).absolute())  # actors work elsewhere
-    learning_rate = 5e-4 if model == "tiny" else 1e-6
-    precision = {"cuda": "bfloat16", "cpu": "float32"}[trainer_device]
-    return dataclasses.replace(
-        config,
-        matmul_precision=precision if config.matmul_precision == "auto" else config.matmul_precision,
-        model=model,
-        quantization=quantization if config.quantization == "auto" else config.quantization,
-        trainer_device=trainer_device,
-        learning_rate=learning_rate if config.learning_rate is None else config.learning_rate,
-        resume=config.resume and config.resume.absolute(),
-    ), device
-
-
-def steps_behind(checkpoint: Path | None) -> int:
-    """How many steps the trainer had made that wrote a checkpoint."""
-    return torch.load(checkpoint / "trainer.pt", mmap=True, weights_only=True)["step"] if checkpoint else 0
-
-
-def find_model(model: str, folder: str, seed: int) -> str:
-    """A name or folder that transformers knows; builds `tiny` in `folder`. Raises ValueError if none."""
-    if model == "tiny":
-        return build_tiny_model(folder, seed)
-    try:
-        transformers.AutoConfig.from_pretrained(model, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        raise ValueError(
-            f"--model {model}: expected a model on the Hugging Face hub (reachable; public or logged in), "
-            f"a local folder with config.json, or `tiny`. Found: {error}"
-        ) from error
-    return model
+        found = f"Found {gpus} GPU(s), need {needed}: {for_engines} for the engine (--num-engines x "
+        found += f"--tensor-parallel-size) and {needed - for_engines} for the trainer"
+        raise ValueError(f"{found}.\nWhat fits here: python {Path(sys.argv[0]).name} {' '.join(fits)}")
+    if config.matmul_precision == "auto":
+        config.matmul_precision = "bfloat16" if config.trainer_device == "cuda" else "float32"
+    if config.learning_rate is None:
+        config.learning_rate = 5e-4 if config.model == "tiny" else 1e-6
+    if config.model != "tiny" and Path(config.model).is_dir():
+        config.model = str(Path(config.model).absolute())  # actors work elsewhere
+    if config.resume:
+        config.resume = config.resume.absolute()
+    return config, device
 
 
 def check_model(config: Config, path: str, prompts: list[str]) -> None:
-    """Does the model fit the flags and the prompts? Raises ValueError if not, with what to type."""
-    model = transformers.AutoConfig.from_pretrained(path).get_text_config()
+    """Does the model at `path` fit the flags and the prompts? Raises ValueError if not, with what to type."""
+    where = "on the Hugging Face hub (public or logged in), a local folder with config.json, or `tiny`"
+    with expected(f"--model {config.model}", f"a model {where}"):
+        model = transformers.AutoConfig.from_pretrained(path, trust_remote_code=False).get_text_config()
     size, kv_heads = config.tensor_parallel_size, getattr(model, "num_key_value_heads", None) or 1
     cut = ("num_attention_heads", "intermediate_size", "ffn_dim", "moe_intermediate_size")
     sizes = {name: getattr(model, name) for name in cut if getattr(model, name, None)}
-
-    def fits(n: int) -> bool:
-        """Can vLLM cut the model into n shards?"""
-        return not any(value % n for value in sizes.values()) and (kv_heads % n == 0 or n % kv_heads == 0)
-
-    if not fits(size):
-        largest = max(n for n in range(1, size) if fits(n))
+    divisors = [n for n in range(1, size + 1) if math.gcd(*sizes.values()) % n == 0]
+    fits = [n for n in divisors if kv_heads % n == 0 or n % kv_heads == 0]
+    if size not in fits:
         raise ValueError(
             f"--tensor-parallel-size {size}: expected a divisor of the model's {sizes}, and a divisor or "
-            f"multiple of its {kv_heads} key-value heads; type --tensor-parallel-size {largest}"
+            f"multiple of its {kv_heads} key-value heads; type --tensor-parallel-size {fits[-1]}"
         )
     rope = getattr(model, "rope_parameters", None) or {}
     ropes = [rope, *(inside for inside in rope.values() if isinstance(inside, dict))]  # one a kind of layer
@@ -1573,55 +1430,23 @@ def check_model(config: Config, path: str, prompts: list[str]) -> None:
     if "longrope" in kinds:  # transformers changes its factors within a sequence, vLLM has one for all
         original = "original_max_position_embeddings"
         longest = rope.get(original) or getattr(model, original, 0)
+    differ = "trainer and engine would compute different things"
     if kinds <= {"default", "longrope"} and longest and config.max_model_len > longest:
-        raise ValueError(
-            f"--max-model-len {config.max_model_len}: this model has positions for {longest} tokens; beyond, "
-            "trainer and engine compute different things, if at all. Type at most that"
-        )
+        found = f"--max-model-len {config.max_model_len}: this model has positions for {longest} tokens"
+        raise ValueError(f"{found}; beyond, {differ}. Type at most that")
     if "dynamic" in kinds:
-        raise ValueError(
-            "this model's RoPE scaling (dynamic) is computed in one way by transformers and in another by "
-            "vLLM: trainer and engine would be two models. Expected another rope_type in its config.json"
-        )
-    try:
+        raise ValueError(f"found dynamic RoPE scaling, expected another rope_type in config.json: {differ}")
+    with expected(f"--model {config.model}", "a tokenizer beside the model"):
         tokenizer = transformers.AutoTokenizer.from_pretrained(path)
         if len(tokenizer) <= len(tokenizer.all_special_ids):  # transformers made one up
             raise ValueError("one that knows special tokens only")
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:  # it raises whatever comes up
-        raise ValueError(
-            f"--model {config.model}: expected a tokenizer beside the model. Found: {type(error).__name__}: "
-            f"{error}"
-        ) from error
-    check_prompts(prompts, tokenizer, config.max_model_len, config.max_tokens)
-
-
-def read_prompts(path: Path | None) -> list[str]:
-    """The non-empty lines of a UTF-8 file; without one, the prompts of vLLM's examples. Raises ValueError."""
-    if path is None:
-        return PROMPTS
-    try:
-        prompts = [line for line in path.read_text(encoding="utf-8-sig").split("\n") if line.strip()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(
-            f"--prompts-file {path}: expected UTF-8 text, one prompt a line. Found: {error}"
-        ) from error
-    if not prompts:
-        raise ValueError(f"--prompts-file {path}: expected one prompt a line, found no line with text")
-    return prompts
-
-
-def check_prompts(prompts: list[str], tokenizer, max_model_len: int, max_tokens: int) -> None:
-    """Raise ValueError, with all of them, for prompts that leave too little room for an answer."""
-    lengths = [len(tokenizer(prompt).input_ids) for prompt in prompts]
-    too_long = [
-        f"prompt {i + 1} has {n} tokens" for i, n in enumerate(lengths) if n + max_tokens > max_model_len
-    ]
-    if too_long:
-        raise ValueError(
-            f"Found {len(too_long)} prompts that leave no room for --max-tokens {max_tokens}: "
-            f"{', '.join(too_long[:8])}. Expected at most --max-model-len {max_model_len} in all; shorten "
-            f"them, or type --max-model-len {max(lengths) + max_tokens}"
-        )
+    lengths = {i: len(tokenizer(prompt).input_ids) for i, prompt in enumerate(prompts, start=1)}
+    room = config.max_model_len - config.max_tokens
+    if long := [f"prompt {i} has {n} tokens" for i, n in lengths.items() if n > room]:
+        found = f"{len(long)} prompts that leave no room for --max-tokens {config.max_tokens}: {some(long)}"
+        wanted = f"at most --max-model-len {config.max_model_len} in all; shorten them, or type"
+        longest = max(lengths.values()) + config.max_tokens
+        raise ValueError(f"Found {found}. Expected {wanted} --max-model-len {longest}")
 
 
 TINY = dict(
@@ -1679,41 +1504,32 @@ def main(config: Config) -> dict:
     """Run once and return what summary.json holds."""
     began = psutil.Process().create_time()
     with contextlib.ExitStack() as cleanup, one_message():
-        prompts = check_flags(config)
+        prompts, first = check_flags(config)
         gpus = connect(config, cleanup) if config.ray_address else torch.cuda.device_count()
         config, device = resolve(config, gpus)
         if device == "cpu":
-            print(
-                "No GPU found: the same processes on the CPU (gloo; by default weight-only FP8, a tiny model)"
-            )
-        path = find_model(config.model, cleanup.enter_context(tempfile.TemporaryDirectory()), config.seed)
+            print("No GPU found: the same processes on the CPU (gloo; weight-only FP8 and tiny by default)")
+        folder = cleanup.enter_context(tempfile.TemporaryDirectory())
+        path = build_tiny_model(folder, config.seed) if config.model == "tiny" else config.model
         check_model(config, path, prompts)
-        first = steps_behind(config.resume)
-        if first > config.steps:
-            raise ValueError(
-                f"--steps {config.steps}: {config.resume} has {first} steps behind it; type at least that"
-            )
         layout = f"{config.num_engines} engine(s) ({device}, TP={config.tensor_parallel_size})"
         print(f"Starting Ray, trainer ({config.trainer_device}) and {layout} ...", flush=True)
         if not config.ray_address:
             connect(config, cleanup)
-        # Ray's own handler would kill the cluster at once.
-        signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # Ray's own handler would kill the cluster
         trainer, engines, ranks = start(config, path, device, cleanup)
         samples = prompts_of_step(config, prompts, 0)[:4]
         try:
             sync = prove_sync(trainer, engines, samples, config.max_tokens, timeout_s=config.timeout_s)
         except RuntimeError as error:
             raise RuntimeError(f"{config.model}: {error}") from error
-        before = sync.pop("before")
-        print(
-            f"Proved: set to zero and synced by {sync['path']}, the engine is what it was when it had "
-            f"started, in {sync['tensors']} tensors and {sync['answers']} answers. Ready after "
-            f"{time.time() - began:.1f} s"
-        )
+        before, found = sync.pop("before"), f"{sync['tensors']} tensors and {sync['answers']} answers"
+        print(f"Proved: set to zero and synced by {sync['path']}, the engine is what it was: {found}")
+        print(f"Ready after {time.time() - began:.1f} s", flush=True)
         rows = train(config, trainer, engines, prompts, first)
-        [after] = wait([engines[0].answer.remote()], 10 * config.timeout_s, "asking the engine")
-        version = wait([engines[0].get_weights_version.remote()], config.timeout_s, "reading the version")[0]
+        asked = [engines[0].answer.remote(), engines[0].get_weights_version.remote()]
+        after, version = wait(asked, 10 * config.timeout_s, "asking the engine")
+        libraries = (torch, vllm, torchao, ray, transformers)
         summary = {
             "device": device,
             "model": config.model,
@@ -1731,54 +1547,31 @@ def main(config: Config) -> dict:
                 for old, new in zip(before, after, strict=True)
             ],
             "versions": {"python": sys.version.split()[0]}
-            | {
-                library.__name__: library.__version__ for library in (torch, vllm, torchao, ray, transformers)
-            },
+            | {lib.__name__: lib.__version__ for lib in libraries},
         }
         (config.output_dir / "summary.json").write_text(json.dumps(summary, indent=2))
         plot_curves(config.output_dir)
-        report(summary, config.output_dir)
+        print("Greedy answers before and after training:")
+        for sample in summary["samples"]:
+            print(f"  {sample['prompt']!r} -> {sample['before'][:24]!r} -> {sample['after'][:24]!r}")
+        print(f"Wrote summary.json, metrics.jsonl and curves.png to {config.output_dir}")
     return summary
 
 
 def plot_curves(folder: Path) -> None:
     """Draw curves.png from metrics.jsonl: reward, mismatch, and where the time went, by step."""
     import matplotlib.pyplot as plt
-    from matplotlib.ticker import MaxNLocator
 
-    panels = {
-        "reward": ["reward"],
-        "engine against trainer": ["mismatch_kl", "mismatch_abs_mean"],
-        "seconds a step": ["rollout_s", "train_s", "sync_s"],
-    }
     rows = read_metrics(folder)
-    figure, axes = plt.subplots(1, len(panels), figsize=(5 * len(panels), 4), layout="constrained")
-    for axis, (title, names) in zip(axes, panels.items(), strict=True):
+    panels = [["reward"], ["mismatch_kl", "mismatch_abs_mean"], ["rollout_s", "train_s", "sync_s"]]
+    figure, axes = plt.subplots(1, len(panels), figsize=(15, 4), layout="constrained")
+    for axis, names in zip(axes, panels, strict=True):
         for name in names:
             axis.plot([row["step"] for row in rows], [row[name] for row in rows], label=name)
-        axis.set(title=title, xlabel="step")
-        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axis.set_xlabel("step")
         axis.legend()
     axes[1].set_yscale("log")
     figure.savefig(folder / "curves.png")
-
-
-def report(summary: dict, folder: Path) -> None:
-    """Print what matters of a run."""
-    print("Greedy answers before and after training:")
-    for sample in summary["samples"]:
-        print(f"  {sample['prompt']!r} -> {sample['before'][:24]!r} -> {sample['after'][:24]!r}")
-    sync, last = summary["sync"], summary["last_step"]
-    print(
-        f"FP8 linear layers per rank: {summary['fp8_linear_layers']}; engine weights, all ranks: "
-        f"{summary['weights_gib']:.4f} GiB (BF16: {summary['bf16_weights_gib']:.4f} GiB)"
-    )
-    print(
-        f"Verified: {sync['verified']}, {sync['tensors']} tensors and {sync['answers']} answers equal the "
-        f"cold start, by {sync['path']}; first sync {sync['bytes'] / 1e9:.4f} GB in {sync['seconds']:.3f} s"
-    )
-    print(f"Reward of the last step: {last['reward']:.3f}" if last else "No step was made")
-    print(f"Wrote summary.json, metrics.jsonl and curves.png to {folder}")
 
 
 if __name__ == "__main__":

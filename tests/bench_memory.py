@@ -113,7 +113,8 @@ def main(config: driver.Config) -> None:
     with contextlib.ExitStack() as cleanup:
         config, device = driver.resolve(config, connect(config, cleanup))
         folder = cleanup.enter_context(tempfile.TemporaryDirectory())
-        compare_memory(config, driver.find_model(config.model, folder, config.seed), device)
+        path = driver.build_tiny_model(folder) if config.model == "tiny" else config.model
+        compare_memory(config, path, device)
 
 
 if __name__ == "__main__":

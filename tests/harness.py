@@ -242,7 +242,7 @@ def sync_versus_cold_start(
             began = time.perf_counter()
             try:
                 sync(config, trainer, actor)
-            except (RuntimeError, TimeoutError) as error:
+            except (RuntimeError, OSError) as error:
                 result["killed"] = (
                     f"worker killed in a sync, after {time.perf_counter() - began:.1f} s: {error}"
                 )

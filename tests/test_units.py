@@ -305,7 +305,8 @@ def test_bad_quantization(tmp_path, content):
     if content is not None:
         file.write_text(content)
     with pytest.raises(
-        ValueError, match="expected fp8-dynamic, fp8-weight-only, none, or a file with the JSON"
+        ValueError,
+        match="expected fp8-dynamic, fp8-weight-only, none, or a file with the JSON of config_to_dict",
     ):
         driver.torchao_config(str(file))
 
