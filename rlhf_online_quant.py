@@ -12,9 +12,9 @@
         trainer.train_step(to_rollouts(outputs, advantages))  # PPO's loss, corrected for FP8
         sync_weights_to_quantized_engine(trainer, engines)  # every answer comes from the newest weights
 
-Left out, because it hides the pattern: a value network (advantages come from the group), generation beside
-training, sharded trainers (rlhf_utils.py, which has both ends of the wire, takes them). Without a GPU the
-same processes run on the CPU (gloo, weight-only FP8, a tiny random model).
+Left out, because it hides the pattern: a value network (advantages come from the group), rollouts that are
+older than `--overlap` makes them, sharded trainers (rlhf_utils.py, which has both ends of the wire, takes
+them). Without a GPU the same processes run on the CPU (gloo, weight-only FP8, a tiny model).
 
 Names of dimensions: P prompts, G samples per prompt, B sequences of a micro-batch, L tokens of a sequence,
 T = L - 1 predicted ones, V vocabulary, N all sampled tokens at hand. `rewards_PG` has the shape (P, G).
@@ -149,6 +149,8 @@ class Config:
     """AdamW's step size. Default: 1e-6, and 5e-4 for the tiny model."""
     epochs: int = 1
     """Optimizer steps per rollout batch, each on all of it. PPO's clipping matters from the second on."""
+    overlap: bool = False
+    """Generate the next batch while this one is trained on, by weights that are then one step old."""
     kl_coef: float = 0.0
     """Weight of the KL divergence to the initial policy; above 0 the trainer keeps a frozen copy."""
     correction: Literal["token-truncate", "sequence-mask", "none"] = "token-truncate"
@@ -229,6 +231,7 @@ def rlhf_training_iteration(
         "sync_path": sync["path"],
         "sync_gb_per_s": sync["gb_per_s"],
         "step_s": time.perf_counter() - start,
+        "sampled_version": min(output.weights_version for output in outputs),
         "weights_version": wait(versions, config.timeout_s, "reading the version")[0],
     }
     return outputs, rewards_PG, metrics, sum(ahead, [])
@@ -406,10 +409,20 @@ def train(config: Config, trainer, engines: list, prompts: list[str], first: int
             settings = json.loads(json.dumps(vars(config), default=str))
             tracker.init(project="rlhf-online-quant", config=settings)
             cleanup.callback(tracker.finish)
+        if config.overlap and config.resume:
+            print("Overlapped: the first batch is sampled by the resumed weights, not by those a step before")
+        ahead, version = None, engines[0].get_weights_version.remote()
+        steps_of = {wait([version], config.timeout_s, "reading the version")[0]: first}
         for step in range(first, config.steps):
             try:
                 batch = prompts_of_step(config, prompts, step)
-                outputs, rewards_PG, metrics = rlhf_training_iteration(trainer, engines, batch, config, step)
+                more = config.overlap and step + 1 < config.steps
+                following = prompts_of_step(config, prompts, step + 1) if more else None
+                outputs, rewards_PG, metrics, ahead = rlhf_training_iteration(
+                    trainer, engines, batch, config, step, ahead, following
+                )
+                metrics["staleness"] = step - steps_of[metrics["sampled_version"]]
+                steps_of[metrics["weights_version"]] = step + 1
                 rows.append(metrics)
                 with file.open("a") as log:
                     log.write(to_json(metrics))
@@ -479,6 +492,11 @@ HEAD_ROWS = 1024  # tokens whose logits are held at a time
 
 def compute_ppo_loss(logprobs_BT: torch.Tensor, batch: dict[str, torch.Tensor], config: Config) -> tuple:
     """PPO's clipped loss (Schulman et al. 2017, arXiv:1707.06347, equation 7), with importance weights.
+
+    Tokens are weighted by the policy before the step (`old_BT`, proximal) against the one that sampled them
+    (`engine_BT`, behaviour: FP8 and, with `--overlap`, a step older); what is clipped is the policy against
+    the proximal one. This is decoupled PPO (Hilton et al. 2021, arXiv:2110.00641; for stale rollouts Fu et
+    al. 2025, arXiv:2505.24298), its weights truncated.
 
     Args:
         logprobs_BT: the policy's log-probabilities, with gradient.
