@@ -7,12 +7,12 @@ from types import SimpleNamespace
 
 import pytest
 
-from harness import DEVICE, Remote, connect, driver
-from random_models import build_random_model
-
 # Without a GPU the engine is not compiled but for one small function at TP > 1; finding a compiler takes each
-# worker 3 s.
-os.environ["TORCH_COMPILE_DISABLE"] = "1"
+# worker 3 s. And one thread, as Ray gives its actors: their number changes the last bits.
+os.environ |= {"TORCH_COMPILE_DISABLE": "1", "OMP_NUM_THREADS": "1"}
+
+from harness import DEVICE, Remote, connect, driver  # noqa: E402
+from random_models import build_random_model  # noqa: E402
 
 
 @pytest.fixture(scope="session")

@@ -24,6 +24,7 @@ import psutil
 import pytest
 import ray
 import torch
+from local import local_actors, worker
 from vllm import SamplingParams
 
 from harness import (
@@ -49,7 +50,7 @@ ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # actors cannot
 
 def on(actor, function, *args):
     """Run a function of the actor's object in the actor's process."""
-    return ray.get(actor.__ray_call__.remote(function, *args))
+    return driver.wait([actor.__ray_call__.remote(function, *args)], 60, function.__name__)[0]
 
 
 def start(config, models, cleanup, shape: str = SHAPE):
@@ -312,9 +313,6 @@ def test_failed_loads_and_resets_leave_a_torn_engine_until_a_sync_succeeds(quick
     """An exception and no memory, in a session and in a replay; vLLM refuses to empty the prefix cache."""
     config = dataclasses.replace(quick, tensor_parallel_size=1)
 
-    def worker(llm):
-        return llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker
-
     def fail(*_, **__):
         raise torch.OutOfMemoryError("no memory left for this test")
 
@@ -336,7 +334,7 @@ def test_failed_loads_and_resets_leave_a_torn_engine_until_a_sync_succeeds(quick
     def mend_reset(llm):
         del llm.reset_prefix_cache
 
-    with contextlib.ExitStack() as cleanup:
+    with local_actors(), contextlib.ExitStack() as cleanup:
         pair = start(config, models, cleanup, "tiny-llama")
         on(pair.actor, break_loader)
         assert "OutOfMemoryError: no memory left for this test" in failing_sync(config, pair) and refuses(
