@@ -49,8 +49,12 @@ def pair(config, models):
     """A TP=2 engine from one tiny OPT checkpoint and a trainer that holds another, in one group."""
     old, new = models("tiny-opt")
     with contextlib.ExitStack() as cleanup:
-        trainer = driver.start_trainer(config, new, cleanup)
+        trainer_only = cleanup.enter_context(contextlib.ExitStack())
+        trainer = driver.start_trainer(config, new, trainer_only)
         actor = driver.start_engine(config, old, "cpu", cleanup)
         driver.join_group(config, "cpu", trainer, [actor])
         driver.prove_fp8([actor], config)
-        yield SimpleNamespace(trainer=trainer, actor=actor, llm=Remote(actor), old=old, new=new)
+        pair = SimpleNamespace(trainer=trainer, actor=actor, llm=Remote(actor), old=old, new=new)
+        pair.trainer_only = trainer_only
+        yield pair
+        pair.trainer_only.close()  # a test may have replaced it

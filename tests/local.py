@@ -8,6 +8,7 @@ import contextlib
 import gc
 import os
 import pickle
+import signal
 from collections.abc import Callable, Iterator
 from unittest import mock
 
@@ -87,7 +88,10 @@ def local_actors() -> Iterator[None]:
 
     parts = dict(wait=wait, start_trainer=start_trainer, start_engine=start_engine, connect=lambda *_: 0)
     one_node = mock.patch.object(ray, "nodes", lambda: [{"Alive": True}])
-    with mock.patch.multiple(driver, **parts), one_node:
+    with mock.patch.multiple(driver, **parts), one_node, contextlib.ExitStack() as cleanup:
+        cleanup.callback(
+            signal.signal, signal.SIGTERM, signal.getsignal(signal.SIGTERM)
+        )  # `main` sets its own
         yield
 
 

@@ -9,8 +9,8 @@ import pytest
 from architectures import ARCHITECTURES, FRESH, follow
 from harness import HERE
 
-# One of each kind of sharding: separate and (in three ways) fused attention, transposed and fused MLP, a padded
-# vocabulary, experts. The others at 2: by hand, see RESULTS.md.
+# One of each kind of sharding: separate and (in three ways) fused attention, transposed and fused MLP, a
+# padded vocabulary, experts. The others at 2: by hand, see RESULTS.md.
 AT_TWO = ["opt", "gpt2", "gpt-neox", "falcon", "phi-3", "llama-321", "mixtral"]
 BY_SESSION = {"gpt2", "bloom", "falcon", "phi-2", "mixtral", "qwen-2-moe", "qwen-3-moe"}  # on the CPU
 

@@ -161,7 +161,7 @@ def test_the_recipe_in_readme(tmp_path):
     folder.mkdir()
     for name in ("rlhf_online_quant.py", "rlhf_utils.py"):
         shutil.copy(HERE.parent / name, folder)
-    (folder / "mine.py").write_text(code.replace("facebook/opt-125m", path))
+    (folder / "mine.py").write_text(code.replace('"facebook/opt-125m"', f'"{path}", tensor_parallel_size=1'))
     command = [sys.executable, "mine.py"]
     run = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=200)
     assert run.returncode == 0, run.stderr[-3000:]
