@@ -1,6 +1,8 @@
 """The proof for many architectures: at TP=1 in this process, meanwhile at TP=2 in another one."""
 
 import json
+import os
+import signal
 import subprocess
 import sys
 
@@ -20,7 +22,7 @@ def found_at_two():
     """A function of a name that waits for what architectures.py found at TP=2."""
     command = [sys.executable, HERE / "architectures.py", "2", *AT_TWO]
     pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    with subprocess.Popen(command, **pipes) as process:
+    with subprocess.Popen(command, start_new_session=True, **pipes) as process:
         found = {}
 
         def wait(name: str) -> dict:
@@ -32,7 +34,8 @@ def found_at_two():
             return found[name]
 
         yield wait
-        process.kill()
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)  # its workers too
 
 
 def check(found: dict, name: str, tensor_parallel_size: int) -> None:
