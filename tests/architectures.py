@@ -7,13 +7,14 @@ A tiny random model is written, trainer and engine start from it, the sync is pr
 the engine follows; for names in FRESH it is then compared with a fresh engine from the saved checkpoint.
 Trainers and engines are those of local.py. Prints JSON."""
 
+import dataclasses
 import json
 import sys
 import tempfile
 
 import torch
 import transformers
-from local import local_engine, local_pair
+from local import CONFIG, local_engine, local_pair
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, set_seed
 
@@ -80,12 +81,7 @@ def build(folder, name: str, seed: int = 0, dtype=torch.bfloat16) -> str:
 
 def follow(name: str, tensor_parallel_size: int, folder: str) -> dict:
     """Prove one architecture, change its weights, sync; what was found."""
-    config = driver.Config(
-        trainer_device="cpu",
-        tensor_parallel_size=tensor_parallel_size,
-        learning_rate=1e-3,
-        quantization="fp8-weight-only",
-    )
+    config = dataclasses.replace(CONFIG, tensor_parallel_size=tensor_parallel_size)
     old, new, settings = (
         build(f"{folder}/old", name),
         f"{folder}/new",

@@ -11,8 +11,8 @@ import pytest
 # worker 3 s. And one thread, as Ray gives its actors: their number changes the last bits.
 os.environ |= {"TORCH_COMPILE_DISABLE": "1", "OMP_NUM_THREADS": "1"}
 
-from harness import DEVICE, Remote, connect, driver  # noqa: E402
-from random_models import build_random_model  # noqa: E402
+from harness import DEVICE, Remote, connect, driver
+from random_models import build_random_model
 
 
 @pytest.fixture(scope="session")
@@ -49,12 +49,12 @@ def pair(config, models):
     """A TP=2 engine from one tiny OPT checkpoint and a trainer that holds another, in one group."""
     old, new = models("tiny-opt")
     with contextlib.ExitStack() as cleanup:
-        trainer_only = cleanup.enter_context(contextlib.ExitStack())
+        trainer_only = contextlib.ExitStack()
         trainer = driver.start_trainer(config, new, trainer_only)
         actor = driver.start_engine(config, old, "cpu", cleanup)
         driver.join_group(config, "cpu", trainer, [actor])
         driver.prove_fp8([actor], config)
         pair = SimpleNamespace(trainer=trainer, actor=actor, llm=Remote(actor), old=old, new=new)
-        pair.trainer_only = trainer_only
+        pair.trainer_only = trainer_only  # a test may replace both
         yield pair
-        pair.trainer_only.close()  # a test may have replaced it
+        pair.trainer_only.close()

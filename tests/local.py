@@ -20,6 +20,10 @@ from vllm.v1.worker.cpu_worker import CPUWorker
 
 from harness import driver
 
+CONFIG = driver.Config(
+    trainer_device="cpu", tensor_parallel_size=1, learning_rate=1e-3, quantization="fp8-weight-only"
+)
+
 
 class Local:
     """A handle of an object in this process: `handle.method.remote(...)` runs in a thread of its own."""

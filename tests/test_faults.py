@@ -150,13 +150,16 @@ def test_trainer_dies_before_and_during_a_broadcast(quick, mortal):
 
     spares = [load(), load()] if DEVICE == "cpu" else []  # side by side, where they need no GPU
 
-    def next_trainer() -> None:
-        pair.trainer_only.close()  # its GPU is free again
-        pair.trainer, pair.trainer_only = spares.pop() if spares else load()
+    def join() -> None:
         driver.join_group(quick, DEVICE, pair.trainer, [pair.actor])
         sync(quick, pair.trainer, pair.actor, bucket_bytes=BUCKET_BYTES)
 
-    next_trainer()
+    def next_trainer() -> None:
+        pair.trainer_only.close()  # its GPU is free again
+        pair.trainer, pair.trainer_only = spares.pop() if spares else load()
+        join()
+
+    join()
     expected = observe(pair.llm)
     long = SamplingParams(max_tokens=400, ignore_eos=True)
     generating = pair.actor.generate.remote(PROMPTS * 100, long, use_tqdm=False)

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 import torch
-from local import local_actors, local_engine, local_pair, worker
+from local import CONFIG, local_actors, local_engine, local_pair, worker
 from vllm import SamplingParams
 from vllm.config import set_current_vllm_config
 from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
@@ -18,9 +18,6 @@ from architectures import ARCHITECTURES, build
 from harness import HERE, driver
 from rlhf_utils import ReloadSession, Replay, digests_of, record_copies
 
-CONFIG = driver.Config(
-    trainer_device="cpu", tensor_parallel_size=1, learning_rate=1e-3, quantization="fp8-weight-only"
-)
 SETTINGS = dict(bucket_bytes=100_000, timeout_s=60)
 NORM = "model.norm.weight"
 

@@ -11,7 +11,7 @@ import pytest
 import ray
 import torch
 import transformers
-from local import local_actors, local_pair, worker
+from local import CONFIG, local_actors, local_pair, worker
 from vllm import SamplingParams
 
 from harness import (
@@ -33,9 +33,6 @@ from random_models import build_random_model
 from rlhf_utils import WeightSender
 
 CPU = torch.device("cpu")
-LOCAL = driver.Config(
-    trainer_device="cpu", tensor_parallel_size=1, learning_rate=1e-3, quantization="fp8-weight-only"
-)
 ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # `Sharded` needs no vLLM
 NORM = "model.decoder.final_layer_norm.weight"
 
@@ -47,7 +44,7 @@ def rejoin(config, pair) -> None:
 
 def test_two_engines_replay_the_same_weights(models, capsys):
     """One broadcast for both; each is proved and each compares its second sync."""
-    config, (old, new) = dataclasses.replace(LOCAL, num_engines=2), models("tiny-opt")
+    config, (old, new) = dataclasses.replace(CONFIG, num_engines=2), models("tiny-opt")
     apart = vllm_arguments(distributed_executor_backend="mp")  # what vLLM computes with is global
     with local_actors(), apart, contextlib.ExitStack() as cleanup:
         trainer, engines, ranks = driver.start(config, old, "cpu", cleanup)
@@ -64,7 +61,7 @@ def test_two_engines_replay_the_same_weights(models, capsys):
 
 def test_parameters_may_be_replaced_and_move(models, capsys):
     """In the trainer, in the engine, and another size of buckets, each between two syncs."""
-    config, (old, new) = LOCAL, models("tiny-llama")
+    config, (old, new) = CONFIG, models("tiny-llama")
 
     def replace_a_weight(trainer) -> None:
         head = trainer.model.lm_head
@@ -129,7 +126,7 @@ def test_a_sharded_trainer(config, models, tmp_path):
     """Two `fully_shard` ranks; the engine equals one that starts from the gathered checkpoint."""
     from vllm.utils.network_utils import get_open_port
 
-    config, (old, _), port = LOCAL, models("tiny-llama"), get_open_port()
+    config, (old, _), port = CONFIG, models("tiny-llama"), get_open_port()
     model = transformers.AutoModelForCausalLM.from_pretrained(old, dtype=torch.float32)
     with torch.no_grad():
         torch._foreach_mul_(list(model.parameters()), 2)
@@ -285,7 +282,7 @@ def test_no_fp8_layer_is_an_error(models, tmp_path):
 
     file = tmp_path / "nothing.json"
     file.write_text(driver.json.dumps(config_to_dict(ModuleFqnToConfig({"_default": None}))))
-    config, [path, _] = dataclasses.replace(LOCAL, quantization=str(file)), models("tiny-opt")
+    config, [path, _] = dataclasses.replace(CONFIG, quantization=str(file)), models("tiny-opt")
     with pytest.raises(ValueError, match="had no effect: a worker has no Float8Tensor layer"):
         with local_pair(path, config):
             pass
