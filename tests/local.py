@@ -93,20 +93,17 @@ def local_actors() -> Iterator[None]:
     parts = dict(wait=wait, start_trainer=start_trainer, start_engine=start_engine, connect=lambda *_: 0)
     one_node = mock.patch.object(ray, "nodes", lambda: [{"Alive": True}])
     with mock.patch.multiple(driver, **parts), one_node, contextlib.ExitStack() as cleanup:
-        cleanup.callback(
-            signal.signal, signal.SIGTERM, signal.getsignal(signal.SIGTERM)
-        )  # `main` sets its own
+        # `main` sets its own.
+        cleanup.callback(signal.signal, signal.SIGTERM, signal.getsignal(signal.SIGTERM))
         yield
 
 
 @contextlib.contextmanager
-def local_pair(
-    path: str, config: driver.Config, engine_path: str | None = None
-) -> Iterator[tuple[Local, Local]]:
+def local_pair(path: str, config: driver.Config) -> Iterator[tuple[Local, Local]]:
     """Handles of a trainer and an engine in this process, in one gloo group."""
     with local_actors(), contextlib.ExitStack() as cleanup:
         trainer = driver.start_trainer(config, path, cleanup)
-        engine = driver.start_engine(config, engine_path or path, "cpu", cleanup)
+        engine = driver.start_engine(config, path, "cpu", cleanup)
         driver.join_group(config, "cpu", trainer, [engine])
         driver.prove_fp8([engine], config)
         yield trainer, engine

@@ -44,8 +44,8 @@ class Program:
         driver.fork_workers()  # the same server, which has imported everything, serves here
         self.mark, self.log = f"RLHF_TEST_MARK={uuid.uuid4()}", cwd / "log"
         self.log.touch()
-        arguments = (flags, str(cwd), self.mark, as_typed)
-        self.process = multiprocessing.get_context("forkserver").Process(target=be_program, args=arguments)
+        context, arguments = multiprocessing.get_context("forkserver"), (flags, str(cwd), self.mark, as_typed)
+        self.process = context.Process(target=be_program, args=arguments, daemon=True)
         self.process.start()
 
     def wait(self, timeout_s: float) -> int | None:
@@ -152,8 +152,8 @@ def test_a_first_run_is_short_and_quiet(default_run):
 
 
 def test_resumed_run_gives_the_same_curve(default_run, tmp_path):
-    """Model, optimizer, step, prompts and sampling all go on where they were; that also shows that a run
-    repeats.
+    """Model, optimizer, step, prompts and sampling all go on where they were, here in the test's process and
+    without Ray; that also shows that a run repeats.
     """
     folder, _, rows, _ = default_run
     flags = dict(resume=folder / "outputs" / "checkpoint-10", steps=14, output_dir=tmp_path)

@@ -1,6 +1,4 @@
-"""What the proof and the comparison of the second sync must catch, with engines in this process (see
-architectures.py).
-"""
+"""What the proof and the comparison of the second sync must catch, with engines in this process."""
 
 import json
 import subprocess
