@@ -7,12 +7,14 @@ from types import SimpleNamespace
 
 import pytest
 
-# Without a GPU the engine is not compiled but for one small function at TP > 1; finding a compiler takes each
-# worker 3 s. And one thread, as Ray gives its actors: their number changes the last bits.
-os.environ |= {"TORCH_COMPILE_DISABLE": "1", "OMP_NUM_THREADS": "1"}
+os.environ["OMP_NUM_THREADS"] = "1"  # as Ray gives its actors: the number of threads changes the last bits
 
 from harness import DEVICE, Remote, connect, driver
 from random_models import build_random_model
+
+# Without a GPU the engine is not compiled but for one small function at TP > 1; finding a compiler takes each
+# worker 3 s. (This process, which has imported PyTorch, compiles on.)
+os.environ["TORCH_COMPILE_DISABLE"] = "1"
 
 
 @pytest.fixture(scope="session")
