@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from unittest import mock
 
 import ray
+import torch
 from vllm import LLM
 from vllm.model_executor.models import registry
 from vllm.model_executor.models.transformers import base
@@ -66,6 +67,7 @@ def local_engine(path: str, config: driver.Config, kind: type[LLM] = driver.MyLL
     """An engine in this process."""
     os.environ |= driver.actor_environment()
     with contextlib.ExitStack() as cleanup:
+        cleanup.callback(torch.set_default_dtype, torch.get_default_dtype())  # an error may leave vLLM's
         # vLLM looks at the class of each model in a process of its own: 5 s each, unless it is in a cache.
         cleanup.enter_context(mock.patch.object(registry, "_run_in_subprocess", lambda look: look()))
         # It collects garbage nine times for each engine, among all that has been imported: 2 s.

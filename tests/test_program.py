@@ -185,7 +185,8 @@ def test_checkpoint_is_a_model_for_others(default_run):
     config = driver.Config(quantization="none", tensor_parallel_size=1)
     model = transformers.AutoModelForCausalLM.from_pretrained(checkpoint)
     tokenizer = transformers.AutoTokenizer.from_pretrained(checkpoint)
-    with local_engine(checkpoint, config, vllm.LLM, worker_extension_cls="") as llm:
+    plain = dict(worker_extension_cls="", distributed_executor_backend="mp")  # in a worker that is untouched
+    with local_engine(checkpoint, config, vllm.LLM, **plain) as llm:
         tokens = [answer[0] for answer in generate(llm)]
     assert min(driver.letters([], tokenizer.batch_decode(tokens))) > 0.8
     for prompt, generated in zip(PROMPTS[:3], tokens):
