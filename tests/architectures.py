@@ -5,14 +5,10 @@ Python for each.
 
 A tiny random model is written, trainer and engine start from it, the sync is proved, the weights change, and
 the engine follows; for names in FRESH it is then compared with a fresh engine from the saved checkpoint.
-`Local` stands in for Ray's handles; the sync, its proof, vLLM, torchao and gloo are the real ones. Prints
-JSON."""
+Trainers and engines are those of local.py. Prints JSON."""
 
-import concurrent.futures
-import contextlib
-import gc
+import dataclasses
 import json
-import os
 import sys
 import tempfile
 
@@ -20,10 +16,9 @@ import torch
 import transformers
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, set_seed
-from vllm.distributed import cleanup_dist_env_and_memory
-from vllm.model_executor.models import registry
 
 from harness import driver
+from local import CONFIG, local_engine, local_pair
 from random_models import tokenizer_of
 
 SMALL = dict(
@@ -84,77 +79,9 @@ def build(folder, name: str, seed: int = 0, dtype=torch.bfloat16) -> str:
     return str(folder)
 
 
-class Local:
-    """A handle of an object in this process: `handle.method.remote(...)` runs in a thread."""
-
-    def __init__(self, name: str, target):
-        self.name, self.target, self.pool = name, target, concurrent.futures.ThreadPoolExecutor(1)
-
-    def __getattr__(self, method: str):
-        call = getattr(self.target, method)
-
-        def remote(*args, **kwargs):
-            future = self.pool.submit(call, *args, **kwargs)
-            future.who = self.name
-            return future
-
-        remote.remote = remote
-        return remote
-
-
-def wait(refs: list, timeout_s: float, doing: str, patience_s: float = 0.0) -> list:
-    """The driver's `wait` for local handles."""
-    failed = []
-    for ref in refs:
-        if error := ref.exception(timeout=timeout_s):
-            failed.append(f"{ref.who}: {type(error).__name__}: {error}")
-    if failed:
-        raise RuntimeError(f"{doing}: " + "; ".join(failed))
-    return [ref.result() for ref in refs]
-
-
-@contextlib.contextmanager
-def local_engine(path: str, config: driver.Config, **arguments):
-    """A MyLLM in this process."""
-    os.environ |= driver.actor_environment()
-    llm = driver.MyLLM(**driver.engine_arguments(config, path, "cpu") | arguments)
-    try:
-        yield llm
-    finally:
-        llm.shutdown()
-        del llm
-        gc.collect()
-        cleanup_dist_env_and_memory()
-
-
-@contextlib.contextmanager
-def local_pair(path: str, config: driver.Config, engine_path: str | None = None, **arguments):
-    """Handles of a trainer and an engine in this process, in one gloo group."""
-    plain_wait, driver.wait = driver.wait, wait
-    try:
-        trainer = driver.Trainer(config, path)
-        with local_engine(engine_path or path, config, **arguments) as llm:
-            llm.collective_rpc("inspect_weights")
-            pair = Local("trainer", trainer), Local("engine", llm)
-            address, port = trainer.open_rendezvous("127.0.0.1")
-            rest = (1 + config.tensor_parallel_size, "gloo", config.timeout_s / 2)
-            joining = pair[1].collective_rpc.remote(
-                "init_weight_update_group", args=(address, port, 1, *rest)
-            )
-            wait([pair[0].init_weight_update_group.remote(address, port, *rest), joining], 60, "joining")
-            yield pair
-    finally:
-        driver.wait = plain_wait
-
-
 def follow(name: str, tensor_parallel_size: int, folder: str) -> dict:
     """Prove one architecture, change its weights, sync; what was found."""
-    config = driver.Config(
-        trainer_device="cpu",
-        tensor_parallel_size=tensor_parallel_size,
-        learning_rate=1e-3,
-        quantization="fp8-weight-only",
-    )
+    config = dataclasses.replace(CONFIG, tensor_parallel_size=tensor_parallel_size)
     old, new, settings = (
         build(f"{folder}/old", name),
         f"{folder}/new",
@@ -189,10 +116,7 @@ def follow(name: str, tensor_parallel_size: int, folder: str) -> dict:
 
 
 def main(tensor_parallel_size: int, names: list[str]) -> None:
-    # vLLM looks at the class of each model in a process of its own; 5 s each, unless it is in a cache.
-    registry._run_in_subprocess = lambda look: look()
     for name in names:
-        gc.freeze()  # what has been imported is not garbage; vLLM collects often
         with tempfile.TemporaryDirectory() as folder:
             try:
                 found = follow(name, tensor_parallel_size, folder)

@@ -7,11 +7,13 @@ from types import SimpleNamespace
 
 import pytest
 
+os.environ["OMP_NUM_THREADS"] = "1"  # as Ray gives its actors: the number of threads changes the last bits
+
 from harness import DEVICE, Remote, connect, driver
 from random_models import build_random_model
 
 # Without a GPU the engine is not compiled but for one small function at TP > 1; finding a compiler takes each
-# worker 3 s.
+# worker 3 s. (This process, which has imported PyTorch, compiles on.)
 os.environ["TORCH_COMPILE_DISABLE"] = "1"
 
 
@@ -49,8 +51,12 @@ def pair(config, models):
     """A TP=2 engine from one tiny OPT checkpoint and a trainer that holds another, in one group."""
     old, new = models("tiny-opt")
     with contextlib.ExitStack() as cleanup:
-        trainer = driver.start_trainer(config, new, cleanup)
+        trainer_only = contextlib.ExitStack()
+        trainer = driver.start_trainer(config, new, trainer_only)
         actor = driver.start_engine(config, old, "cpu", cleanup)
         driver.join_group(config, "cpu", trainer, [actor])
         driver.prove_fp8([actor], config)
-        yield SimpleNamespace(trainer=trainer, actor=actor, llm=Remote(actor), old=old, new=new)
+        pair = SimpleNamespace(trainer=trainer, actor=actor, llm=Remote(actor), old=old, new=new)
+        pair.trainer_only = trainer_only  # a test may replace both
+        yield pair
+        pair.trainer_only.close()

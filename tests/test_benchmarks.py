@@ -2,20 +2,27 @@
 
 import dataclasses
 import json
-import subprocess
-import sys
 
 import bench_memory
 import bench_rollout
 import bench_weight_sync as weight_sync
 import pytest
+import tyro
 
-from harness import HERE
+from local import local_actors
 
 
-def test_weight_sync(tmp_path):
+@pytest.fixture(autouse=True)
+def here():
+    """Trainers and engines in this process."""
+    with local_actors():
+        yield
+
+
+def test_weight_sync(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCHINDUCTOR_DETERMINISTIC", "1")  # as it sets for its actors
     flags = ["--tensor-parallel-size", "1", "--repeats", "2", "--output-dir", str(tmp_path)]
-    subprocess.run([sys.executable, HERE / "bench_weight_sync.py", *flags], check=True, timeout=200)
+    weight_sync.main(tyro.cli(weight_sync.Benchmark, args=flags))
     result = json.loads((tmp_path / "weight_sync_tiny-opt.json").read_text())
     different = {method: row["different"] for method, row in result["rows"].items() if "different" in row}
     assert different.pop(weight_sync.PUBLISHED), "that is what the published calls do"
@@ -27,7 +34,7 @@ def test_weight_sync(tmp_path):
 def test_rollout(tmp_path):
     names = ["bf16", "fp8"]
     flags = ["--engines", *names, "--batches", "1", "4", "--repeats", "1", "--output-dir", str(tmp_path)]
-    subprocess.run([sys.executable, HERE / "bench_rollout.py", *flags], check=True, timeout=200)
+    bench_rollout.main(tyro.cli(bench_rollout.Benchmark, args=flags))
     engines = json.loads((tmp_path / "rollout_tiny-opt.json").read_text())["engines"]
     assert list(engines) == names and set(names) <= set(bench_rollout.ENGINES)
     assert 0.6 < engines["fp8"]["weights_gib"] / engines["bf16"]["weights_gib"] < 0.9
@@ -38,9 +45,10 @@ def test_rollout(tmp_path):
     assert (tmp_path / "rollout_tiny-opt.png").stat().st_size > 10_000
 
 
-def test_compare_memory(config, models, tmp_path, capsys):
-    """FP8 halves the linear layers and nothing else; each engine is gone before the next one starts."""
-    config = dataclasses.replace(config, tensor_parallel_size=1, output_dir=tmp_path)
+def test_compare_memory(models, tmp_path, capsys):
+    """FP8 halves the linear layers and nothing else."""
+    wanted = bench_memory.driver.Config(tensor_parallel_size=1, output_dir=tmp_path)
+    config, _ = bench_memory.driver.resolve(wanted, 0)
     found = bench_memory.compare_memory(config, models("tiny-llama")[0], "cpu")
     assert found == json.loads((tmp_path / "memory.json").read_text())
     bf16, fp8 = found.values()

@@ -24,7 +24,6 @@ import psutil
 import pytest
 import ray
 import torch
-from vllm import SamplingParams
 
 from harness import (
     DEVICE,
@@ -38,6 +37,7 @@ from harness import (
     vllm_arguments,
     zero_and_sync,
 )
+from local import local_actors, worker
 from rlhf_utils import stateless_init_process_group
 
 CPU = torch.device("cpu")
@@ -49,23 +49,37 @@ ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # actors cannot
 
 def on(actor, function, *args):
     """Run a function of the actor's object in the actor's process."""
-    return ray.get(actor.__ray_call__.remote(function, *args))
+    return driver.wait([actor.__ray_call__.remote(function, *args)], 60, function.__name__)[0]
+
+
+def start_engine(config, models, cleanup, shape: str = SHAPE):
+    """An engine from a checkpoint, whose workers say their pids."""
+    kv_cache = {"kv_cache_memory_bytes": 2**30} if DEVICE == "cuda" else {}
+    with vllm_arguments(worker_extension_cls="harness.Extension", **kv_cache):
+        return driver.start_engine(config, models(shape)[0], DEVICE, cleanup)
 
 
 def start(config, models, cleanup, shape: str = SHAPE):
     """An engine from one checkpoint and a trainer with another, joined, of which a test may kill what it
     likes.
     """
-    old, new = models(shape)
-    trainer_only = cleanup.enter_context(contextlib.ExitStack())
+    trainer_only, new = cleanup.enter_context(contextlib.ExitStack()), models(shape)[1]
     trainer = driver.start_trainer(config, new, trainer_only)
-    kv_cache = {"kv_cache_memory_bytes": 2**30} if DEVICE == "cuda" else {}
-    with vllm_arguments(worker_extension_cls="harness.Extension", **kv_cache):
-        actor = driver.start_engine(config, old, DEVICE, cleanup)
+    actor = start_engine(config, models, cleanup, shape)
     driver.join_group(config, DEVICE, trainer, [actor])
     return SimpleNamespace(
         trainer=trainer, trainer_only=trainer_only, actor=actor, llm=Remote(actor), new=new
     )
+
+
+@pytest.fixture
+def mortal(quick, models, request):
+    """An engine with a trainer that a test may kill and replace."""
+    if DEVICE == "cpu":
+        yield request.getfixturevalue("pair")
+    else:
+        with contextlib.ExitStack() as cleanup:
+            yield start(quick, models, cleanup)
 
 
 @pytest.fixture
@@ -123,69 +137,90 @@ def refuses(pair) -> bool:
 # ----- Deaths -----------------------------------------------------------------------------------------------
 
 
-def test_trainer_dies_before_during_and_after_a_broadcast(quick, models):
+def test_trainer_dies_before_and_during_a_broadcast(quick, mortal, request):
     """The engine outlives it, serves only complete versions, and is right again with the next trainer's first
     sync.
     """
-    with contextlib.ExitStack() as cleanup:
-        pair = start(quick, models, cleanup)
+    pair = mortal
+
+    def load():
+        trainer_only = contextlib.ExitStack()
+        return driver.start_trainer(quick, pair.new, trainer_only), trainer_only
+
+    spares = [load(), load()] if DEVICE == "cpu" else []  # side by side, where they need no GPU
+    request.addfinalizer(lambda: [trainer_only.close() for _, trainer_only in spares])
+
+    def join() -> None:
+        driver.join_group(quick, DEVICE, pair.trainer, [pair.actor])
         sync(quick, pair.trainer, pair.actor, bucket_bytes=BUCKET_BYTES)
-        expected = observe(pair.llm)
 
-        def next_trainer() -> None:
-            pair.trainer_only.close()  # its GPU is free again
-            pair.trainer = driver.start_trainer(quick, pair.new, pair.trainer_only)
-            driver.join_group(quick, DEVICE, pair.trainer, [pair.actor])
+    def next_trainer() -> None:
+        pair.trainer_only.close()  # its GPU is free again
+        pair.trainer, pair.trainer_only = spares.pop() if spares else load()
+        join()
 
-        ray.kill(pair.trainer)  # after a sync, before the next
-        assert observe(pair.llm) == expected
-        assert "trainer (rank 0): The actor" in failing_sync(quick, pair, ConnectionError)
-        next_trainer()
-        sync(quick, pair.trainer, pair.actor, bucket_bytes=BUCKET_BYTES)
-        on(pair.trainer, act_before_bucket, 3, None, signal.SIGKILL)
-        message = failing_sync(quick, pair, ConnectionError)
-        assert "trainer (rank 0): The actor" in message and "rank 1, bucket 4 of 8 (" in message
-        assert refuses(pair)
-        next_trainer()
-        sync(quick, pair.trainer, pair.actor)
-        assert observe(pair.llm) == expected
-        long = SamplingParams(max_tokens=400, ignore_eos=True)
-        generating = pair.actor.generate.remote(PROMPTS * 400, long, use_tqdm=False)
-        for actor, message in (
-            (pair.trainer, r"generating: trainer \(rank 0\) has died"),  # of which nothing is asked now
-            (pair.actor, r"generating: engine \(rank [12, ]+\): The actor"),
-        ):
-            ray.kill(actor)
-            began = time.monotonic()
-            with pytest.raises(ConnectionError, match=message) as caught:
-                driver.wait([generating], 30, "generating")
-            print(f"FAULT after {time.monotonic() - began:.1f} s of at most 30: {caught.value}")
+    join()
+    expected = observe(pair.llm)
+    generating = pair.actor.__ray_call__.remote(lambda _: time.sleep(8))
+    ray.kill(pair.trainer)  # after a sync, before the next; nothing is asked of it now
+    began = time.monotonic()
+    with pytest.raises(ConnectionError, match=r"generating: trainer \(rank 0\) has died") as caught:
+        driver.wait([generating], 30, "generating")
+    print(f"FAULT after {time.monotonic() - began:.1f} s of at most 30: {caught.value}")
+    ray.get(generating)
+    assert observe(pair.llm) == expected
+    assert "trainer (rank 0): The actor" in failing_sync(quick, pair, ConnectionError)
+    next_trainer()
+    on(pair.trainer, act_before_bucket, 3, None, signal.SIGKILL)
+    message = failing_sync(quick, pair, ConnectionError)
+    assert "trainer (rank 0): The actor" in message and "rank 1, bucket 4 of 8 (" in message
+    assert refuses(pair)
+    next_trainer()
+    assert observe(pair.llm) == expected
 
 
-@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP])
-def test_worker_dies_or_stalls_in_a_sync(quick, models, how):
+def sync_with_a_dying_worker(config, pair, how: int) -> list[int]:
+    """A sync in which the last worker gets a signal; returns the pids of all."""
+    sync(config, pair.trainer, pair.actor, bucket_bytes=BUCKET_BYTES)
+    workers = Remote(pair.actor).collective_rpc("get_pid")
+    on(pair.trainer, act_before_bucket, 3, workers[-1], how)
+    if (
+        DEVICE == "cuda" and how == signal.SIGSTOP
+    ):  # its GPU goes on and takes in all; its host does not answer
+        message = failing_sync(config, pair, TimeoutError)
+    else:
+        message = failing_sync(config, pair)
+        assert re.search(r"rank 0, bucket [4-8] of 8 \(.*\.(weight|bias) \.\. .*\.(weight|bias)\)", message)
+    assert driver.ACTORS[pair.actor._actor_id] in message
+    if how == signal.SIGSTOP and len(workers) > 1:
+        assert "Ranks 1 failed" in message, "of those that live, the engine names who does not"
+    return workers
+
+
+def test_worker_dies_or_stalls_in_a_sync(quick, models, request):
     """Named are the bucket, its weights and the engine, within the limit; then nothing of it is left."""
     with contextlib.ExitStack() as cleanup:
-        pair = start(quick, models, cleanup)
-        sync(quick, pair.trainer, pair.actor, bucket_bytes=BUCKET_BYTES)
-        workers = pair.llm.collective_rpc("get_pid")
-        on(pair.trainer, act_before_bucket, 3, workers[-1], how)
-        if (
-            DEVICE == "cuda" and how == signal.SIGSTOP
-        ):  # its GPU goes on and takes in all; its host does not answer
-            message = failing_sync(quick, pair, TimeoutError)
-        else:
-            message = failing_sync(quick, pair)
-            assert re.search(
-                r"rank 0, bucket [4-8] of 8 \(.*\.(weight|bias) \.\. .*\.(weight|bias)\)", message
-            )
-        assert driver.ACTORS[pair.actor._actor_id] in message
-        if how == signal.SIGSTOP and len(workers) > 1:
-            assert "Ranks 1 failed" in message, "of those that live, the engine names who does not"
-    deadline = time.monotonic() + 20
-    while any(psutil.pid_exists(pid) for pid in workers):
-        assert time.monotonic() < deadline, [psutil.Process(pid) for pid in workers if psutil.pid_exists(pid)]
-        time.sleep(0.2)
+        stacks = {
+            how: cleanup.enter_context(contextlib.ExitStack()) for how in (signal.SIGKILL, signal.SIGSTOP)
+        }
+        if DEVICE == "cpu":  # engines load side by side, for a trainer that there is
+            shared = request.getfixturevalue("pair")
+            actors = {how: start_engine(quick, models, stack) for how, stack in stacks.items()}
+        for how, stack in stacks.items():
+            if DEVICE == "cpu":
+                pair = SimpleNamespace(trainer=shared.trainer, actor=actors[how])
+                driver.join_group(quick, DEVICE, pair.trainer, [pair.actor])
+            else:
+                pair = start(quick, models, stack)
+            workers = sync_with_a_dying_worker(quick, pair, how)
+            stack.close()
+            deadline = time.monotonic() + 20
+            while left := [pid for pid in workers if psutil.pid_exists(pid)]:
+                assert time.monotonic() < deadline, [psutil.Process(pid) for pid in left]
+                time.sleep(0.2)
+    if DEVICE == "cpu":
+        driver.join_group(quick, DEVICE, shared.trainer, [shared.actor])
+        sync(quick, shared.trainer, shared.actor)
 
 
 # ----- The rendezvous ---------------------------------------------------------------------------------------
@@ -312,9 +347,6 @@ def test_failed_loads_and_resets_leave_a_torn_engine_until_a_sync_succeeds(quick
     """An exception and no memory, in a session and in a replay; vLLM refuses to empty the prefix cache."""
     config = dataclasses.replace(quick, tensor_parallel_size=1)
 
-    def worker(llm):
-        return llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker
-
     def fail(*_, **__):
         raise torch.OutOfMemoryError("no memory left for this test")
 
@@ -336,7 +368,7 @@ def test_failed_loads_and_resets_leave_a_torn_engine_until_a_sync_succeeds(quick
     def mend_reset(llm):
         del llm.reset_prefix_cache
 
-    with contextlib.ExitStack() as cleanup:
+    with local_actors(), contextlib.ExitStack() as cleanup:
         pair = start(config, models, cleanup, "tiny-llama")
         on(pair.actor, break_loader)
         assert "OutOfMemoryError: no memory left for this test" in failing_sync(config, pair) and refuses(

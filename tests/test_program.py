@@ -1,6 +1,7 @@
 """The whole program in a process of its own: what it prints, writes and leaves behind."""
 
 import json
+import multiprocessing
 import os
 import re
 import signal
@@ -12,43 +13,56 @@ from pathlib import Path
 
 import pytest
 import transformers
+import tyro
+import vllm
 from matplotlib.image import imread
 from ray.cluster_utils import Cluster
 
-from harness import PROMPTS, driver, fresh_engine
+from harness import PROMPTS, driver, generate
+from local import local_actors, local_engine
 
 PROGRAM = Path(__file__).resolve().parent.parent / "rlhf_online_quant.py"
+
+
+def be_program(flags: tuple[str, ...], cwd: str, mark: str, as_typed: bool) -> None:
+    """In a new process: run the program, for which a forked process need not import anything."""
+    os.chdir(cwd)
+    os.environ |= driver.ENVIRONMENT | dict([mark.split("=")])
+    log = os.open("log", os.O_WRONLY | os.O_CREAT)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    if as_typed:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # a shell's background jobs ignore it
+        os.execv(sys.executable, [sys.executable, str(PROGRAM), *flags])
+    driver.main(tyro.cli(driver.Config, args=flags))
 
 
 class Program:
     """A running program whose processes, and theirs, can be found by a mark in their environment."""
 
-    def __init__(self, *flags: str, cwd: Path):
-        self.mark = f"RLHF_TEST_MARK={uuid.uuid4()}"
-        environment = os.environ | dict([self.mark.split("=")])
-        self.log = (cwd / "log").open("w+")
-        command = [sys.executable, str(PROGRAM), *flags]
-        self.process = subprocess.Popen(
-            command,
-            cwd=cwd,
-            env=environment,
-            stdout=self.log,
-            stderr=subprocess.STDOUT,
-            preexec_fn=lambda: signal.signal(
-                signal.SIGINT, signal.SIG_DFL
-            ),  # a shell's background jobs ignore it
-        )
+    def __init__(self, *flags: str, cwd: Path, as_typed: bool = False):
+        driver.fork_workers()  # the same server, which has imported everything, serves here
+        self.mark, self.log = f"RLHF_TEST_MARK={uuid.uuid4()}", cwd / "log"
+        self.log.touch()
+        context, arguments = multiprocessing.get_context("forkserver"), (flags, str(cwd), self.mark, as_typed)
+        self.process = context.Process(target=be_program, args=arguments, daemon=True)
+        self.process.start()
+
+    def wait(self, timeout_s: float) -> int | None:
+        """The exit code; None if it has not ended."""
+        self.process.join(timeout_s)
+        return self.process.exitcode
 
     def printed(self) -> str:
-        self.log.seek(0)
-        return self.log.read()
+        return self.log.read_text()
 
     def processes(self) -> dict[int, str]:
         """Pid -> command line of everything that carries the mark."""
         found = {}
         for folder in Path("/proc").glob("[0-9]*"):
             try:
-                if self.mark.encode() in (folder / "environ").read_bytes():
+                own = int(folder.name) == self.process.pid and self.process.is_alive()
+                if own or self.mark.encode() in (folder / "environ").read_bytes():
                     found[int(folder.name)] = (folder / "cmdline").read_bytes().replace(b"\0", b" ").decode()
             except (FileNotFoundError, ProcessLookupError, PermissionError):
                 continue  # it ended while we looked
@@ -57,7 +71,7 @@ class Program:
     def wait_until_printed(self, text: str, timeout_s: float = 240) -> None:
         deadline = time.monotonic() + timeout_s
         while text not in self.printed():
-            assert self.process.poll() is None and time.monotonic() < deadline, self.printed()[-3000:]
+            assert self.wait(0) is None and time.monotonic() < deadline, self.printed()[-3000:]
             time.sleep(0.5)
 
     def assert_nothing_left(self, timeout_s: float = 30) -> None:
@@ -67,10 +81,10 @@ class Program:
             time.sleep(0.5)
 
 
-def run(*flags: str, cwd: Path) -> tuple[dict, list[dict], str]:
+def run(*flags: str, cwd: Path, as_typed: bool = False) -> tuple[dict, list[dict], str]:
     """Summary, metrics and output of a run that ends well and leaves nothing behind."""
-    program = Program(*flags, cwd=cwd)
-    assert program.process.wait(600) == 0, program.printed()[-5000:]
+    program = Program(*flags, cwd=cwd, as_typed=as_typed)
+    assert program.wait(600) == 0, program.printed()[-5000:]
     program.assert_nothing_left()
     summary = json.loads((cwd / "outputs" / "summary.json").read_text())
     return summary, driver.read_metrics(cwd / "outputs"), program.printed()
@@ -80,7 +94,7 @@ def run(*flags: str, cwd: Path) -> tuple[dict, list[dict], str]:
 def default_run(tmp_path_factory):
     """A newcomer's command, from another directory (and a checkpoint half way)."""
     folder = tmp_path_factory.mktemp("default")
-    return folder, *run("--save-every", "10", cwd=folder)
+    return folder, *run("--save-every", "10", cwd=folder, as_typed=True)
 
 
 def test_default_run(default_run):
@@ -138,11 +152,14 @@ def test_a_first_run_is_short_and_quiet(default_run):
 
 
 def test_resumed_run_gives_the_same_curve(default_run, tmp_path):
-    """Model, optimizer, step, prompts and sampling all go on where they were; that also shows that a run
-    repeats.
+    """Model, optimizer, step, prompts and sampling all go on where they were, here in the test's process and
+    without Ray; that also shows that a run repeats.
     """
     folder, _, rows, _ = default_run
-    _, resumed, _ = run("--resume", str(folder / "outputs" / "checkpoint-10"), "--steps", "14", cwd=tmp_path)
+    flags = dict(resume=folder / "outputs" / "checkpoint-10", steps=14, output_dir=tmp_path)
+    with local_actors():
+        driver.main(driver.Config(**flags))
+    resumed = driver.read_metrics(tmp_path)
     changing = {
         "rollout_s",
         "train_s",
@@ -166,10 +183,11 @@ def test_checkpoint_is_a_model_for_others(default_run):
     """
     checkpoint = str(default_run[0] / "outputs" / "checkpoint-20")
     config = driver.Config(quantization="none", tensor_parallel_size=1)
-    with fresh_engine(config, checkpoint, "cpu") as observed:
-        model = transformers.AutoModelForCausalLM.from_pretrained(checkpoint)
-        tokenizer = transformers.AutoTokenizer.from_pretrained(checkpoint)
-        tokens = [observation[0] for observation in observed()["outputs"]]
+    model = transformers.AutoModelForCausalLM.from_pretrained(checkpoint)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(checkpoint)
+    plain = dict(worker_extension_cls="", distributed_executor_backend="mp")  # in a worker that is untouched
+    with local_engine(checkpoint, config, vllm.LLM, **plain) as llm:
+        tokens = [answer[0] for answer in generate(llm)]
     assert min(driver.letters([], tokenizer.batch_decode(tokens))) > 0.8
     for prompt, generated in zip(PROMPTS[:3], tokens):
         inputs = tokenizer(prompt, return_tensors="pt")
@@ -218,7 +236,7 @@ def signal_actor(program: Program, name: str, how: int) -> None:
     ("after", "to_actor", "to_driver"),
     [
         ("Starting Ray, trainer", None, signal.SIGINT),
-        ("worker (rank 2)", None, signal.SIGTERM),
+        ("worker (rank 1)", None, signal.SIGTERM),
         ("step    0", ("ray::MyLLM", signal.SIGKILL), None),
         # What is stopped cannot see the end.
         ("worker (rank 2)", ("VLLM::Worker_TP1", signal.SIGSTOP), signal.SIGKILL),
@@ -228,16 +246,19 @@ def test_nothing_is_left_behind(tmp_path, after, to_actor, to_driver):
     """Ctrl-C, a termination, a killed actor or driver ends the program with an error and takes every process
     along.
     """
-    program = Program(*(["--max-tokens", "400"] if to_driver else ["--steps", "1000"]), cwd=tmp_path)
+    flags = ["--max-tokens", "400"] if to_driver else ["--steps", "1000"]
+    if not to_actor:
+        flags += ["--tensor-parallel-size", "1"]
+    program = Program(*flags, cwd=tmp_path, as_typed=to_driver == signal.SIGINT)
     try:
         program.wait_until_printed(after)
         if to_actor:
             signal_actor(program, *to_actor)
         if to_driver:
             time.sleep(1)
-            program.process.send_signal(to_driver)
+            os.kill(program.process.pid, to_driver)
         began = time.monotonic()
-        assert program.process.wait(30) != 0
+        assert program.wait(30)
         program.assert_nothing_left()
         print(
             f"FAULT {to_actor} {to_driver!r} after {after!r}: all gone {time.monotonic() - began:.1f} s later"

@@ -1,6 +1,4 @@
-"""What the proof and the comparison of the second sync must catch, with engines in this process (see
-architectures.py).
-"""
+"""What the proof and the comparison of the second sync must catch, with engines in this process."""
 
 import json
 import subprocess
@@ -8,19 +6,16 @@ import sys
 
 import pytest
 import torch
-from test_program import Program
 from vllm import SamplingParams
 from vllm.config import set_current_vllm_config
 from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
 
 import rlhf_utils
-from architectures import ARCHITECTURES, build, local_engine, local_pair
+from architectures import ARCHITECTURES, build
 from harness import HERE, driver
+from local import CONFIG, local_actors, local_engine, local_pair, worker
 from rlhf_utils import ReloadSession, Replay, digests_of, record_copies
 
-CONFIG = driver.Config(
-    trainer_device="cpu", tensor_parallel_size=1, learning_rate=1e-3, quantization="fp8-weight-only"
-)
 SETTINGS = dict(bucket_bytes=100_000, timeout_s=60)
 NORM = "model.norm.weight"
 
@@ -28,11 +23,6 @@ NORM = "model.norm.weight"
 @pytest.fixture(scope="module")
 def llama(tmp_path_factory):
     return build(tmp_path_factory.mktemp("llama"), "llama")
-
-
-def worker(engine):
-    """The worker object of a local engine."""
-    return engine.target.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker
 
 
 def change(trainer) -> None:
@@ -103,7 +93,7 @@ class Derive(QuantizeMethodBase):
 
 def test_a_replay_that_leaves_derived_state_is_caught_at_the_second_sync(llama, tmp_path, capsys):
     with local_pair(llama, CONFIG) as (trainer, engine):
-        norm = worker(engine).get_model().model.norm
+        norm = worker(engine.target).get_model().model.norm
         norm.quant_method, plain = Derive(), norm.forward
         norm.quant_method.process_weights_after_loading(norm)
         norm.forward = lambda x, residual=None: plain(
@@ -148,20 +138,18 @@ def test_a_wrong_session_is_an_error_and_the_engine_stays_torn(llama, monkeypatc
             driver.prove_sync(trainer, engine, max_tokens=8, **SETTINGS)
 
 
-def test_a_model_that_cannot_be_synced_ends_the_run_before_the_first_step(tmp_path, monkeypatch):
+def test_a_model_that_cannot_be_synced_ends_the_run_before_the_first_step(tmp_path, monkeypatch, capsys):
     """vLLM keeps a second view of a Mamba layer's weight, which the CPU's packing leaves behind."""
     monkeypatch.setitem(
         ARCHITECTURES, "mamba-2", ("Mamba2Config", dict(num_heads=8, head_dim=64, state_size=16, n_groups=2))
     )
     path = build(tmp_path / "model", "mamba-2")
-    program = Program("--model", path, "--tensor-parallel-size", "1", "--steps", "1", cwd=tmp_path)
-    assert program.process.wait(240) == 1
-    assert (
-        f"FAILED: {path}: this model cannot be synced" in program.printed()
-        and "conv_weights" in program.printed()
-    )
-    assert not (tmp_path / "outputs" / "metrics.jsonl").exists()
-    program.assert_nothing_left()
+    settings = dict(model=path, tensor_parallel_size=1, steps=1, output_dir=tmp_path / "outputs")
+    with local_actors(), pytest.raises(SystemExit) as end:
+        driver.main(driver.Config(**settings))
+    printed = capsys.readouterr().err
+    assert end.value.code == 1 and f"FAILED: {path}: this model cannot be synced" in printed
+    assert "conv_weights" in printed and not (tmp_path / "outputs" / "metrics.jsonl").exists()
 
 
 @pytest.mark.parametrize("name", ["falcon", "phi-2", "gemma-3"])
@@ -170,7 +158,7 @@ def test_recording_leaves_the_model_as_it_was(tmp_path, name):
     not.
     """
     with local_pair(build(tmp_path, name), CONFIG) as (trainer, engine):
-        own = worker(engine)
+        own = worker(engine.target)
         model, manifest = (
             own.get_model(),
             [[n, str(w.dtype)[6:], list(w.shape)] for n, w in trainer.target.weights()],

@@ -26,11 +26,14 @@ from harness import (
     seed_group,
     seed_loop,
     sync,
+    vllm_arguments,
 )
+from local import CONFIG, local_actors, local_pair, worker
 from random_models import build_random_model
 from rlhf_utils import WeightSender
 
 CPU = torch.device("cpu")
+ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # `Sharded` needs no vLLM
 NORM = "model.decoder.final_layer_norm.weight"
 
 
@@ -39,15 +42,13 @@ def rejoin(config, pair) -> None:
     driver.join_group(config, "cpu", pair.trainer, [pair.actor])
 
 
-def test_two_engines_replay_the_same_weights(config, models, capfd):
+def test_two_engines_replay_the_same_weights(models, capsys):
     """One broadcast for both; each is proved and each compares its second sync."""
-    config, (old, new) = (
-        dataclasses.replace(config, tensor_parallel_size=1, num_engines=2),
-        models("tiny-opt"),
-    )
-    with contextlib.ExitStack() as cleanup:
+    config, (old, new) = dataclasses.replace(CONFIG, num_engines=2), models("tiny-opt")
+    apart = vllm_arguments(distributed_executor_backend="mp")  # what vLLM computes with is global
+    with local_actors(), apart, contextlib.ExitStack() as cleanup:
         trainer, engines, ranks = driver.start(config, old, "cpu", cleanup)
-        assert len(ranks) == 2 and "worker (rank 2): 8 linear layers in FP8" in capfd.readouterr().out
+        assert len(ranks) == 2 and "worker (rank 2): 8 linear layers in FP8" in capsys.readouterr().out
         proof = prove(config, trainer, engines)
         assert proof["path"] == "replay" and proof["tensors"] == 2 * 44 and proof["answers"] == 8
         cold = driver.observe(engines, 60)
@@ -58,9 +59,9 @@ def test_two_engines_replay_the_same_weights(config, models, capfd):
         assert first["digests"] != cold[0]["digests"] and first["answers"] != cold[0]["answers"]
 
 
-def test_parameters_may_be_replaced_and_move(config, models, capfd):
+def test_parameters_may_be_replaced_and_move(models, capsys):
     """In the trainer, in the engine, and another size of buckets, each between two syncs."""
-    config, (old, new) = dataclasses.replace(config, tensor_parallel_size=1), models("tiny-llama")
+    config, (old, new) = CONFIG, models("tiny-llama")
 
     def replace_a_weight(trainer) -> None:
         head = trainer.model.lm_head
@@ -71,30 +72,29 @@ def test_parameters_may_be_replaced_and_move(config, models, capfd):
             parameter.data = parameter.data.clone()
 
     def move_a_tensor(llm) -> None:
-        worker = llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker
-        norm = worker.get_model().model.norm
+        norm = worker(llm).get_model().model.norm
         norm.weight.data = norm.weight.data.clone()
 
-    with contextlib.ExitStack() as cleanup:
+    with local_actors(), contextlib.ExitStack() as cleanup:
         trainer, [actor], _ = driver.start(config, old, "cpu", cleanup)
         prove(config, trainer, actor)
         driver.wait([trainer.__ray_call__.remote(load_weights, new)], 60, "loading")
         assert sync(config, trainer, actor)["compared"]
         llm = Remote(actor)
         expected = observe(llm)
-        capfd.readouterr()
+        capsys.readouterr()
         for who, change, agreements, compared, settings in [
             (trainer, replace_a_weight, 0, False, {}),
             (trainer, move_weights, 0, False, {}),
             (actor, move_a_tensor, 0, True, {}),
             (trainer, lambda trainer: None, 1, True, {"bucket_bytes": 100_000}),
         ]:
-            ray.get(who.__ray_call__.remote(change))
+            driver.wait([who.__ray_call__.remote(change)], 60, "changing")
             llm.collective_rpc("reset_weights")
             result = sync(config, trainer, actor, **settings)
             assert result["path"] == ("session" if compared else "replay") and result["compared"] == compared
             assert sync(config, trainer, actor, **settings)["path"] == "replay" and observe(llm) == expected
-            assert capfd.readouterr().out.count("Agreed on 21 weights") == agreements
+            assert capsys.readouterr().out.count("Agreed on 21 weights") == agreements
 
 
 class Sharded(WeightSender):
@@ -126,17 +126,13 @@ def test_a_sharded_trainer(config, models, tmp_path):
     """Two `fully_shard` ranks; the engine equals one that starts from the gathered checkpoint."""
     from vllm.utils.network_utils import get_open_port
 
-    config, (old, _), port = (
-        dataclasses.replace(config, tensor_parallel_size=1),
-        models("tiny-llama"),
-        get_open_port(),
-    )
+    config, (old, _), port = CONFIG, models("tiny-llama"), get_open_port()
     model = transformers.AutoModelForCausalLM.from_pretrained(old, dtype=torch.float32)
     with torch.no_grad():
         torch._foreach_mul_(list(model.parameters()), 2)
     model.save_pretrained(tmp_path)
     transformers.AutoTokenizer.from_pretrained(old).save_pretrained(tmp_path)
-    with contextlib.ExitStack() as cleanup:
+    with local_actors(), contextlib.ExitStack() as cleanup:
         trainers = [ray.remote(Sharded).options(num_cpus=0).remote(old, rank, port) for rank in (0, 1)]
         for trainer in trainers:
             cleanup.callback(ray.kill, trainer)
@@ -162,7 +158,7 @@ def test_the_recipe_in_readme(tmp_path):
     folder.mkdir()
     for name in ("rlhf_online_quant.py", "rlhf_utils.py"):
         shutil.copy(HERE.parent / name, folder)
-    (folder / "mine.py").write_text(code.replace("facebook/opt-125m", path))
+    (folder / "mine.py").write_text(code.replace('"facebook/opt-125m"', f'"{path}", tensor_parallel_size=1'))
     command = [sys.executable, "mine.py"]
     run = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=200)
     assert run.returncode == 0, run.stderr[-3000:]
@@ -279,16 +275,14 @@ def test_engine_refuses_to_generate_while_torn(config, pair):
     assert pair.llm.get_weights_version() > version and observe(pair.llm) == before
 
 
-def test_no_fp8_layer_is_an_error(config, models, tmp_path):
+def test_no_fp8_layer_is_an_error(models, tmp_path):
     """The commonest silent failure: a torchao config that quantizes nothing."""
     from torchao.core.config import config_to_dict
     from torchao.quantization import ModuleFqnToConfig
 
     file = tmp_path / "nothing.json"
     file.write_text(driver.json.dumps(config_to_dict(ModuleFqnToConfig({"_default": None}))))
-    config = dataclasses.replace(config, tensor_parallel_size=1, quantization=str(file))
-    with driver.contextlib.ExitStack() as cleanup:
-        actor = driver.start_engine(config, models("tiny-opt")[0], "cpu", cleanup)
-        Remote(actor).get_weights_version()
-        with pytest.raises(ValueError, match="had no effect: a worker has no Float8Tensor layer"):
-            driver.prove_fp8([actor], config)
+    config, [path, _] = dataclasses.replace(CONFIG, quantization=str(file)), models("tiny-opt")
+    with pytest.raises(ValueError, match="had no effect: a worker has no Float8Tensor layer"):
+        with local_pair(path, config):
+            pass

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import psutil
@@ -242,10 +243,13 @@ def test_the_reaper_kills_what_is_rays():
     command = [sys.executable, "-c", f"{start}; time.sleep(60)"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as parent:
         rays, mine = map(psutil.Process, json.loads(parent.stdout.readline()))
-        with subprocess.Popen(
-            [sys.executable, "-c", driver.REAPER, str(parent.pid), "/ray/"], stdin=subprocess.PIPE
-        ):
-            time.sleep(2)
+        reaper = [sys.executable, "-c", driver.REAPER, str(parent.pid), "/ray/"]
+        with subprocess.Popen(reaper, stdin=subprocess.PIPE) as process:
+            while (
+                "_psutil" not in Path(f"/proc/{process.pid}/maps").read_text()
+            ):  # it starts slowly under load
+                time.sleep(0.1)
+            time.sleep(1.5)
         statuses = rays.status(), mine.status()
         mine.kill()
         parent.kill()

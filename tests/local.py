@@ -1,0 +1,116 @@
+"""Trainers and engines in this process, which has imported everything: seconds instead of half a minute.
+
+The sync, its proof, vLLM, torchao and gloo are the real ones; `Local` stands in for Ray's handles.
+"""
+
+import concurrent.futures
+import contextlib
+import gc
+import os
+import pickle
+import signal
+from collections.abc import Callable, Iterator
+from unittest import mock
+
+import ray
+import torch
+from vllm import LLM
+from vllm.model_executor.models import registry
+from vllm.model_executor.models.transformers import base
+from vllm.v1.worker.cpu_worker import CPUWorker
+
+from harness import driver
+
+CONFIG = driver.Config(
+    trainer_device="cpu", tensor_parallel_size=1, learning_rate=1e-3, quantization="fp8-weight-only"
+)
+
+
+class Local:
+    """A handle of an object in this process: `handle.method.remote(...)` runs in a thread of its own."""
+
+    def __init__(self, name: str, target):
+        self.name, self.target, self.pool = name, target, concurrent.futures.ThreadPoolExecutor(1)
+
+    def run(self, function: Callable, *args):
+        """Ray's `__ray_call__`: a copy of the function, as if it had travelled to another process."""
+        return pickle.loads(ray.cloudpickle.dumps(function))(self.target, *args)
+
+    def __getattr__(self, method: str):
+        call = self.run if method == "__ray_call__" else getattr(self.target, method)
+
+        def remote(*args, **kwargs):
+            future = self.pool.submit(call, *args, **kwargs)
+            future.who = self.name
+            return future
+
+        remote.remote = remote
+        return remote
+
+
+def wait(refs: list, timeout_s: float, doing: str, patience_s: float = 0.0) -> list:
+    """The driver's `wait` for local handles, and Ray's."""
+    futures = [ref.future() if isinstance(ref, ray.ObjectRef) else ref for ref in refs]
+    errors = [future.exception(timeout=timeout_s) for future in futures]
+    failed = [
+        f"{getattr(future, 'who', 'Ray')}: {type(error).__name__}: {error}"
+        for future, error in zip(futures, errors)
+        if error
+    ]
+    if failed:
+        raise RuntimeError(f"{doing}: " + "; ".join(failed))
+    return [future.result() for future in futures]
+
+
+@contextlib.contextmanager
+def local_engine(path: str, config: driver.Config, kind: type[LLM] = driver.MyLLM, **more) -> Iterator[LLM]:
+    """An engine in this process."""
+    os.environ |= driver.actor_environment()
+    with contextlib.ExitStack() as cleanup:
+        cleanup.callback(torch.set_default_dtype, torch.get_default_dtype())  # an error may leave vLLM's
+        # vLLM looks at the class of each model in a process of its own: 5 s each, unless it is in a cache.
+        cleanup.enter_context(mock.patch.object(registry, "_run_in_subprocess", lambda look: look()))
+        # It collects garbage nine times for each engine, among all that has been imported: 2 s.
+        cleanup.enter_context(mock.patch.object(gc, "collect", lambda *_: 0))
+        # Nothing is compiled; and what vLLM has decorated for that, transformers could not build again.
+        cleanup.enter_context(mock.patch.object(base, "support_torch_compile", lambda **_: lambda cls: cls))
+        cleanup.callback(setattr, CPUWorker, "__bases__", CPUWorker.__bases__)  # vLLM adds the extension
+        # A gigabyte of KV cache takes 1 s to fill with zeros and to give back.
+        small = dict(num_gpu_blocks_override=256)
+        llm = kind(**driver.engine_arguments(config, path, "cpu") | small | more)
+        cleanup.callback(llm.llm_engine.engine_core.shutdown)
+        yield llm
+
+
+@contextlib.contextmanager
+def local_actors() -> Iterator[None]:
+    """Meanwhile the driver's trainer and engines start in this process, without Ray."""
+
+    def start_trainer(config, path, cleanup):
+        return Local("trainer (rank 0)", driver.Trainer(config, path))
+
+    def start_engine(config, path, device, cleanup, first_rank=1):
+        return Local(f"engine (rank {first_rank})", cleanup.enter_context(local_engine(path, config)))
+
+    parts = dict(wait=wait, start_trainer=start_trainer, start_engine=start_engine, connect=lambda *_: 0)
+    one_node = mock.patch.object(ray, "nodes", lambda: [{"Alive": True}])
+    with mock.patch.multiple(driver, **parts), one_node, contextlib.ExitStack() as cleanup:
+        # `main` sets its own.
+        cleanup.callback(signal.signal, signal.SIGTERM, signal.getsignal(signal.SIGTERM))
+        yield
+
+
+@contextlib.contextmanager
+def local_pair(path: str, config: driver.Config) -> Iterator[tuple[Local, Local]]:
+    """Handles of a trainer and an engine in this process, in one gloo group."""
+    with local_actors(), contextlib.ExitStack() as cleanup:
+        trainer = driver.start_trainer(config, path, cleanup)
+        engine = driver.start_engine(config, path, "cpu", cleanup)
+        driver.join_group(config, "cpu", trainer, [engine])
+        driver.prove_fp8([engine], config)
+        yield trainer, engine
+
+
+def worker(llm: LLM):
+    """The worker object of an engine with one, in the engine's process."""
+    return llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker
