@@ -73,7 +73,10 @@ def test_wrong_kinds(flags, capsys):
             "--resume nowhere: expected checkpoint-N of an earlier run, found no trainer.pt",
         ),
         (dict(track="wandb"), "--track wandb: not installed here; pip install wandb"),
-        (dict(reward="nosuch"), "--reward nosuch: expected letters, arithmetic, or module:function"),
+        (
+            dict(reward="nosuch"),
+            "--reward nosuch: expected backwards, letters, arithmetic, or module:function",
+        ),
         (dict(reward="math:pi"), "--reward math:pi: expected a function, found float"),
         (
             dict(quantization="nosuch"),
@@ -368,7 +371,7 @@ def test_a_reward_module_may_fail_in_any_way(tmp_path, monkeypatch):
         Path(f"broken_{number}.py").write_text(code)
         message = refused(driver.load_reward, f"broken_{number}:f")
         assert message.startswith(
-            f"--reward broken_{number}:f: expected letters, arithmetic, or module:function"
+            f"--reward broken_{number}:f: expected backwards, letters, arithmetic, or module:function"
         )
 
 
