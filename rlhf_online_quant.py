@@ -1418,8 +1418,7 @@ def check_flags(config: Config) -> list[str]:
         )
     if config.track != "none" and importlib.util.find_spec(config.track) is None:
         raise ValueError(f"--track {config.track}: not installed here; pip install {config.track}")
-    if config.reward != "auto":
-        load_reward(config.reward)
+    load_reward("letters" if config.reward == "auto" else config.reward)
     quantization = "fp8-dynamic" if config.quantization == "auto" else config.quantization
     engine_arguments(dataclasses.replace(config, quantization=quantization), "", "cpu")
     if config.resume:
