@@ -36,6 +36,7 @@ import re
 import shutil
 import signal
 import socket
+import string
 import subprocess
 import sys
 import tempfile
@@ -111,7 +112,7 @@ class Config:
     """RL with an FP8 vLLM rollout engine, quantized online."""
 
     model: str = "auto"
-    """Hugging Face name, local folder, or `tiny` (random). `auto`: facebook/opt-125m on GPUs, else tiny."""
+    """Hugging Face name, local folder, or `tiny` (made here). `auto`: facebook/opt-125m on GPUs, else it."""
     trainer_device: Literal["auto", "cuda", "cpu"] = "auto"
     """Where the trainer runs; `auto` takes a GPU if the cluster has any."""
     trainer_dtype: Literal["float32", "bfloat16"] = "float32"
@@ -131,13 +132,14 @@ class Config:
     engine_args: str = "{}"
     """JSON with any other keyword of vllm.LLM: '{"gpu_memory_utilization": 0.5, "kv_cache_dtype": "fp8"}'."""
 
-    steps: int = 20
+    steps: int = 60
     """Training steps: rollouts, rewards, optimizer, sync. 0 only starts, proves and samples."""
     prompts_file: Path | None = None
-    """UTF-8 text, one prompt a line. Default: sums for `--reward arithmetic`, else vLLM's four examples."""
-    reward: str = "letters"
-    """`letters` (share of a-z), `arithmetic` (right sums), or `module:function`; see `compute_rewards`."""
-    prompts_per_step: int = 8
+    """UTF-8 text, one prompt a line. Default: what the reward asks for, else vLLM's four examples."""
+    reward: str = "auto"
+    """`backwards` (`auto` for the tiny model without a prompts file), `letters` (share of a-z; `auto` for
+    others), `arithmetic` (right sums), or `module:function`; see `compute_rewards`."""
+    prompts_per_step: int = 16
     """P, prompts per step."""
     samples_per_prompt: int = 16
     """G, completions per prompt; advantages are relative to their mean."""
@@ -146,7 +148,7 @@ class Config:
     temperature: float = 1.0
     """Of the rollouts. The samples before and after training are always greedy."""
     learning_rate: float | None = None
-    """AdamW's step size. Default: 1e-6, and 5e-4 for the tiny model."""
+    """AdamW's step size. Default: 1e-6, and 1e-3 for the tiny model."""
     epochs: int = 1
     """Optimizer steps per rollout batch, each on all of it. PPO's clipping matters from the second on."""
     overlap: bool = False
@@ -285,6 +287,20 @@ def to_rollouts(outputs: list, advantages_PG: torch.Tensor) -> list[dict]:
     return rollouts
 
 
+def backwards(prompts: list[str], completions: list[str]) -> list[float]:
+    """The share of letters that are right and in place, of the prompt's last word written backwards.
+
+    Only who reads the prompt can do it: a word of random letters says nothing about the next one.
+
+    >>> backwards(["Backwards: abcde ->"] * 3, [" edcba", " edxba", " edcbaedcba"])
+    [1.0, 0.8, 0.5]
+    """
+    words = [(re.findall(r"\w+", prompt) or [""])[-1][::-1] for prompt in prompts]
+    pairs = list(zip(words, map(str.strip, completions), strict=True))
+    right = [sum(letter == other for letter, other in zip(*pair)) for pair in pairs]
+    return [count / max(1, *map(len, pair)) for count, pair in zip(right, pairs)]
+
+
 def letters(prompts: list[str], completions: list[str]) -> list[float]:
     """The share of characters that are lower-case letters a-z: what a random model can learn from scratch."""
     return [len(re.findall("[a-z]", completion)) / max(1, len(completion)) for completion in completions]
@@ -299,7 +315,7 @@ def arithmetic(prompts: list[str], completions: list[str]) -> list[float]:
 
 def load_reward(name: str) -> Callable[..., list[float]]:
     """The function behind `--reward`. Raises ValueError if there is none."""
-    shipped = {"letters": letters, "arithmetic": arithmetic}
+    shipped = {"backwards": backwards, "letters": letters, "arithmetic": arithmetic}
     if name in shipped:
         return shipped[name]
     if os.getcwd() not in sys.path:
@@ -376,12 +392,24 @@ def compute_advantages(rewards_PG: torch.Tensor) -> torch.Tensor:
 
 
 def prompts_of_step(config: Config, prompts: list[str], step: int) -> list[str]:
-    """P prompts: the next ones in turn, or sums of their own for `--reward arithmetic` without a file."""
+    """P prompts: the next in turn; without a file new words for `backwards`, new sums for `arithmetic`."""
     count = config.prompts_per_step
+    if config.reward == "backwards" and config.prompts_file is None:
+        return ask_backwards(f"{config.seed} {step}", count)
     if config.reward == "arithmetic" and config.prompts_file is None:
         draw = random.Random(f"{config.seed} {step}").randrange
         return [f"Question: What is {draw(100)} + {draw(100)}? Answer:" for _ in range(count)]
     return [prompts[(step * count + i) % len(prompts)] for i in range(count)]
+
+
+def ask_backwards(seed: str, count: int, held_out: bool = False) -> list[str]:
+    """Prompts with random words of 5 letters. Held out of training is one word in ten, with its anagrams."""
+    draw, prompts = random.Random(seed), []
+    while len(prompts) < count:
+        word = "".join(draw.choices(string.ascii_lowercase, k=5))
+        if (sum(word.encode()) % 10 == 0) == held_out:
+            prompts.append(f"Backwards: {word} ->")
+    return prompts
 
 
 LINE_OF_STEP = (
@@ -1375,7 +1403,7 @@ def check_flags(config: Config) -> tuple[list[str], int]:
                 raise ValueError(f"--{flag}: expected {low:g} to {high:g}, found {value:g}")
     if config.track != "none" and importlib.util.find_spec(config.track) is None:
         raise ValueError(f"--track {config.track}: not installed here; pip install {config.track}")
-    load_reward(config.reward)
+    load_reward("letters" if config.reward == "auto" else config.reward)
     quantization = "fp8-dynamic" if config.quantization == "auto" else config.quantization
     engine_arguments(dataclasses.replace(config, quantization=quantization), "", "cpu")
     with expected(f"--output-dir {config.output_dir}", "a folder that can be written to"):
@@ -1418,7 +1446,9 @@ def resolve(config: Config, gpus: int) -> tuple[Config, str]:
     if config.matmul_precision == "auto":
         config.matmul_precision = "bfloat16" if config.trainer_device == "cuda" else "float32"
     if config.learning_rate is None:
-        config.learning_rate = 5e-4 if config.model == "tiny" else 1e-6
+        config.learning_rate = 1e-3 if config.model == "tiny" else 1e-6
+    if config.reward == "auto":
+        config.reward = "backwards" if config.model == "tiny" and config.prompts_file is None else "letters"
     if config.model != "tiny" and Path(config.model).is_dir():
         config.model = str(Path(config.model).absolute())  # actors work elsewhere
     if config.resume:
@@ -1492,6 +1522,29 @@ def build_tiny_model(folder: str, seed: int = 0) -> str:
     return folder
 
 
+def warm_up(folder: str, seed: int) -> None:
+    """Teach the model in `folder` by example until it gets so much right that `backwards` can teach the rest.
+
+    RL may never learn a place of the word that was only ever right by chance. So this ends when at each of
+    the 5 places a fifth of the letters is right (chance: 1 in 26), in a batch of words not seen before.
+    """
+    tokenizer = byte_tokenizer()
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    optimizer, batch, right_T = torch.optim.AdamW(model.parameters(), lr=1e-3), 0, torch.zeros(5)
+    while right_T.min() < 0.2:
+        prompts = ask_backwards(f"{seed} warm-up {batch}", 64)
+        examples = [f"{prompt} {prompt[-4:-9:-1]}</s>" for prompt in prompts]  # "... abcde -> edcba</s>"
+        tokens_BL = torch.tensor(tokenizer(examples).input_ids)
+        logits_BTV, answers_BT = model(input_ids=tokens_BL).logits[:, -8:-1], tokens_BL[:, -7:]
+        torch.nn.functional.cross_entropy(logits_BTV.flatten(0, 1), answers_BT.flatten()).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        right_T = (logits_BTV.argmax(-1) == answers_BT)[:, 1:-1].float().mean(0)
+        batch += 1
+    print(f"Taught the tiny model by {batch} x 64 words: {right_T.mean():.0%} of the letters are right")
+    model.to(torch.bfloat16).save_pretrained(folder)
+
+
 def byte_tokenizer(more: list[str] | None = None) -> transformers.PreTrainedTokenizerFast:
     """One token per byte, after three special ones and before any `more`."""
     alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
@@ -1529,6 +1582,8 @@ def main(config: Config) -> dict:
             print("No GPU found: the same processes on the CPU (gloo; weight-only FP8 and tiny by default)")
         folder = cleanup.enter_context(tempfile.TemporaryDirectory())
         path = build_tiny_model(folder, config.seed) if config.model == "tiny" else config.model
+        if config.model == "tiny" and config.reward == "backwards":
+            warm_up(path, config.seed)
         check_model(config, path, prompts)
         layout = f"{config.num_engines} engine(s) ({device}, TP={config.tensor_parallel_size})"
         print(f"Starting Ray, trainer ({config.trainer_device}) and {layout} ...", flush=True)
@@ -1537,6 +1592,8 @@ def main(config: Config) -> dict:
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # Ray's own handler would kill the cluster
         trainer, engines, ranks = start(config, path, device, cleanup)
         samples = prompts_of_step(config, prompts, 0)[:4]
+        if config.reward == "backwards" and config.prompts_file is None:
+            samples = ask_backwards("held out", 100, held_out=True)
         try:
             sync = prove_sync(trainer, engines, samples, config.max_tokens, timeout_s=config.timeout_s)
         except RuntimeError as error:
@@ -1564,16 +1621,25 @@ def main(config: Config) -> dict:
                 {"prompt": old["prompt"], "before": old["text"], "after": new["text"]}
                 for old, new in zip(before, after, strict=True)
             ],
+            "all_right": [all_right(before), all_right(after)] if config.reward == "backwards" else None,
             "versions": {"python": sys.version.split()[0]}
             | {lib.__name__: lib.__version__ for lib in libraries},
         }
         (config.output_dir / "summary.json").write_text(json.dumps(summary, indent=2))
         plot_curves(config.output_dir)
         print("Greedy answers before and after training:")
-        for sample in summary["samples"]:
+        for sample in summary["samples"][:4]:
             print(f"  {sample['prompt']!r} -> {sample['before'][:24]!r} -> {sample['after'][:24]!r}")
+        if right := summary["all_right"]:
+            print(f"Words without a mistake: {right[0]:.0%} before training, {right[1]:.0%} after")
         print(f"Wrote summary.json, metrics.jsonl and curves.png to {config.output_dir}")
     return summary
+
+
+def all_right(answers: list[dict]) -> float:
+    """The share of greedy answers in which `backwards` finds no mistake."""
+    rewards = backwards([answer["prompt"] for answer in answers], [answer["text"] for answer in answers])
+    return rewards.count(1.0) / len(rewards)
 
 
 def plot_curves(folder: Path) -> None:

@@ -76,9 +76,9 @@ def test_wrong_kinds(flags, capsys):
             "--resume nowhere: expected checkpoint-N of an earlier run. Found: FileNotFoundError: ",
         ),
         (dict(track="wandb"), "--track wandb: not installed here; pip install wandb"),
-        (dict(reward="nosuch"), "--reward nosuch: expected letters, arithmetic, or module:function"),
+        (dict(reward="nosuch"), "--reward nosuch: expected backwards, letters, arithmetic, or"),
         (dict(reward="nosuch"), "Found: ModuleNotFoundError: No module named 'nosuch'"),
-        (dict(reward="math:pi"), "--reward math:pi: expected letters, arithmetic, or module:function"),
+        (dict(reward="math:pi"), "--reward math:pi: expected backwards, letters, arithmetic, or"),
         (dict(reward="math:pi"), "Found: TypeError: a float, not a function"),
         (
             dict(quantization="nosuch"),
@@ -379,7 +379,7 @@ def test_a_reward_module_may_fail_in_any_way(tmp_path, monkeypatch):
         Path(f"broken_{number}.py").write_text(code)
         message = refused(driver.load_reward, f"broken_{number}:f")
         assert message.startswith(
-            f"--reward broken_{number}:f: expected letters, arithmetic, or module:function"
+            f"--reward broken_{number}:f: expected backwards, letters, arithmetic, or module:function"
         )
 
 

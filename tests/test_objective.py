@@ -231,6 +231,43 @@ def test_shipped_rewards():
     assert driver.arithmetic([prompt], [str(total)]) == [1.0]
 
 
+def test_backwards_can_only_be_earned_by_reading():
+    """One answer to all prompts earns what chance gives (1 letter in 26), reading earns all."""
+    config = driver.Config(reward="backwards", prompts_per_step=500)
+    prompts = driver.prompts_of_step(config, [], 0)
+    assert prompts != driver.prompts_of_step(config, [], 1) and len(set(prompts)) == 500
+    for constant in (" edcba", " eeeee", "", prompts[0][-4:-9:-1]):
+        assert sum(driver.backwards(prompts, [constant] * 500)) / 500 < 0.06
+    assert driver.backwards(prompts, [prompt[-4:-9:-1] for prompt in prompts]) == [1.0] * 500
+    assert driver.backwards(["", "Say: a b", "?"], ["", "b", "a"]) == [0, 1, 0]
+
+
+def test_held_out_words_are_never_trained_on():
+    """Neither they nor an anagram of theirs, in whatever step, seed or warm-up."""
+
+    def words(*args, **options) -> set:
+        return {"".join(sorted(prompt.split()[1])) for prompt in driver.ask_backwards(*args, **options)}
+
+    held_out = words("held out", 100, held_out=True)
+    assert not held_out & set().union(*(words(str(i), 1000) for i in range(50)))
+
+
+def test_warm_up_begins_what_is_left_to_rl(tmp_path, capsys):
+    """The same for the same seed; some letters right at every place, hardly a word; the answer ends."""
+    weights = []
+    for folder in (str(tmp_path / "a"), str(tmp_path / "b")):
+        driver.warm_up(driver.build_tiny_model(folder, 1), 1)
+        model = driver.transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        weights.append(torch.cat([weight.flatten() for weight in model.parameters()]))
+    assert torch.equal(*weights) and "of the letters are right" in capsys.readouterr().out
+    prompts, tokenizer = driver.ask_backwards("held out", 100, held_out=True), driver.byte_tokenizer()
+    tokens = torch.tensor(tokenizer(prompts).input_ids)
+    ended = model.generate(input_ids=tokens, max_new_tokens=12, do_sample=False)[:, tokens.shape[1] :]
+    rewards = driver.backwards(prompts, tokenizer.batch_decode(ended, skip_special_tokens=True))
+    assert 0.2 < sum(rewards) / 100 < 0.8 and rewards.count(1.0) < 50
+    assert (ended == tokenizer.eos_token_id).any(dim=1).float().mean() > 0.9
+
+
 @pytest.mark.parametrize(
     ("reward", "message"),
     [
@@ -256,6 +293,6 @@ def test_load_reward(tmp_path, monkeypatch):
     ]
     for name in ("nothing", "my_rewards:no", "no_such_module:f"):
         with pytest.raises(
-            ValueError, match=f"--reward {name}: expected letters, arithmetic, or module:function"
+            ValueError, match=f"--reward {name}: expected backwards, letters, arithmetic, or module:function"
         ):
             driver.load_reward(name)

@@ -299,6 +299,10 @@ def test_defaults_follow_the_machine():
     assert (device, on_gpus.model, on_gpus.quantization) == ("cuda", "facebook/opt-125m", "fp8-dynamic")
     on_cpu, device = driver.resolve(driver.Config(), 0)
     assert (device, on_cpu.model, on_cpu.quantization) == ("cpu", "tiny", "fp8-weight-only")
+    assert (on_gpus.reward, on_cpu.reward) == ("letters", "backwards")
+    own = driver.Config(prompts_file=driver.Path("prompts.txt"))
+    assert driver.resolve(own, 0)[0].reward == "letters"
+    assert driver.resolve(driver.Config(reward="backwards"), 3)[0].reward == "backwards"
 
 
 @pytest.mark.parametrize(
