@@ -24,7 +24,7 @@ import tyro
 from harness import driver
 from random_models import build_random_model, tokenizer_of
 
-CONFIG = driver.Config(trainer_device="cpu", learning_rate=1e-3, max_model_len=256)
+CONFIG = driver.Config(trainer_device="cpu", learning_rate=1e-3, max_model_len=256, epochs=1)
 
 
 def refused(function, *args, error=ValueError) -> str:

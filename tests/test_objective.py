@@ -13,7 +13,7 @@ from architectures import ARCHITECTURES, SMALL
 from harness import driver
 from random_models import build_random_model
 
-CONFIG = driver.Config(trainer_device="cpu", learning_rate=1e-3)
+CONFIG = driver.Config(trainer_device="cpu", learning_rate=1e-3, epochs=1)
 
 
 def batch(old: list, engine: list, advantages: list, mask: list) -> dict[str, torch.Tensor]:
@@ -165,11 +165,13 @@ def test_no_whole_logits_but_every_scale_and_cap(name, monkeypatch):
     for row, end in enumerate([40, 30, 17]):
         mask_BT[row, 8 : end - 1] = True
         attend_BL[row, end:] = tokens_BL[row, end:] = 0
+    names = [*model.state_dict()]
     ours_BT = driver.completion_logprobs(model, {"tokens_BL": tokens_BL, "mask_BT": mask_BT}, 0.7)
     logits_BTV = model(input_ids=tokens_BL, attention_mask=attend_BL).logits[:, :-1] / 0.7
     plain_BT1 = logits_BTV.log_softmax(-1).gather(-1, tokens_BL[:, 1:, None])
     plain_BT = plain_BT1.squeeze(-1).masked_fill(~mask_BT, 0.0)
     torch.testing.assert_close(ours_BT, plain_BT)
+    assert [*model.state_dict()] == names, "of tied weights the first name counts"
     parameters = list(model.parameters())
     wanted = torch.autograd.grad(plain_BT.sum(), parameters, allow_unused=True)
     found = torch.autograd.grad(ours_BT.sum(), parameters, allow_unused=True)
