@@ -14,13 +14,14 @@ import contextlib
 import dataclasses
 import json
 import os
+import signal
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-import urllib.error
 import urllib.request
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
 
@@ -53,6 +54,15 @@ class Benchmark(driver.Config):
 
 class MeasuredTrainer(driver.Trainer):
     """The driver's, which can compare itself with the engine."""
+
+    def checkpointed(self, rollouts: list[dict]) -> dict:
+        """Metrics of training steps with --gradient-checkpointing, the last of three."""
+        self.model.gradient_checkpointing_enable()
+        self.model.train()
+        metrics = [self.train_step(rollouts) for _ in range(3)][-1]
+        self.model.gradient_checkpointing_disable()
+        self.model.eval()
+        return metrics
 
     @torch.no_grad()
     def mismatch_kl(self, rollouts: list[dict], precision: str) -> float:
@@ -95,7 +105,7 @@ def rollout_rates(config: Benchmark, engine) -> dict[str, float]:
     )
     plain = [engine.generate.remote, prompts, params]
     rates = {"loop": [], "plain": []}
-    for step in range(4):  # in turn, so that nothing that drifts favours one
+    for step in range(1 + 3):  # in turn, so that nothing that drifts favours one
         asked = {"loop": driver.generate([engine], prompts, config, step)}
         asked["plain"] = driver.wait([plain[0](*plain[1:], use_tqdm=False)], 300, "plain generation")[0]
         for name, outputs in asked.items():
@@ -120,8 +130,10 @@ def measure(config: Benchmark, path: str, device: str) -> dict[int, dict]:
                 precision: driver.wait([trainer.mismatch_kl.remote(rollouts, precision)], 300, "comparing")[0]
                 for precision in ("bfloat16", "float32")
             }
+            [checkpointed] = driver.wait([trainer.checkpointed.remote(rollouts)], 300, "training")
             found[length] = {
-                "mismatch_kl_before_training": kl,
+                "mismatch_kl_of_the_first_batch": kl,
+                "checkpointed": {name: checkpointed[name] for name in ("train_s", "trainer_gib")},
                 "rollout_tokens_per_s": rollout_rates(own, engines[0]),
                 "in turn": steps(own, trainer, engines, overlap=False),
                 "overlapped": steps(own, trainer, engines, overlap=True),
@@ -130,42 +142,48 @@ def measure(config: Benchmark, path: str, device: str) -> dict[int, dict]:
     return found
 
 
-def measure_trl(config: Benchmark, path: str) -> dict[int, dict]:
-    """TRL's part: seconds of a step for each length."""
-    gpus, port, logs, found = torch.cuda.device_count(), str(get_open_port()), config.output_dir, {}
-    serve = [sys.executable, "-m", "trl.scripts.vllm_serve", "--model", path, "--host", "127.0.0.1"]
-    serve += ["--port", port, "--max_model_len", str(config.max_model_len), "--dtype", "bfloat16"]
-    serve += ["--gpu_memory_utilization", "0.8"]
-    environment = {"CUDA_VISIBLE_DEVICES": str(gpus - 1), "VLLM_SERVER_DEV_MODE": "1"}
-    with contextlib.ExitStack() as stop:
-        log = stop.enter_context((logs / "trl_server.log").open("w"))
-        server = subprocess.Popen(serve, env=os.environ | environment, stdout=log, stderr=log)
-        stop.callback(server.wait)
-        stop.callback(server.terminate)
-        give_up = time.monotonic() + 300
-        while True:
-            with contextlib.suppress(urllib.error.URLError, ConnectionError):
-                urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=2)
-                break
-            if server.poll() is not None or time.monotonic() > give_up:
-                raise RuntimeError(f"TRL's server did not start: {log.name}")
-            time.sleep(1)
-        for length in config.lengths:
-            numbers = [WARM_UP + config.repeats + 1, length, config.tokens_per_microbatch // length, port]
-            command = [sys.executable, str(Path(__file__).with_name("peer_trl.py")), path, *map(str, numbers)]
+@contextlib.contextmanager
+def trl_server(config: Benchmark, path: str) -> Iterator[int]:
+    """TRL's vLLM server, on our trainer's GPU, where it takes little memory and idles meanwhile; its port."""
+    port = get_open_port()
+    command = [sys.executable, "-m", "trl.scripts.vllm_serve", "--model", path, "--host", "127.0.0.1"]
+    command += ["--port", str(port), "--max_model_len", str(config.max_model_len), "--dtype", "bfloat16"]
+    command += ["--gpu_memory_utilization", "0.3"]
+    environment = os.environ | {"CUDA_VISIBLE_DEVICES": "0", "VLLM_SERVER_DEV_MODE": "1"}
+    with (config.output_dir / "trl_server.log").open("w") as log:
+        server = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
+        try:
+            yield port
+        finally:
+            os.killpg(server.pid, signal.SIGTERM)
+            server.wait(60)
+
+
+def measure_trl(config: Benchmark, path: str, port: int) -> dict[int, dict]:
+    """TRL's part: seconds of a step for each length, with its trainer on our engine's GPU."""
+    found, give_up = {}, time.monotonic() + 200
+    while time.monotonic() < give_up:
+        with contextlib.suppress(OSError):
+            urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=2).close()
+            break
+        time.sleep(1)
+    for length in config.lengths:
+        numbers = [WARM_UP + config.repeats + 1, length, config.tokens_per_microbatch // length, port]
+        command = [sys.executable, str(Path(__file__).with_name("peer_trl.py")), path, *map(str, numbers)]
+        with (config.output_dir / f"trl_{length}.log").open("w") as log:
             output = subprocess.run(
                 [*command, json.dumps(driver.PROMPTS)],
-                env=os.environ | {"CUDA_VISIBLE_DEVICES": "0"},
+                env=os.environ | {"CUDA_VISIBLE_DEVICES": "1"},
                 stdout=subprocess.PIPE,
                 stderr=log,
                 text=True,
                 timeout=300,
                 check=True,
             ).stdout
-            said = json.loads(output.strip().splitlines()[-1])
-            seconds = said["step_s"][WARM_UP:]
-            found[length] = {"step_s": statistics.median(seconds), "trainer_gib": said["trainer_gib"]}
-            print("TRL", length, json.dumps(found[length]), flush=True)
+        said = json.loads(output.strip().splitlines()[-1])
+        seconds = said["step_s"][WARM_UP:]
+        found[length] = {"step_s": statistics.median(seconds), "trainer_gib": said["trainer_gib"]}
+        print("TRL", length, json.dumps(found[length]), flush=True)
     return found
 
 
@@ -174,12 +192,14 @@ def main(config: Benchmark) -> dict:
     config.output_dir.mkdir(parents=True, exist_ok=True)
     with contextlib.ExitStack() as cleanup:
         path = build_random_model(cleanup.enter_context(tempfile.TemporaryDirectory()), config.shape)
+        port = cleanup.enter_context(trl_server(config, path)) if config.peer == "trl" else None
         with contextlib.ExitStack() as stop:
             wanted = dataclasses.replace(config, model=path, reward="letters")
             config, device = driver.resolve(wanted, connect(config, stop))
-            found = measure(config, path, device)
-        peer = measure_trl(config, path) if config.peer == "trl" else {}
-    result = write_result(config, device, "loop", ours=found, trl=peer)
+            result = write_result(config, device, "loop", ours=measure(config, path, device))
+        if port:
+            result["trl"] = measure_trl(config, path, port)
+    (config.output_dir / f"loop_{config.shape}.json").write_text(json.dumps(result, indent=2))
     report(result, config)
     return result
 
@@ -193,7 +213,7 @@ def report(result: dict, config: Benchmark) -> None:
     print(f"{'tokens':>6} {'':10} {names} {'GiB':>6}")
     figure, axes = plt.subplots(1, len(config.lengths), figsize=(9, 3.5), layout="constrained", squeeze=False)
     for axis, length in zip(axes[0], config.lengths, strict=True):
-        ours, trl = result["ours"][length], result["trl"].get(length)
+        ours, trl = result["ours"][length], result.get("trl", {}).get(length)
         for way in ("overlapped", "in turn"):
             row, left = ours[way], 0.0
             times = "".join(f"{row[phase]:8.3f}s" for phase in ["step_s", *PHASES])
@@ -207,7 +227,10 @@ def report(result: dict, config: Benchmark) -> None:
         if trl:
             print(f"{length:6} {'TRL':10} {trl['step_s']:8.3f}s {'':36} {trl['trainer_gib']:6.1f}")
             axis.barh("TRL", trl["step_s"], color="black")
-        rates, kl = ours["rollout_tokens_per_s"], ours["mismatch_kl_before_training"]
+        checkpointed = ours["checkpointed"]
+        name, memory = "with --gradient-checkpointing", f"{checkpointed['trainer_gib']:.1f} GiB"
+        print(f"{length:6} {name}: train {checkpointed['train_s']:.3f} s, {memory}")
+        rates, kl = ours["rollout_tokens_per_s"], ours["mismatch_kl_of_the_first_batch"]
         part = f"{rates['loop'] / rates['plain']:.2f} of plain LLM.generate"
         print(f"{length:6} rollouts: {rates['loop']:.0f} tokens/s, {part}")
         print(f"{length:6} mismatch KL: BF16 products {kl['bfloat16']:.2e}, FP32 {kl['float32']:.2e}")
