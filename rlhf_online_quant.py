@@ -846,6 +846,7 @@ class Trainer(WeightSender):
     def __init__(self, config: Config, path: str):
         self.config, self.path, self.step, self.unfinished = config, path, 0, False
         super().__init__(self._load(config.resume or path), config.trainer_device)
+        check_parts(self.model)
         if config.gradient_checkpointing:
             self.model.gradient_checkpointing_enable()
             self.model.train()  # transformers checkpoints nothing otherwise
@@ -1007,24 +1008,36 @@ def completion_logprobs(
     Args:
         batch: `tokens_BL`, and `mask_BT`, True where a position predicts a completion token.
     """
-    tokens_BL, mask_BT = batch["tokens_BL"], batch["mask_BT"]
-    head, seen = model.get_output_embeddings(), []
-    with mock.patch.object(head, "forward", lambda hidden_BLH: seen.append(hidden_BLH) or hidden_BLH):
-        model(input_ids=tokens_BL, use_cache=False)
+    tokens_BL, mask_BT, trunk = batch["tokens_BL"], batch["mask_BT"], model.base_model
 
     def of_some(hidden_NH: torch.Tensor, targets_N: torch.Tensor) -> torch.Tensor:
         """By the model's own code behind its trunk, which may scale and cap logits."""
-        trunk = Given(model.base_model, hidden_NH[None])
-        with mock.patch.dict(model._modules, {model.base_model_prefix: trunk}):
+        with mock.patch.dict(model._modules, {model.base_model_prefix: Given(trunk, hidden_NH[None])}):
             logits_NV = model(input_ids=targets_N[None], use_cache=False).logits[0].float()
         if temperature != 1:
             logits_NV = logits_NV / temperature
         return -torch.nn.functional.cross_entropy(logits_NV, targets_N, reduction="none")
 
-    hidden_NH, targets_N = seen[0][:, :-1][mask_BT], tokens_BL[:, 1:][mask_BT]
+    hidden_BLH = trunk(input_ids=tokens_BL, use_cache=False).last_hidden_state
+    hidden_NH, targets_N = hidden_BLH[:, :-1][mask_BT], tokens_BL[:, 1:][mask_BT]
     parts = zip(hidden_NH.split(HEAD_ROWS), targets_N.split(HEAD_ROWS), strict=True)
     logprobs_N = torch.cat([checkpoint(of_some, *part, use_reentrant=False) for part in parts])
     return torch.zeros(mask_BT.shape, device=mask_BT.device).masked_scatter(mask_BT, logprobs_N)
+
+
+@torch.no_grad()
+def check_parts(model: torch.nn.Module) -> None:
+    """Raises ValueError if a model's `completion_logprobs` are not those of its whole logits."""
+    tokens_BL = torch.arange(16, device=model.device).view(2, 8)
+    logprobs_BTV = model(input_ids=tokens_BL, use_cache=False).logits[:, :-1].float().log_softmax(-1)
+    whole_BT = logprobs_BTV.gather(-1, tokens_BL[:, 1:, None]).squeeze(-1)
+    parts_BT = completion_logprobs(model, {"tokens_BL": tokens_BL, "mask_BT": torch.ones_like(whole_BT) > 0})
+    difference = (parts_BT - whole_BT).abs().max()
+    if not difference < (0.01 if model.dtype == torch.float32 else 0.5):  # nats
+        raise ValueError(
+            f"in parts {type(model).__name__}'s log-probabilities are off by {difference:.3g} from those of its "
+            "whole logits; expected a model whose forward is its base model and then its head"
+        )
 
 
 class Given(torch.nn.Module):

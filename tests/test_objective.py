@@ -179,6 +179,20 @@ def test_no_whole_logits_but_every_scale_and_cap(name, monkeypatch):
         torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-4)
 
 
+def test_a_head_that_does_more_is_refused(path):
+    """Whatever a model does before its trunk or knows of the whole sequence afterwards would be lost."""
+
+    class Longer(transformers.OPTForCausalLM):
+        def forward(self, input_ids, **more):
+            output = super().forward(input_ids, **more)
+            output.logits[..., 3:9] *= input_ids.shape[1]
+            return output
+
+    model = Longer.from_pretrained(path, dtype=torch.float32)
+    with pytest.raises(ValueError, match="in parts Longer's log-probabilities are off by"):
+        driver.check_parts(model)
+
+
 def test_products_in_bfloat16_leave_weights_and_gradients_in_float32(path, rollouts):
     """Master weights, gradients and AdamW's state; and the products do differ."""
     seen = {}
