@@ -804,8 +804,8 @@ def wait(refs: list, timeout_s: float, doing: str, patience_s: float = 0.0) -> l
                 failures.append(f"{who(ref)}: {cause_of(error)}")
                 died = died or not isinstance(error, ray.exceptions.RayTaskError)
         if not done and not failures:  # an actor that nothing is asked of at the moment may have died as well
-            states = {name: ray._private.state.actors(actor.hex())["State"] for actor, name in ACTORS.items()}
-            failures = [f"{name} has died" for name, state in states.items() if state == "DEAD"]
+            state = {actor: ray._private.state.actors(actor.hex())["State"] for actor in ACTORS}
+            failures = [f"{name} has died" for actor, name in ACTORS.items() if state[actor] == "DEAD"]
             died = bool(failures)
         if failures:
             deadline = min(deadline, max(time.monotonic() + 4, start + patience_s))
@@ -1035,8 +1035,8 @@ def check_parts(model: torch.nn.Module) -> None:
     difference = (parts_BT - whole_BT).abs().max()
     if not difference < (0.01 if model.dtype == torch.float32 else 0.5):  # nats
         raise ValueError(
-            f"in parts {type(model).__name__}'s log-probabilities are off by {difference:.3g} from those of its "
-            "whole logits; expected a model whose forward is its base model and then its head"
+            f"in parts {type(model).__name__}'s log-probabilities are off by {difference:.3g} from those of "
+            "its whole logits; expected a model whose forward is its base model and then its head"
         )
 
 
@@ -1106,14 +1106,8 @@ class MyLLM(LLM):
     UPDATES |= dict.fromkeys(["receive_weights", "zero_weights", "reset_weights"], "receive_weights")
 
     def __init__(self, *args, **kwargs):
-        """On the CPU vLLM forks its workers from one process that has imported everything, instead of two."""
         if kwargs.get("distributed_executor_backend") == "mp":
-            from vllm.v1.executor import multiproc_executor
-
-            context = multiprocessing.get_context("forkserver")
-            context.set_forkserver_preload([__name__, "vllm.v1.worker.cpu_worker"])
-            multiprocessing.forkserver.ensure_running()
-            multiproc_executor.get_mp_context = lambda: context
+            fork_workers()
         super().__init__(*args, **kwargs)
 
     def __repr__(self) -> str:
@@ -1200,6 +1194,16 @@ class MyLLM(LLM):
     def shutdown(self) -> None:
         """Stop the engine's processes."""
         self.llm_engine.engine_core.shutdown()
+
+
+def fork_workers() -> None:
+    """Let vLLM fork its CPU workers from one process that has imported everything, instead of two."""
+    from vllm.v1.executor import multiproc_executor
+
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__, "vllm.v1.worker.cpu_worker"])
+    multiprocessing.forkserver.ensure_running()
+    multiproc_executor.get_mp_context = lambda: context
 
 
 def decode(tokenizer, prompt: list[int], answer: list[int]) -> str:

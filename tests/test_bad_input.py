@@ -50,7 +50,8 @@ def test_numbers_out_of_range(name, value, how):
 
 
 def test_every_number_has_limits():
-    numbers = {f.name for f in dataclasses.fields(driver.Config) if f.type in (int, float, float | None)}
+    kinds = (int, float, int | None, float | None)
+    numbers = {field.name for field in dataclasses.fields(driver.Config) if field.type in kinds}
     assert numbers == set(LIMITS)
 
 
@@ -457,7 +458,7 @@ def test_a_step_that_bfloat16_swallows_is_said(path, capsys):
     shares = {}
     for dtype in ("bfloat16", "float32"):
         config = dataclasses.replace(CONFIG, trainer_dtype=dtype, learning_rate=1e-6, quantization="none")
-        metrics = {"step": 0, **driver.Trainer(config, path).train_step([ROLLOUT])}
+        metrics = {"step": 0, "staleness": 0, **driver.Trainer(config, path).train_step([ROLLOUT])}
         shares[dtype] = metrics["weights_changed"]
         driver.warn_of(metrics | {"mismatch_kl": math.nan}, config, 0)
         printed = capsys.readouterr().out
