@@ -466,7 +466,10 @@ def train(config: Config, trainer, engines: list, prompts: list[str], first: int
                     saving = trainer.save_checkpoint.remote(config.output_dir)
                     [saved] = wait([saving], 10 * config.timeout_s, "saving a checkpoint")
             except Exception as error:
-                error.add_note(f"This was step {step}. {save_what_was_learned(config, trainer, *saved)}")
+                # A training step that is under way may still end; one that has stalled does not.
+                limit_s = config.timeout_s * (1 if isinstance(error, TimeoutError) else 10)
+                found = save_what_was_learned(trainer, config.output_dir, limit_s, *saved)
+                error.add_note(f"This was step {step}. {found}")
                 raise
     return rows
 
@@ -491,12 +494,11 @@ def warn_of(metrics: dict, config: Config, first: int) -> None:
         print(f"Use --trainer-dtype float32, or more than --learning-rate {config.learning_rate:g}.")
 
 
-def save_what_was_learned(config: Config, trainer, saved: int, folder: Path | None) -> str:
+def save_what_was_learned(trainer, output_dir: Path, limit_s: float, saved: int, folder: Path | None) -> str:
     """Save the trainer's complete steps, if `folder` holds only `saved`; a sentence says what there is."""
     try:  # not by `wait`: that an engine has died does not matter now
-        if ray.get(trainer.get_step.remote(), timeout=config.timeout_s) > saved:
-            saving = trainer.save_checkpoint.remote(config.output_dir)
-            saved, folder = ray.get(saving, timeout=10 * config.timeout_s)
+        if ray.get(trainer.get_step.remote(), timeout=limit_s) > saved:
+            saved, folder = ray.get(trainer.save_checkpoint.remote(output_dir), timeout=10 * limit_s)
     except ray.exceptions.RayError as error:  # a GetTimeoutError is one
         print(f"What the trainer had learned could not be saved: {cause_of(error)}", file=sys.stderr)
     if folder is None:

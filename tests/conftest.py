@@ -41,7 +41,7 @@ def config():
             if DEVICE == "cuda"
             else {}
         )
-        wanted = driver.Config(**on_gpus)
+        wanted = driver.Config(epochs=1, **on_gpus)
         config, _ = driver.resolve(wanted, connect(dataclasses.replace(wanted, num_engines=3), cleanup))
         yield config
 

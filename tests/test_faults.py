@@ -453,7 +453,7 @@ def test_two_hundred_syncs_do_not_drift(quick, pair):
 
 def test_full_disk_leaves_the_last_complete_checkpoint(tmp_path, models, monkeypatch):
     path = models("tiny-opt")[0]
-    config = driver.Config(model=path, trainer_device="cpu", learning_rate=1e-3)
+    config = driver.Config(model=path, trainer_device="cpu", learning_rate=1e-3, epochs=1)
     trainer = driver.Trainer(config, path)
     _, folder = trainer.save_checkpoint(tmp_path)
     weights = {name: tensor.clone() for name, tensor in trainer.model.state_dict().items()}
@@ -521,7 +521,7 @@ def test_corrupt_and_unsafe_models(models, tmp_path):
     from vllm.model_executor.model_loader.weight_utils import pt_weights_iterator
 
     good, canary = models("tiny-opt")[0], tmp_path / "canary"
-    config = driver.Config(trainer_device="cpu", learning_rate=1e-3)
+    config = driver.Config(trainer_device="cpu", learning_rate=1e-3, epochs=1)
     evil = tmp_path / "evil"
     shutil.copytree(good, evil, ignore=shutil.ignore_patterns("*.safetensors"))
     torch.save({"lm_head.weight": Malicious(canary)}, evil / "pytorch_model.bin")

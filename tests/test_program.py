@@ -172,6 +172,7 @@ def test_resumed_run_gives_the_same_curve(default_run, tmp_path):
         "tokens_per_s",
         "sync_gb_per_s",
         "trainer_gib",
+        "sampled_version",
         "weights_version",
         "sync_path",
     }
