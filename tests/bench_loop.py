@@ -24,6 +24,7 @@ import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
+from unittest import mock
 
 import matplotlib.pyplot as plt
 import torch
@@ -118,7 +119,7 @@ def measure(config: Benchmark, path: str, device: str) -> dict[int, dict]:
     """The program's part: for each length its rates, mismatches and medians."""
     found = {}
     with contextlib.ExitStack() as stop:
-        driver.Trainer = MeasuredTrainer
+        stop.enter_context(mock.patch.object(driver, "Trainer", MeasuredTrainer))
         trainer, engines, _ = driver.start(config, path, device, stop)
         driver.prove_sync(trainer, engines, timeout_s=config.timeout_s)
         for length in config.lengths:
@@ -223,7 +224,8 @@ def report(result: dict, config: Benchmark) -> None:
             for phase, seconds in phases.items():
                 axis.barh(way, seconds, left=left, label=phase.removesuffix("_s"))
                 left += seconds
-            axis.barh(way, row["step_s"] - left, left=left, color="grey", label="rest" if left else None)
+            rest = dict(color="grey", label="rest") if phases else dict(color="tab:purple")
+            axis.barh(way, row["step_s"] - left, left=left, **rest)
         if trl:
             print(f"{length:6} {'TRL':10} {trl['step_s']:8.3f}s {'':36} {trl['trainer_gib']:6.1f}")
             axis.barh("TRL", trl["step_s"], color="black")

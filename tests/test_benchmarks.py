@@ -3,6 +3,7 @@
 import dataclasses
 import json
 
+import bench_loop
 import bench_memory
 import bench_rollout
 import bench_weight_sync as weight_sync
@@ -43,6 +44,21 @@ def test_rollout(tmp_path):
         assert list(engine["tokens_per_s"]) == ["16x32, batch 1", "16x32, batch 4"]
         assert 1 < engine["tokens_per_s"]["16x32, batch 1"] < engine["tokens_per_s"]["16x32, batch 4"]
     assert (tmp_path / "rollout_tiny-opt.png").stat().st_size > 10_000
+
+
+def test_loop(tmp_path, capsys):
+    flags = ["--tensor-parallel-size", "1", "--prompts-per-step", "2", "--lengths", "8", "--repeats", "2"]
+    bench_loop.main(tyro.cli(bench_loop.Benchmark, args=[*flags, "--output-dir", str(tmp_path)]))
+    found = json.loads((tmp_path / "loop_tiny-opt.json").read_text())["ours"]["8"]
+    for way in ("in turn", "overlapped"):
+        row = found[way]
+        assert 0 < row["train_s"] < row["step_s"] and 100 < row["tokens"] <= 2 * 16 * 8
+        assert row["tokens_per_s"] == pytest.approx(row["tokens"] / row["step_s"], rel=0.3)
+    assert found["in turn"]["rollout_s"] + found["in turn"]["train_s"] < found["in turn"]["step_s"] * 1.05
+    kl = found["mismatch_kl_of_the_first_batch"]
+    assert kl["bfloat16"] != kl["float32"] and kl["float32"] == pytest.approx(2.5e-3, rel=0.5)
+    assert "of plain LLM.generate" in capsys.readouterr().out
+    assert (tmp_path / "loop_tiny-opt.png").stat().st_size > 10_000
 
 
 def test_compare_memory(models, tmp_path, capsys):
