@@ -1607,9 +1607,10 @@ def main(config: Config) -> dict:
             print("No GPU found: the same processes on the CPU (gloo; weight-only FP8 and tiny by default)")
         folder = cleanup.enter_context(tempfile.TemporaryDirectory())
         path = build_tiny_model(folder, config.seed) if config.model == "tiny" else config.model
+        drawn = config.reward in ("backwards", "arithmetic") and config.prompts_file is None
+        check_model(config, path, prompts_of_step(config, prompts, 0) if drawn else prompts)
         if config.model == "tiny" and config.reward == "backwards":
             warm_up(path, config.seed)
-        check_model(config, path, prompts)
         layout = f"{config.num_engines} engine(s) ({device}, TP={config.tensor_parallel_size})"
         print(f"Starting Ray, trainer ({config.trainer_device}) and {layout} ...", flush=True)
         if not config.ray_address:

@@ -69,9 +69,9 @@ def test_wrong_kinds(flags, capsys):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (dict(max_tokens=512), "Found 4 prompts that leave no room for --max-tokens 512: prompt 1 has"),
+        (dict(max_tokens=512), "Found 32 prompts that leave no room for --max-tokens 512: prompt 1 has"),
         (dict(max_tokens=512), "Expected at most --max-model-len 512 in all; shorten them, or type --max"),
-        (dict(max_model_len=1), "at most --max-model-len 1 in all; shorten them, or type --max-model-len 69"),
+        (dict(max_model_len=1), "at most --max-model-len 1 in all; shorten them, or type --max-model-len 51"),
         (
             dict(resume=Path("nowhere")),
             "--resume nowhere: expected checkpoint-N of an earlier run. Found: FileNotFoundError: ",
