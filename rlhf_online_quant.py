@@ -189,7 +189,7 @@ def expected(flag: str, what: str) -> Iterator[None]:
     """What the block raises, because of what the user gave, becomes a ValueError: expected and found."""
     try:
         yield
-    except Exception as error:  # a config or a module of the user's may raise whatever it likes
+    except (Exception, SystemExit) as error:  # a module of the user's may raise whatever it likes
         raise ValueError(f"{flag}: expected {what}. Found: {type(error).__name__}: {error}") from error
 
 
@@ -255,7 +255,7 @@ def start_generating(engines: list, prompts: list[str], config: Config, step: in
         raise RuntimeError("refusing to generate: a weight sync is running; ask again when it has ended")
     samples, first = config.samples_per_prompt, config.seed * 10**6 + step * len(prompts)
     sampling = dict(n=samples, temperature=config.temperature, max_tokens=config.max_tokens, **ROLLOUT)
-    seeds = [(first + i) * samples for i in range(len(prompts))]  # vLLM adds the sample's index
+    seeds = [(first + i) * samples % 2**62 for i in range(len(prompts))]  # vLLM adds the sample's index
     params = [SamplingParams(seed=seed, **sampling) for seed in seeds]
     share = math.ceil(len(prompts) / len(engines))
     return [
@@ -349,7 +349,9 @@ def compute_rewards(outputs: list, reward: Callable = letters, timeout_s: float 
     def ask() -> None:
         """In a thread of its own, which may hang."""
         try:
-            wanted, more = inspect.signature(reward).parameters, {}
+            wanted, more = {}, {}
+            with contextlib.suppress(TypeError, ValueError):  # not all that is written in C has a signature
+                wanted = inspect.signature(reward).parameters
             if "finish_reasons" in wanted:
                 more["finish_reasons"] = [completion.finish_reason for completion in completions]
             if "completion_ids" in wanted:
@@ -430,6 +432,8 @@ def train(config: Config, trainer, engines: list, prompts: list[str], first: int
     file = config.output_dir / "metrics.jsonl"
     rows = read_metrics(config.output_dir) if config.resume else []
     rows = [row for row in rows if row["step"] < first]
+    if config.resume and (lost := sorted({*range(first)} - {row["step"] for row in rows})):
+        print(f"{file}: lacks the steps {some(list(map(str, lost)))}, in or before which a run failed")
     file.write_text("".join(map(to_json, rows)))
     saved = first, config.resume
     with contextlib.ExitStack() as cleanup:
@@ -466,9 +470,9 @@ def train(config: Config, trainer, engines: list, prompts: list[str], first: int
                     saving = trainer.save_checkpoint.remote(config.output_dir)
                     [saved] = wait([saving], 10 * config.timeout_s, "saving a checkpoint")
             except Exception as error:
-                # A training step that is under way may still end; one that has stalled does not.
-                limit_s = config.timeout_s * (1 if isinstance(error, TimeoutError) else 10)
-                found = save_what_was_learned(trainer, config.output_dir, limit_s, *saved)
+                # Beside a dead engine a training step may still be under way, and end.
+                training = isinstance(error, ConnectionError) and str(error).startswith("the training step:")
+                found = save_what_was_learned(config, trainer, training, *saved)
                 error.add_note(f"This was step {step}. {found}")
                 raise
     return rows
@@ -494,11 +498,13 @@ def warn_of(metrics: dict, config: Config, first: int) -> None:
         print(f"Use --trainer-dtype float32, or more than --learning-rate {config.learning_rate:g}.")
 
 
-def save_what_was_learned(trainer, output_dir: Path, limit_s: float, saved: int, folder: Path | None) -> str:
+def save_what_was_learned(config: Config, trainer, busy: bool, saved: int, folder: Path | None) -> str:
     """Save the trainer's complete steps, if `folder` holds only `saved`; a sentence says what there is."""
     try:  # not by `wait`: that an engine has died does not matter now
+        limit_s = config.timeout_s * (10 if busy else 1)
         if ray.get(trainer.get_step.remote(), timeout=limit_s) > saved:
-            saved, folder = ray.get(trainer.save_checkpoint.remote(output_dir), timeout=10 * limit_s)
+            saving = trainer.save_checkpoint.remote(config.output_dir)
+            saved, folder = ray.get(saving, timeout=10 * config.timeout_s)
     except ray.exceptions.RayError as error:  # a GetTimeoutError is one
         print(f"What the trainer had learned could not be saved: {cause_of(error)}", file=sys.stderr)
     if folder is None:
@@ -509,9 +515,12 @@ def save_what_was_learned(trainer, output_dir: Path, limit_s: float, saved: int,
 def read_metrics(folder: Path) -> list[dict]:
     """The rows of metrics.jsonl, one per step; a last one that was cut off is left out. Raises ValueError."""
     file = folder / "metrics.jsonl"
-    *complete, _ = file.read_text().split("\n") if file.exists() else [""]
-    with expected(str(file), "a JSON object a line; move it away"):
-        return [json.loads(line) for line in complete]
+    with expected(str(file), "a JSON object with a `step` a line; move it away"):
+        *complete, _ = file.read_text().split("\n") if file.exists() else [""]
+        rows = [json.loads(line) for line in complete]
+        if wrong := [row for row in rows if not isinstance(row, dict) or type(row.get("step")) is not int]:
+            raise ValueError(f"{wrong[0]!r}")
+        return rows
 
 
 # ----- 3. The objective: pure functions of numbers ----------------------------------------------------------
@@ -848,6 +857,7 @@ class Trainer(WeightSender):
     def __init__(self, config: Config, path: str):
         self.config, self.path, self.step, self.unfinished = config, path, 0, False
         super().__init__(self._load(config.resume or path), config.trainer_device)
+        self.check_finite()
         check_parts(self.model)
         if config.gradient_checkpointing:
             self.model.gradient_checkpointing_enable()
@@ -1257,7 +1267,11 @@ def engine_arguments(config: Config, path: str, device: str) -> dict:
     what = f"a JSON object with keywords of vllm.LLM that the program does not set, {example}"
     with expected(f"--engine-args {config.engine_args}", what):
         more = json.loads(config.engine_args)
-        inspect.signature(vllm.EngineArgs).bind_partial(**fixed, **more)
+        known = {*inspect.signature(vllm.EngineArgs).parameters, *inspect.signature(LLM).parameters}
+        if not isinstance(more, dict):
+            raise TypeError(f"a {type(more).__name__}")
+        if wrong := (more.keys() - known) | (more.keys() & fixed.keys()):
+            raise ValueError(", ".join(sorted(wrong)))
     return defaults | more | fixed
 
 
@@ -1437,6 +1451,11 @@ def check_flags(config: Config) -> tuple[list[str], int]:
         read_metrics(config.output_dir)
         with expected(f"--resume {config.resume}", "checkpoint-N of an earlier run"):
             first = torch.load(config.resume / "trainer.pt", mmap=True, weights_only=True)["step"]
+            transformers.AutoConfig.from_pretrained(config.resume)
+            if type(first) is not int or first < 0 or not any(config.resume.glob("*.safetensors")):
+                raise ValueError(
+                    f"step {first!r}, and {sorted(file.name for file in config.resume.iterdir())}"
+                )
     if first > config.steps:
         raise ValueError(f"--steps {config.steps}: expected at least the {first} of {config.resume}")
     prompts = PROMPTS
@@ -1518,8 +1537,11 @@ def check_model(config: Config, path: str, prompts: list[str]) -> None:
     if long := [f"prompt {i} has {n} tokens" for i, n in lengths.items() if n > room]:
         found = f"{len(long)} prompts that leave no room for --max-tokens {config.max_tokens}: {some(long)}"
         wanted = f"at most --max-model-len {config.max_model_len} in all; shorten them, or type"
-        longest = max(lengths.values()) + config.max_tokens
-        raise ValueError(f"Found {found}. Expected {wanted} --max-model-len {longest}")
+        needed = max(lengths.values()) + config.max_tokens
+        fits = f"--max-model-len {needed}"
+        if longest and needed > longest:
+            fits = f"--max-tokens {max(1, longest - max(lengths.values()))} --max-model-len {longest}"
+        raise ValueError(f"Found {found}. Expected {wanted} {fits}")
 
 
 TINY = dict(
@@ -1554,6 +1576,7 @@ def warm_up(folder: str, seed: int) -> None:
     the 5 places a fifth of the letters is right (chance: 1 in 26), in a batch of words not seen before.
     """
     tokenizer = byte_tokenizer()
+    torch.set_num_threads(1)  # how many there are changes the last bits, and with them the curve
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     optimizer, batch, right_T = torch.optim.AdamW(model.parameters(), lr=1e-3), 0, torch.zeros(5)
     while right_T.min() < 0.2 and batch < 300:
@@ -1600,6 +1623,7 @@ def main(config: Config) -> dict:
     """Run once and return what summary.json holds."""
     began = psutil.Process().create_time()
     with contextlib.ExitStack() as cleanup, one_message():
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # cleans up, too
         prompts, first = check_flags(config)
         gpus = connect(config, cleanup) if config.ray_address else torch.cuda.device_count()
         config, device = resolve(config, gpus)
@@ -1615,7 +1639,7 @@ def main(config: Config) -> dict:
         print(f"Starting Ray, trainer ({config.trainer_device}) and {layout} ...", flush=True)
         if not config.ray_address:
             connect(config, cleanup)
-        signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # Ray's own handler would kill the cluster
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # again: Ray's own would kill the cluster
         trainer, engines, ranks = start(config, path, device, cleanup)
         samples = prompts_of_step(config, prompts, 0)[:4]
         if config.reward == "backwards" and config.prompts_file is None:
@@ -1677,7 +1701,7 @@ def plot_curves(folder: Path) -> None:
     figure, axes = plt.subplots(1, len(panels), figsize=(15, 4), layout="constrained")
     for axis, names in zip(axes, panels, strict=True):
         for name in names:
-            axis.plot([row["step"] for row in rows], [row[name] for row in rows], label=name)
+            axis.plot([row["step"] for row in rows], [row.get(name) for row in rows], label=name)
         axis.set_xlabel("step")
         axis.legend()
     axes[1].set_yscale("log")

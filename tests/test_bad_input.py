@@ -5,6 +5,7 @@ engine.
 import contextlib
 import dataclasses
 import functools
+import inspect
 import json
 import math
 import os
@@ -70,7 +71,7 @@ def test_wrong_kinds(flags, capsys):
     ("flags", "message"),
     [
         (dict(max_tokens=512), "Found 32 prompts that leave no room for --max-tokens 512: prompt 1 has"),
-        (dict(max_tokens=512), "Expected at most --max-model-len 512 in all; shorten them, or type --max"),
+        (dict(max_tokens=512), "shorten them, or type --max-tokens 493 --max-model-len 512"),
         (dict(max_model_len=1), "at most --max-model-len 1 in all; shorten them, or type --max-model-len 51"),
         (
             dict(resume=Path("nowhere")),
@@ -97,11 +98,11 @@ def test_wrong_kinds(flags, capsys):
         ),
         (dict(engine_args="{"), 'such as \'{"kv_cache_dtype": "fp8"}\'. Found: JSONDecodeError: '),
         (dict(engine_args="[1]"), "--engine-args [1]: expected a JSON object"),
-        (dict(engine_args="[1]"), "must be a mapping, not list"),
-        (dict(engine_args='{"max_num_seqz": 1}'), "unexpected keyword argument 'max_num_seqz'"),
+        (dict(engine_args="[1]"), "Found: TypeError: a list"),
+        (dict(engine_args='{"max_num_seqz": 1}'), "Found: ValueError: max_num_seqz"),
         (dict(engine_args='{"dtype": "half"}'), "that the program does not set, such as"),
-        (dict(engine_args='{"dtype": "half"}'), "multiple values for keyword argument 'dtype'"),
-        (dict(engine_args='{"quantization": "fp8"}', quantization="none"), "argument 'quantization'"),
+        (dict(engine_args='{"dtype": "half"}'), "Found: ValueError: dtype"),
+        (dict(engine_args='{"quantization": "fp8"}', quantization="none"), "Found: ValueError: quantization"),
     ],
 )
 def test_bad_flags_are_seen_before_anything_starts(flags, message, capsys):
@@ -374,9 +375,16 @@ def test_a_reward_can_know_what_was_cut_off():
     assert driver.compute_rewards(outputs("a", "b"), functools.partial(reward)) == [[0, 2]]
 
 
+def test_a_reward_may_lack_a_signature():
+    with pytest.raises(ValueError):
+        inspect.signature(min)
+    with pytest.raises(RuntimeError, match="function min failed: ValueError: could not convert"):
+        driver.compute_rewards(outputs("a", "b"), min)  # it was called
+
+
 def test_a_reward_module_may_fail_in_any_way(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    for number, code in enumerate(("1 / 0", "import nosuch", "def f(:", "raise SystemError")):
+    for number, code in enumerate(("1 / 0", "import nosuch", "def f(:", "raise SystemError", "exit(3)")):
         Path(f"broken_{number}.py").write_text(code)
         message = refused(driver.load_reward, f"broken_{number}:f")
         assert message.startswith(
@@ -482,9 +490,49 @@ def test_a_resumed_run_takes_the_flags(path, tmp_path):
     assert same(state(trainer), state(resumed))
     (tmp_path / "metrics.jsonl").write_text('{"step": 0}\n{"step": 1}\n{"st')
     assert driver.read_metrics(tmp_path) == [{"step": 0}, {"step": 1}]
-    (tmp_path / "metrics.jsonl").write_text('{"step": 0}\n{"st\n{"step": 2}\n')
-    message = refused(driver.check_flags, dataclasses.replace(CONFIG, output_dir=tmp_path, resume=tmp_path))
-    assert "metrics.jsonl: expected a JSON object a line" in message
+    again = dataclasses.replace(CONFIG, output_dir=tmp_path, resume=tmp_path / "checkpoint-1", steps=3)
+    assert driver.check_flags(again)[1] == 1
+    for line in ('{"st', "5", "[]", '{"a": 1}', '{"step": "x"}'):
+        (tmp_path / "metrics.jsonl").write_text('{"step": 0}\n' + line + '\n{"step": 2}\n')
+        assert "metrics.jsonl: expected a JSON object with a `step` a line" in refused(
+            driver.check_flags, again
+        )
+    (tmp_path / "metrics.jsonl").write_bytes(b"\xff\n")
+    assert "metrics.jsonl: expected a JSON object with a `step` a line" in refused(driver.check_flags, again)
+
+
+@pytest.mark.parametrize(
+    ("break_it", "message"),
+    [
+        (
+            lambda folder: (folder / "model.safetensors").unlink(),
+            "Found: ValueError: step 1, and ['con",
+        ),
+        (lambda folder: (folder / "config.json").write_text("{"), "Found: OSError: It looks like the config"),
+        (lambda folder: (folder / "trainer.pt").write_text("x"), "Found: RuntimeError: mmap"),
+        (lambda folder: torch.save({"step": -3}, folder / "trainer.pt"), "Found: ValueError: step -3"),
+        (lambda folder: torch.save({"step": "one"}, folder / "trainer.pt"), "Found: ValueError: step 'one'"),
+        (lambda folder: torch.save({}, folder / "trainer.pt"), "Found: KeyError: 'step'"),
+    ],
+)
+def test_a_damaged_checkpoint_is_seen_before_anything_starts(path, tmp_path, break_it, message):
+    _, folder = driver.Trainer(CONFIG, path).save_checkpoint(tmp_path)
+    torch.save({"step": 1}, folder / "trainer.pt")
+    break_it(folder)
+    found = refused(driver.check_flags, dataclasses.replace(CONFIG, output_dir=tmp_path, resume=folder))
+    assert (
+        found.startswith(f"--resume {folder}: expected checkpoint-N of an earlier run. ") and message in found
+    )
+
+
+def test_weights_that_hold_nan_are_named(path, tmp_path):
+    broken = transformers.AutoModelForCausalLM.from_pretrained(path)
+    broken.model.decoder.layers[0].fc1.weight.data[3, 3] = math.nan
+    broken.save_pretrained(tmp_path)
+    shutil.copy(f"{path}/tokenizer.json", tmp_path)
+    shutil.copy(f"{path}/tokenizer_config.json", tmp_path)
+    message = refused(driver.Trainer, CONFIG, str(tmp_path))
+    assert "1 weights hold NaN or infinity" in message and "model.decoder.layers.0.fc1.weight" in message
 
 
 def test_metrics_are_json():

@@ -269,9 +269,12 @@ def test_held_out_words_are_never_trained_on():
 
 
 def test_warm_up_begins_what_is_left_to_rl(tmp_path, capsys):
-    """The same for the same seed; some letters right at every place, hardly a word; the answer ends."""
+    """The same for the same seed, however many cores there are; some letters right at every place, hardly a
+    word; the answer ends.
+    """
     weights = []
-    for folder in (str(tmp_path / "a"), str(tmp_path / "b")):
+    for folder, threads in ((str(tmp_path / "a"), 1), (str(tmp_path / "b"), 2)):
+        torch.set_num_threads(threads)
         driver.warm_up(driver.build_tiny_model(folder, 1), 1)
         model = driver.transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
         weights.append(torch.cat([weight.flatten() for weight in model.parameters()]))

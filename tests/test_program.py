@@ -266,7 +266,7 @@ def test_nothing_is_left_behind(tmp_path, after, to_actor, to_driver):
     """Ctrl-C, a termination, a killed actor or driver ends the program with an error and takes every process
     along.
     """
-    flags = ["--reward", "letters", "--max-tokens", "400"] if to_driver else ["--steps", "1000"]
+    flags = ["--reward", "letters", "--max-tokens", "400"] if to_driver else ["--steps", "1000", "--overlap"]
     if not to_actor:
         flags += ["--tensor-parallel-size", "1"]
     program = Program(*flags, cwd=tmp_path, as_typed=to_driver == signal.SIGINT)
