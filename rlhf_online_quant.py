@@ -3,21 +3,22 @@
     driver (this program, no GPU)
       |-- trainer   Ray actor, GPU 0            full-precision Hugging Face model, AdamW
       `-- engine    Ray actor MyLLM(vllm.LLM)   FP8 through torchao, tensor parallel on GPUs 1-2
-            weights: trainer == NCCL broadcast, full precision ==> each worker, quantized on arrival
+            weights: trainer == NCCL broadcast, BF16, not quantized ==> each worker, quantized on arrival
 
     prove_sync(trainer, engines)                            # a sync is right, or the run ends here
     for every step:                                         # `rlhf_training_iteration`
         outputs = engines.generate(prompts)                 # G answers to each, with log-probabilities
         advantages = compute_advantages(compute_rewards(outputs))
         trainer.train_step(to_rollouts(outputs, advantages))  # PPO's loss, corrected for FP8
-        sync_weights_to_quantized_engine(trainer, engines)  # every answer comes from the newest weights
+        sync_weights_to_quantized_engine(trainer, engines)  # the next answers come from these weights
 
 Left out, because it hides the pattern: a value network (advantages come from the group), rollouts that are
 older than `--overlap` makes them, sharded trainers (rlhf_utils.py, which has both ends of the wire, takes
 them). Without a GPU the same processes run on the CPU (gloo, weight-only FP8, a tiny model).
 
 Names of dimensions: P prompts, G samples per prompt, B sequences of a micro-batch, L tokens of a sequence,
-T = L - 1 predicted ones, V vocabulary, N all sampled tokens at hand. `rewards_PG` has the shape (P, G).
+T = L - 1 predicted ones, H hidden size, V vocabulary, N all sampled tokens at hand. `rewards_PG` has the
+shape (P, G).
 """
 
 import concurrent.futures
@@ -577,7 +578,8 @@ def importance_weights(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Weights that correct for sampling by the engine and not by the trainer; and where `cap` acted.
 
-    With r = trainer's probability / engine's, of the same token under the same weights:
+    With r = trainer's probability / engine's, of the same token (whose engine's weights are the same, or with
+    `--overlap` a step older):
       - `token-truncate`: min(r, cap) for each token. Truncated importance sampling: Ionides 2008, "Truncated
         Importance Sampling"; for rollout engines Yao et al. 2025, "Your Efficient RL Framework Secretly
         Brings You Off-Policy RL".
@@ -644,7 +646,8 @@ def sync_weights_to_quantized_engine(
 
     The first replay that brings other weights than the engine held is followed by a reload session with the
     same ones: what vLLM derives from weights and keeps elsewhere would be the old if replays leave it alone.
-    Stored tensors and answers must be the same after both; else sessions serve from now on. Once a run.
+    Stored tensors and answers must be the same after both; else sessions serve from now on. Once for each
+    time that both ends agree on the weights, mostly once a run.
 
     Args:
         train_model: handle of the trainer's actor, a `WeightSender`; of a sharded trainer all ranks, the
@@ -656,8 +659,9 @@ def sync_weights_to_quantized_engine(
 
     Raises:
         RuntimeError: what is wrong with which weight on which rank, or another sync is running.
-        ConnectionError, TimeoutError: who died; who did not finish in `timeout_s` seconds. Unless no byte has
-            moved, the engine refuses to generate after any of these.
+        ConnectionError, TimeoutError: who died; who did not finish a phase in `timeout_s` seconds (ten times
+            that where engines answer). After a broadcast that began and did not end well the engine refuses
+            to generate.
     """
     trainers, engines, start = as_list(train_model), as_list(quantized_llm), time.perf_counter()
     agree_on_weights(trainers, engines, bucket_bytes, timeout_s)
@@ -691,9 +695,9 @@ def prove_sync(
     then synced: by replay, and if that is not possible or gives something else, by a reload session, which
     then serves from now on. All stored tensors and the greedy answers to `prompts` must be as before.
 
-    Arguments as for `sync_weights_to_quantized_engine`. Returns what that returns, and `verified`, `because`
-    (why it is no replay), `tensors` and `answers` (how many were compared), and `before`, the first engine's
-    answers.
+    Arguments as for `sync_weights_to_quantized_engine`. Returns what that returns (`compared` aside, and
+    `seconds` of the broadcast), `verified`, `because` (why it is no replay), `tensors` and `answers` (how
+    many were compared), and `before`, the first engine's answers.
 
     Raises RuntimeError: which tensors or answers differ after a session, or why there was none.
     """
@@ -1039,7 +1043,7 @@ def completion_logprobs(
 
 @torch.no_grad()
 def check_parts(model: torch.nn.Module) -> None:
-    """Raises ValueError if a model's `completion_logprobs` are not those of its whole logits."""
+    """Raises ValueError if `completion_logprobs` differ, beyond rounding, from those of whole logits."""
     tokens_BL = torch.arange(16, device=model.device).view(2, 8)
     logprobs_BTV = model(input_ids=tokens_BL, use_cache=False).logits[:, :-1].float().log_softmax(-1)
     whole_BT = logprobs_BTV.gather(-1, tokens_BL[:, 1:, None]).squeeze(-1)
@@ -1052,30 +1056,24 @@ def check_parts(model: torch.nn.Module) -> None:
         )
 
 
-class Given(torch.nn.Module):
-    """Stands in for a trunk (and every module of it): gives one hidden state whatever it is asked."""
+class Given:
+    """Stands in for a trunk and every module of it (OPT asks `model.decoder`): returns what it was given."""
 
     def __init__(self, trunk: torch.nn.Module, hidden_BLH: torch.Tensor):
-        super().__init__()
-        self.__dict__ |= {"trunk": trunk, "output": TrunkOutput(hidden_BLH)}  # no submodule
+        self.trunk, self.output = trunk, TrunkOutput([hidden_BLH])
 
-    def forward(self, *args, **kwargs) -> "TrunkOutput":
-        """What a trunk returns."""
+    def __call__(self, *args, **kwargs) -> "TrunkOutput":
         return self.output
 
     def __getattr__(self, name: str):
-        value = getattr(self.__dict__["trunk"], name)
+        value = getattr(self.trunk, name)
         return self if isinstance(value, torch.nn.Module) else value
 
 
-class TrunkOutput:
-    """Hidden states (B, L, H), and None for all else that a head's code may look for."""
+class TrunkOutput(tuple):
+    """Hidden states (B, L, H), first or by name; None for all else that a head's code may look for."""
 
-    def __init__(self, hidden_BLH: torch.Tensor):
-        self.last_hidden_state = hidden_BLH
-
-    def __getitem__(self, index: int) -> torch.Tensor:
-        return (self.last_hidden_state,)[index]
+    last_hidden_state = property(lambda self: self[0])
 
     def __getattr__(self, name: str) -> None:
         return None
@@ -1159,8 +1157,9 @@ class MyLLM(LLM):
         """
         start = time.perf_counter()
         outputs, tokenizer = super().generate(*args, **kwargs), self.get_tokenizer()
+        seconds = time.perf_counter() - start
         for output in outputs:
-            output.weights_version, output.seconds = self.weights_version, time.perf_counter() - start
+            output.weights_version, output.seconds = self.weights_version, seconds
             for answer in output.outputs:
                 answer.text = answer.text or decode(tokenizer, output.prompt_token_ids, answer.token_ids)
         return outputs
@@ -1578,18 +1577,20 @@ def warm_up(folder: str, seed: int) -> None:
     tokenizer = byte_tokenizer()
     torch.set_num_threads(1)  # how many there are changes the last bits, and with them the curve
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    optimizer, batch, right_T = torch.optim.AdamW(model.parameters(), lr=1e-3), 0, torch.zeros(5)
-    while right_T.min() < 0.2 and batch < 300:
-        prompts = ask_backwards(f"{seed} warm-up {batch}", 64)
-        examples = [f"{prompt} {prompt[-4:-9:-1]}</s>" for prompt in prompts]  # "... abcde -> edcba</s>"
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    for batch in range(1, 301):
+        prompts = ask_backwards(f"{seed} warm-up {batch - 1}", 64)
+        examples = [f"{prompt} {prompt.split()[1][::-1]}</s>" for prompt in prompts]
         tokens_BL = torch.tensor(tokenizer(examples).input_ids)
+        # The last 7 tokens: a space, the letters, the end.
         logits_BTV, answers_BT = model(input_ids=tokens_BL).logits[:, -8:-1], tokens_BL[:, -7:]
         torch.nn.functional.cross_entropy(logits_BTV.flatten(0, 1), answers_BT.flatten()).backward()
         optimizer.step()
         optimizer.zero_grad()
-        right_T = (logits_BTV.argmax(-1) == answers_BT)[:, 1:-1].float().mean(0)
-        batch += 1
-    print(f"Taught the tiny model by {batch} x 64 words: {right_T.mean():.0%} of the letters are right")
+        right_5 = (logits_BTV.argmax(-1) == answers_BT)[:, 1:-1].float().mean(0)
+        if right_5.min() >= 0.2:
+            break
+    print(f"Taught the tiny model by {batch} x 64 words: {right_5.mean():.0%} of the letters are right")
     model.to(torch.bfloat16).save_pretrained(folder)
 
 

@@ -11,8 +11,8 @@ A sync, as the driver asks for it (`sync_weights_to_quantized_engine` in rlhf_on
         trainer.agree_on_weights(manifest)
     trainer.send_weights()  |  workers.receive_weights()  # at the same time
 
-Reading order, with lines. Parts 1 to 4, with the digests of part 6, are a complete, right sync; part 5
-makes it fast.
+Reading order, with the number of lines of each part. Parts 1 to 4, with the digests of part 6, are a
+complete, right sync; part 5 makes it fast.
 
     1. the group     117  who sends to whom
     2. the session    83  how vLLM takes a whole new set of weights, and quantizes it
