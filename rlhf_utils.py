@@ -16,7 +16,7 @@ complete, right sync; part 5 makes it fast.
 
     1. the group     117  who sends to whom
     2. the session    83  how vLLM takes a whole new set of weights, and quantizes it
-    3. the two ends  410  WeightSender, WorkerExtension
+    3. the two ends  414  WeightSender, WorkerExtension
     4. the buckets   142  fixed memory for weights on their way, and digests of what came in
     5. the replay    216  what a session would copy, learned once, done again without vLLM's loaders
     6. bytes          96  digests, and rows quantized as torchao does it; on GPUs by Triton kernels
@@ -294,9 +294,13 @@ def checkpoint_weights(model: torch.nn.Module) -> NamedTensors:
 class WeightSender:
     """The trainer's end, to inherit from or to hold: rank 0 of the group, and the twin of `WorkerExtension`.
 
-    Weights may change, move and be replaced between syncs. A sharded trainer (FSDP2) overrides `weights` to
-    gather them; all of its ranks call `prepare_weights` and `send_weights`, and the one that has joined the
-    group sends.
+    Weights may change, move and be replaced between syncs. A sharded trainer has an actor for each rank, and
+    overrides `weights` to gather them; with FSDP2 (parameters; a buffer is no `DTensor`) by
+
+        return ((name, weight.full_tensor()) for name, weight in super().weights())
+
+    All ranks call `prepare_weights` and `send_weights`; the one that has joined the group sends. Weights are
+    gathered twice a sync: to be checked for NaN, and to be sent.
 
     Args:
         model: any module; of a Hugging Face model the weights travel as `save_pretrained` would write them.
