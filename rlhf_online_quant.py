@@ -113,7 +113,7 @@ class Config:
     """RL with an FP8 vLLM rollout engine, quantized online."""
 
     model: str = "auto"
-    """Hugging Face name, local folder, or `tiny` (made here). `auto`: facebook/opt-125m on GPUs, else it."""
+    """Hugging Face name, local folder, or `tiny` (made here). `auto`: facebook/opt-125m on GPUs, or tiny."""
     trainer_device: Literal["auto", "cuda", "cpu"] = "auto"
     """Where the trainer runs; `auto` takes a GPU if the cluster has any."""
     trainer_dtype: Literal["float32", "bfloat16"] = "float32"
@@ -184,6 +184,11 @@ class Config:
         """Ranks of the weight-update group: the trainer and every engine's workers."""
         return 1 + self.num_engines * self.tensor_parallel_size
 
+    @property
+    def draws_prompts(self) -> bool:
+        """Does the reward bring its own prompts, new ones for each step?"""
+        return self.reward in ("backwards", "arithmetic") and self.prompts_file is None
+
 
 @contextlib.contextmanager
 def expected(flag: str, what: str) -> Iterator[None]:
@@ -216,8 +221,9 @@ def rlhf_training_iteration(
     ahead = start_generating(quantized_llm, next_prompts, config, step + 1) if next_prompts else []
     rewards_PG = compute_rewards(outputs, load_reward(config.reward), config.timeout_s)
     rollouts = to_rollouts(outputs, compute_advantages(torch.tensor(rewards_PG, dtype=torch.float64)))
-    training = [train_model.train_step.remote(rollouts), *ahead]  # an engine that generates cannot be synced
-    trained, *ahead = wait(training, 10 * config.timeout_s, "the training step")
+    [trained] = wait([train_model.train_step.remote(rollouts)], 10 * config.timeout_s, "the training step")
+    # An engine that generates cannot be synced.
+    ahead = sum(wait(ahead, 10 * config.timeout_s, "generating for the next step"), [])
     sync = sync_weights_to_quantized_engine(train_model, quantized_llm, timeout_s=config.timeout_s)
     versions = [llm.get_weights_version.remote() for llm in quantized_llm]
     tokens = sum(len(rollout["completion"]) for rollout in rollouts)
@@ -238,7 +244,7 @@ def rlhf_training_iteration(
         "sampled_version": min(output.weights_version for output in outputs),
         "weights_version": wait(versions, config.timeout_s, "reading the version")[0],
     }
-    return outputs, rewards_PG, metrics, sum(ahead, [])
+    return outputs, rewards_PG, metrics, ahead
 
 
 def generate(engines: list, prompts: list[str], config: Config, step: int = 0) -> list:
@@ -398,12 +404,12 @@ def compute_advantages(rewards_PG: torch.Tensor) -> torch.Tensor:
 def prompts_of_step(config: Config, prompts: list[str], step: int) -> list[str]:
     """P prompts: the next in turn; without a file new words for `backwards`, new sums for `arithmetic`."""
     count = config.prompts_per_step
-    if config.reward == "backwards" and config.prompts_file is None:
+    if not config.draws_prompts:
+        return [prompts[(step * count + i) % len(prompts)] for i in range(count)]
+    if config.reward == "backwards":
         return ask_backwards(f"{config.seed} {step}", count)
-    if config.reward == "arithmetic" and config.prompts_file is None:
-        draw = random.Random(f"{config.seed} {step}").randrange
-        return [f"Question: What is {draw(100)} + {draw(100)}? Answer:" for _ in range(count)]
-    return [prompts[(step * count + i) % len(prompts)] for i in range(count)]
+    draw = random.Random(f"{config.seed} {step}").randrange
+    return [f"Question: What is {draw(100)} + {draw(100)}? Answer:" for _ in range(count)]
 
 
 def ask_backwards(seed: str, count: int, held_out: bool = False) -> list[str]:
@@ -411,7 +417,7 @@ def ask_backwards(seed: str, count: int, held_out: bool = False) -> list[str]:
     draw, prompts = random.Random(seed), []
     while len(prompts) < count:
         word = "".join(draw.choices(string.ascii_lowercase, k=5))
-        if (sum(word.encode()) % 10 == 0) == held_out:
+        if (sum(word.encode()) % 10 == 0) == held_out:  # a sum is the same for all anagrams
             prompts.append(f"Backwards: {word} ->")
     return prompts
 
@@ -471,9 +477,9 @@ def train(config: Config, trainer, engines: list, prompts: list[str], first: int
                     saving = trainer.save_checkpoint.remote(config.output_dir)
                     [saved] = wait([saving], 10 * config.timeout_s, "saving a checkpoint")
             except Exception as error:
-                # Beside a dead engine a training step may still be under way, and end.
-                training = isinstance(error, ConnectionError) and str(error).startswith("the training step:")
-                found = save_what_was_learned(config, trainer, training, *saved)
+                # When an engine has died a training step may still be under way, and end.
+                limit_s = config.timeout_s * (10 if isinstance(error, ConnectionError) else 1)
+                found = save_what_was_learned(config, trainer, limit_s, *saved)
                 error.add_note(f"This was step {step}. {found}")
                 raise
     return rows
@@ -499,10 +505,9 @@ def warn_of(metrics: dict, config: Config, first: int) -> None:
         print(f"Use --trainer-dtype float32, or more than --learning-rate {config.learning_rate:g}.")
 
 
-def save_what_was_learned(config: Config, trainer, busy: bool, saved: int, folder: Path | None) -> str:
+def save_what_was_learned(config: Config, trainer, limit_s: float, saved: int, folder: Path | None) -> str:
     """Save the trainer's complete steps, if `folder` holds only `saved`; a sentence says what there is."""
     try:  # not by `wait`: that an engine has died does not matter now
-        limit_s = config.timeout_s * (10 if busy else 1)
         if ray.get(trainer.get_step.remote(), timeout=limit_s) > saved:
             saving = trainer.save_checkpoint.remote(config.output_dir)
             saved, folder = ray.get(saving, timeout=10 * config.timeout_s)
@@ -1063,6 +1068,7 @@ class Given:
         self.trunk, self.output = trunk, TrunkOutput([hidden_BLH])
 
     def __call__(self, *args, **kwargs) -> "TrunkOutput":
+        """As a trunk is called."""
         return self.output
 
     def __getattr__(self, name: str):
@@ -1246,7 +1252,7 @@ def engine_arguments(config: Config, path: str, device: str) -> dict:
     """Keyword arguments for `LLM`: an FP8 engine whose workers can receive weights. Raises ValueError."""
     on_cpu = "mp" if config.tensor_parallel_size > 1 else "uni"  # vLLM has no Ray workers on the CPU
     defaults = dict(gpu_memory_utilization=0.8, seed=config.seed, use_tqdm_on_load=not QUIET)
-    if device == "cpu":  # vLLM cannot take back there what it drew, with a seed, behind half a prompt
+    if device == "cpu":  # vLLM fails there when it cuts a prompt of a seeded request in two
         defaults["enable_chunked_prefill"] = False
     fixed = dict(
         model=path,
@@ -1632,8 +1638,7 @@ def main(config: Config) -> dict:
             print("No GPU found: the same processes on the CPU (gloo; weight-only FP8 and tiny by default)")
         folder = cleanup.enter_context(tempfile.TemporaryDirectory())
         path = build_tiny_model(folder, config.seed) if config.model == "tiny" else config.model
-        drawn = config.reward in ("backwards", "arithmetic") and config.prompts_file is None
-        check_model(config, path, prompts_of_step(config, prompts, 0) if drawn else prompts)
+        check_model(config, path, prompts_of_step(config, prompts, 0) if config.draws_prompts else prompts)
         if config.model == "tiny" and config.reward == "backwards":
             warm_up(path, config.seed)
         layout = f"{config.num_engines} engine(s) ({device}, TP={config.tensor_parallel_size})"
@@ -1643,7 +1648,7 @@ def main(config: Config) -> dict:
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # again: Ray's own would kill the cluster
         trainer, engines, ranks = start(config, path, device, cleanup)
         samples = prompts_of_step(config, prompts, 0)[:4]
-        if config.reward == "backwards" and config.prompts_file is None:
+        if config.reward == "backwards" and config.draws_prompts:
             samples = ask_backwards("held out", 100, held_out=True)
         try:
             sync = prove_sync(trainer, engines, samples, config.max_tokens, timeout_s=config.timeout_s)
@@ -1704,6 +1709,7 @@ def plot_curves(folder: Path) -> None:
         for name in names:
             axis.plot([row["step"] for row in rows], [row.get(name) for row in rows], label=name)
         axis.set_xlabel("step")
+        axis.xaxis.get_major_locator().set_params(integer=True)
         axis.legend()
     axes[1].set_yscale("log")
     figure.savefig(folder / "curves.png")

@@ -15,8 +15,8 @@ Reading order, with the number of lines of each part. Parts 1 to 4, with the dig
 complete, right sync; part 5 makes it fast.
 
     1. the group     117  who sends to whom
-    2. the session    83  how vLLM takes a whole new set of weights, and quantizes it
-    3. the two ends  414  WeightSender, WorkerExtension
+    2. the session    84  how vLLM takes a whole new set of weights, and quantizes it
+    3. the two ends  415  WeightSender, WorkerExtension
     4. the buckets   142  fixed memory for weights on their way, and digests of what came in
     5. the replay    216  what a session would copy, learned once, done again without vLLM's loaders
     6. bytes          96  digests, and rows quantized as torchao does it; on GPUs by Triton kernels
@@ -211,6 +211,7 @@ class ReloadSession:
         at = "the first weight"
 
         def watched() -> NamedTensors:
+            """The weights, noting which one the loader has asked for."""
             nonlocal at
             for name, weight in weights:
                 at = f"{name} {list(weight.shape)}"
@@ -435,6 +436,7 @@ def agreed(method):
 
     @functools.wraps(method)
     def call(self, *args, **kwargs):
+        """The method, under the worker's config; then every worker says whether it has failed."""
         from vllm.config import set_current_vllm_config
         from vllm.distributed import get_world_group
         from vllm.utils.torch_utils import set_default_torch_dtype

@@ -184,15 +184,20 @@ def test_resumed_run_gives_the_same_curve(default_run, tmp_path):
 
 def test_overlapped_steps_learn_from_weights_one_step_old(tmp_path, capsys):
     """Every version is known; the batch of a run's first step is fresh, as a resumed run says."""
-    settings = dict(overlap=True, prompts_per_step=4, tensor_parallel_size=1, output_dir=tmp_path)
+    # 20 x 16 prompts are more than vLLM takes in at a time; none may be cut in two.
+    settings = dict(overlap=True, prompts_per_step=20, tensor_parallel_size=1, output_dir=tmp_path)
     with local_actors():
         driver.main(driver.Config(steps=3, **settings))
+        lines = (tmp_path / "metrics.jsonl").read_text().splitlines(keepends=True)
+        (tmp_path / "metrics.jsonl").write_text(lines[0] + lines[2])  # as if a run had failed in step 1
         driver.main(driver.Config(steps=5, resume=tmp_path / "checkpoint-3", **settings))
     rows = driver.read_metrics(tmp_path)
-    assert [row["staleness"] for row in rows] == [0, 1, 1, 0, 1]
-    assert [row["sampled_version"] for row in rows] == [1, 1, 3, 1, 1]  # the first sync of a run makes two
+    assert [(row["step"], row["staleness"]) for row in rows] == [(0, 0), (2, 1), (3, 0), (4, 1)]
+    assert [row["sampled_version"] for row in rows] == [1, 3, 1, 1]  # the first sync of a run makes two
     assert rows[0]["mismatch_kl"] < rows[1]["mismatch_kl"], "there is a step between"
-    assert "the first batch is sampled by the resumed weights" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "the first batch is sampled by the resumed weights" in printed
+    assert "metrics.jsonl: lacks the steps 1, in or before which a run failed" in printed
 
 
 def test_checkpoint_is_a_model_for_others(default_run):
