@@ -125,7 +125,8 @@ class Config:
     num_engines: int = 1
     """Engines that share the prompts of a step; each has its own tensor-parallel group."""
     quantization: str = "auto"
-    """`fp8-dynamic` (`auto` on GPUs), `fp8-weight-only` (`auto` on CPU), `none`, or a torchao config file."""
+    """torchao's `fp8-dynamic` (`auto` on GPUs), `fp8-weight-only` (`auto` on CPU) or a file with a torchao
+    config; vLLM's `fp8_per_channel`, `fp8_per_block`, `fp8_per_tensor` (experts, too); or `none`."""
     enforce_eager: bool = False
     """Start faster and generate much more slowly: no compilation, no CUDA graphs. Always so on the CPU."""
     max_model_len: int = 512
@@ -1230,8 +1231,21 @@ def decode(tokenizer, prompt: list[int], answer: list[int]) -> str:
     return tokenizer.decode([*prompt[-1:], *answer], **options)[len(before) :]
 
 
-def torchao_config(quantization: str) -> AOBaseConfig | None:
-    """What `--quantization` means to torchao; None for `none`. Raises ValueError."""
+VLLM_SCHEMES = ("fp8_per_channel", "fp8_per_block", "fp8_per_tensor")  # its online quantization
+
+
+def quantization_arguments(quantization: str) -> dict:
+    """What `--quantization` means to `LLM`. Raises ValueError."""
+    if quantization == "none":
+        return {"quantization": None}
+    if quantization in VLLM_SCHEMES:  # routers stay BF16: FP8 would choose other experts, and saves nothing
+        return {"quantization": quantization, "quantization_config": {"ignore": ["re:.*(gate|router)$"]}}
+    as_json = json.dumps(config_to_dict(torchao_config(quantization)))
+    return {"quantization": "torchao", "hf_overrides": {"quantization_config_dict_json": as_json}}
+
+
+def torchao_config(quantization: str) -> AOBaseConfig:
+    """What `--quantization` means to torchao. Raises ValueError."""
     named = {
         # The lower bound keeps an all-zero activation row from being divided by its scale of 0, no other row
         # changes. Inductor's settings stay vLLM's: torchao's tune by timing, for minutes and not repeatably.
@@ -1239,11 +1253,10 @@ def torchao_config(quantization: str) -> AOBaseConfig | None:
             granularity=PerRow(), activation_value_lb=1e-12, set_inductor_config=False
         ),
         "fp8-weight-only": Float8WeightOnlyConfig(set_inductor_config=False),
-        "none": None,
     }
     if quantization in named:
         return named[quantization]
-    choices = ", ".join(named)
+    choices = ", ".join([*named, *VLLM_SCHEMES, "none"])
     with expected(f"--quantization {quantization}", f"{choices}, or a file with the JSON of config_to_dict"):
         return config_from_dict(json.loads(Path(quantization).read_text()))
 
@@ -1263,11 +1276,8 @@ def engine_arguments(config: Config, path: str, device: str) -> dict:
         enforce_eager=config.enforce_eager or device == "cpu",
         max_model_len=config.max_model_len,
         logprobs_mode="processed_logprobs",  # of the distribution that is sampled from, temperature included
-        quantization=None,
+        **quantization_arguments(config.quantization),
     )
-    if quantization := torchao_config(config.quantization):
-        as_json = json.dumps(config_to_dict(quantization))
-        fixed |= dict(quantization="torchao", hf_overrides={"quantization_config_dict_json": as_json})
     example = """such as '{"kv_cache_dtype": "fp8"}'"""
     what = f"a JSON object with keywords of vllm.LLM that the program does not set, {example}"
     with expected(f"--engine-args {config.engine_args}", what):
@@ -1408,13 +1418,20 @@ def prove_fp8(engines: list, config: Config) -> list[dict]:
     """Print and return what each worker holds. Raises ValueError if one has no FP8 layer and should have."""
     ranks = sum(wait(on_workers(engines, "inspect_weights"), config.timeout_s, "inspecting the engine"), [])
     for number, rank in enumerate(ranks, start=1):
-        sizes = f"{rank['weights_gib']:.4f} GiB, in BF16 they would take {rank['bf16_weights_gib']:.4f} GiB"
-        print(f"worker (rank {number}): {rank['fp8_linear_layers']} linear layers in FP8, weights {sizes}")
-    print(f"  not in FP8: {some(ranks[0]['unquantized'])}")
-    if config.quantization != "none" and not all(rank["fp8_linear_layers"] for rank in ranks):
-        found = f"--quantization {config.quantization} had no effect: a worker has no Float8Tensor layer"
-        fits = "a torchao FP8 config and shard dimensions that are multiples of 16"
-        raise ValueError(f"{found}. Expected {fits}; or type --quantization none")
+        sizes = "{weights_gib:.4f} GiB of weights (in BF16 {bf16_weights_gib:.4f}), {fp8_gib:.4f} in FP8 "
+        sizes += "({fp8_linear_layers} linear layers"
+        sizes += "; of experts {experts_fp8_gib:.4f} of {experts_gib:.4f})" if rank["experts_gib"] else ")"
+        print(f"worker (rank {number}): {sizes.format(**rank)}")
+    for why, names in ranks[0]["not_fp8"].items():
+        print(f"  not in FP8: {why}: {some(names)}")
+    if config.quantization != "none":
+        if not all(rank["fp8_gib"] for rank in ranks):
+            found = f"--quantization {config.quantization} had no effect: a worker has no weight in FP8"
+            fits = "a torchao FP8 config and shard dimensions that are multiples of 16"
+            raise ValueError(f"{found}. Expected {fits}; or type --quantization none")
+        if any(rank["experts_fp8_gib"] < rank["experts_gib"] for rank in ranks):
+            print("The experts are not in FP8: torchao knows linear layers only. On GPUs vLLM's own schemes")
+            print("quantize them, too: --quantization fp8_per_channel")
     return ranks
 
 
@@ -1505,8 +1522,10 @@ def resolve(config: Config, gpus: int) -> tuple[Config, str]:
     return config, device
 
 
-def check_model(config: Config, path: str, prompts: list[str]) -> None:
-    """Does the model at `path` fit the flags and the prompts? Raises ValueError if not, with what to type."""
+def check_model(config: Config, path: str, prompts: list[str], device: str = "cuda") -> None:
+    """Does the model at `path` fit the flags and the prompts, on the engines' device? Raises ValueError if
+    not, with what to type.
+    """
     where = "on the Hugging Face hub (public or logged in), a local folder with config.json, or `tiny`"
     with expected(f"--model {config.model}", f"a model {where}"):
         model = transformers.AutoConfig.from_pretrained(path, trust_remote_code=False).get_text_config()
@@ -1520,6 +1539,12 @@ def check_model(config: Config, path: str, prompts: list[str]) -> None:
             f"--tensor-parallel-size {size}: expected a divisor of the model's {sizes}, and a divisor or "
             f"multiple of its {kv_heads} key-value heads; type --tensor-parallel-size {fits[-1]}"
         )
+    if device == "cpu" and config.quantization in VLLM_SCHEMES:
+        names = ("num_experts", "num_local_experts", "n_routed_experts")
+        if config.quantization != "fp8_per_channel" or any(getattr(model, name, None) for name in names):
+            found = f"--quantization {config.quantization} of {config.model}, without a GPU"
+            fits = "fp8_per_channel for a model without experts, which is what vLLM has there"
+            raise ValueError(f"found {found}; expected {fits}. Type --quantization fp8-weight-only")
     rope = getattr(model, "rope_parameters", None) or {}
     ropes = [rope, *(inside for inside in rope.values() if isinstance(inside, dict))]  # one a kind of layer
     kinds = {rope.get("rope_type", "default") for rope in ropes}
@@ -1638,7 +1663,8 @@ def main(config: Config) -> dict:
             print("No GPU found: the same processes on the CPU (gloo; weight-only FP8 and tiny by default)")
         folder = cleanup.enter_context(tempfile.TemporaryDirectory())
         path = build_tiny_model(folder, config.seed) if config.model == "tiny" else config.model
-        check_model(config, path, prompts_of_step(config, prompts, 0) if config.draws_prompts else prompts)
+        asked = prompts_of_step(config, prompts, 0) if config.draws_prompts else prompts
+        check_model(config, path, asked, device)
         if config.model == "tiny" and config.reward == "backwards":
             warm_up(path, config.seed)
         layout = f"{config.num_engines} engine(s) ({device}, TP={config.tensor_parallel_size})"

@@ -288,8 +288,17 @@ def checkpoint_weights(model: torch.nn.Module) -> NamedTensors:
     for name, tensor in weights.items():
         layer = re.match(r".*?\.\d+\.", name)
         layers.setdefault(layer and layer[0], {})[name] = tensor
-    for layer in layers.values():  # one after another, because splitting experts copies them
-        yield from revert_weight_conversion(model, layer).items()
+    for layer in layers.values():  # one after another, because some conversions copy
+        with ViewsWherePossible():
+            layer = revert_weight_conversion(model, layer)
+        yield from layer.items()
+
+
+class ViewsWherePossible(TorchFunctionMode):
+    """While active, `contiguous` copies nothing: experts are split into views of what they are fused in."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        return args[0] if function is Tensor.contiguous else function(*args, **kwargs or {})
 
 
 class WeightSender:
@@ -487,7 +496,7 @@ class WorkerExtension:
 
     def __new__(cls, *args, **kwargs):
         """The first thing that happens in a worker, before there is a model."""
-        patch_torchao()
+        patch_libraries()
         return super().__new__(cls)
 
     @agreed
@@ -631,24 +640,53 @@ class WorkerExtension:
 
     @agreed
     def inspect_weights(self) -> dict:
-        """Count what is really FP8, tensor by tensor; repairs zero rows of the first load.
+        """Account for every stored tensor; repairs zero rows of the first load.
 
-        Sizes in GiB of this shard, as stored and in BF16.
+        Sizes in GiB of this shard: `weights_gib`, of which `fp8_gib` (scales included); `bf16_weights_gib`,
+        had all stayed BF16; `experts_gib` and `experts_fp8_gib`, those of routed experts. Counts of tensors:
+        `fp8_linear_layers`. And `not_fp8`, names and shapes of weights by why they are not.
         """
-        model, fp8, unquantized, stored, loaded = self.get_model(), 0, [], 0, 0
+        from vllm.model_executor.layers.fused_moe import RoutedExperts
+
+        model, not_fp8, layers = self.get_model(), {}, 0
+        names = ("weights_gib", "bf16_weights_gib", "fp8_gib", "experts_gib", "experts_fp8_gib")
+        gib = dict.fromkeys(names, 0.0)
         repair_zero_rows(model.parameters())
         for name, weight in model.named_parameters():
             layer, leaf = owner(model, name)
-            before = before_loading(layer)[0].get(leaf, weight)
-            nbytes = sum(part.nbytes for part in plain_tensors(name, weight).values())
-            loaded += 2 * before.numel()
-            stored += nbytes or 2 * before.numel()  # vLLM's CPU backend packs some out of sight
-            if isinstance(weight, Float8Tensor):
-                fp8 += 1
+            before = before_loading(layer)[0].get(leaf)  # None: a scale, of vLLM's quantization
+            parts = plain_tensors(name, weight).values()
+            loaded = 2 * before.numel() if before is not None else 0
+            stored = sum(part.nbytes for part in parts) or loaded  # vLLM's CPU backend packs out of sight
+            of_expert = isinstance(layer, RoutedExperts)
+            in_fp8 = before is None or any(part.dtype == torch.float8_e4m3fn for part in parts)
+            gib["weights_gib"] += stored / 2**30
+            gib["bf16_weights_gib"] += loaded / 2**30
+            if of_expert:
+                gib["experts_gib"] += stored / 2**30
+            if in_fp8:
+                gib["fp8_gib"] += stored / 2**30
+                if of_expert:
+                    gib["experts_fp8_gib"] += stored / 2**30
+                elif before is not None:
+                    layers += 1
             elif before.ndim > 1:
-                unquantized.append(f"{name} {list(before.shape)}")
-        sizes = {"weights_gib": stored / 2**30, "bf16_weights_gib": loaded / 2**30}
-        return {"rank": self.rank, "fp8_linear_layers": fp8, "unquantized": unquantized, **sizes}
+                not_fp8.setdefault(why_not_fp8(layer, before.shape), []).append(
+                    f"{name} {list(before.shape)}"
+                )
+        return {"rank": self.rank, "fp8_linear_layers": layers, "not_fp8": not_fp8, **gib}
+
+
+def why_not_fp8(layer: torch.nn.Module, shape: torch.Size) -> str:
+    """In a few words, for a weight that an FP8 engine stores otherwise."""
+    from vllm.model_executor.layers.fused_moe import RoutedExperts
+    from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
+
+    if isinstance(layer, RoutedExperts):
+        return "routed experts"
+    if isinstance(layer, VocabParallelEmbedding):
+        return "embeddings and heads"
+    return "sizes that are no multiples of 16" if any(n % 16 for n in shape) else "not in the scheme"
 
 
 def check_manifest(manifest: Manifest, expected: Manifest) -> None:
@@ -942,6 +980,27 @@ def wire_manifest(manifest: Manifest, copies: dict[str, list[Copy]]) -> Manifest
     return result
 
 
+class Stored(NamedTuple):
+    """How a tensor is stored in FP8 row by row, whatever its shape: (rows, columns) and (rows, 1)."""
+
+    qdata: Tensor
+    scale: Tensor
+    by_vllm: bool  # not torchao: see `Rows`
+
+
+def stored_by_rows(live: dict[str, Tensor], name: str, loaded: Tensor) -> Stored | None:
+    """By torchao's PerRow, or vLLM's `fp8_per_channel` (linear layers transposed, experts as they are)."""
+    tensor, by_vllm = live[name], not isinstance(live[name], Float8Tensor)
+    qdata, scale = (tensor, live.get(f"{name}_scale")) if by_vllm else (tensor.qdata, tensor.scale)
+    if scale is None or qdata.dtype != torch.float8_e4m3fn:
+        return None
+    qdata = (qdata if qdata.is_contiguous() else qdata.mT).detach()
+    shapes = qdata.shape, scale.shape
+    if shapes != (loaded.shape, (*loaded.shape[:-1], 1)) or not qdata.is_contiguous():
+        return None
+    return Stored(qdata.flatten(0, -2), scale.detach().flatten(0, -2), by_vllm)
+
+
 class Replay:
     """A session's copies without vLLM's loaders: rows are quantized straight into the live tensors.
 
@@ -951,25 +1010,30 @@ class Replay:
 
     def __init__(self, model: torch.nn.Module, copies: dict[str, list[Copy]], buckets: Buckets):
         self.copies = copies
-        live, names = named_tensors(model), set()
+        live, stored = named_tensors(model), {}
         for copy in itertools.chain(*copies.values()):
-            now, loaded = live.get(copy.tensor), copy.loaded
-            if now is None or (now.shape, now.dtype) != (loaded.shape, loaded.dtype):
-                why = "in another form than it loads it (the CPU's packed weights are so)"
-                raise CannotReplay(f"vLLM stores {copy.tensor} {why}")
-            names.add(copy.tensor)
-        self.places = [owner(model, name) for name in sorted(names)]
+            name, loaded = copy.tensor, copy.loaded
+            if name not in live:
+                raise CannotReplay(f"vLLM has no {name} any more")
+            stored[name] = stored_by_rows(live, name, loaded)
+            plain = not is_traceable_wrapper_subclass(live[name])
+            same = (live[name].shape, live[name].dtype) == (loaded.shape, loaded.dtype)
+            if stored[name] is None and not (plain and same):
+                why = "neither as it loads it nor in FP8 by rows (the CPU packs, other schemes have blocks)"
+                raise CannotReplay(f"vLLM stores {name} {why}")
+        scales = [f"{name}_scale" for name, rows in stored.items() if rows and rows.by_vllm]
+        self.places = [owner(model, name) for name in sorted([*stored, *scales])]
         self.bound_to = self.addresses()
         self.on_gpu = buckets.digests.is_cuda
         self.graphs: dict[int, torch.cuda.CUDAGraph] = {}  # by bucket
         self.capturing = buckets.streams.Stream()
-        self.steps = []  # for each bucket: arguments of quantize_rows, and of _foreach_copy_
+        self.steps = []  # for each bucket: what to quantize, and arguments of _foreach_copy_
         for _, pieces in buckets.buckets:
             rows, plain = [], []
             for piece, view in pieces:
                 for copy in copies.get(piece.name, []):
-                    bind(copy, piece, view, live[copy.tensor], rows, plain)
-            self.steps.append((rows, tuple(zip(*plain))))
+                    bind(copy, piece, view, stored[copy.tensor] or live[copy.tensor], rows, plain)
+            self.steps.append((batches(rows), tuple(zip(*plain))))
 
     def __call__(self, number: int) -> None:
         """Bucket `number` is in its memory. Done once as written, then as a CUDA graph."""
@@ -987,8 +1051,8 @@ class Replay:
 
     def _quantize_and_copy(self, number: int) -> None:
         rows, plain = self.steps[number]
-        for source, qdata, scale in rows:
-            quantize_rows(source, qdata, scale)
+        for batch in rows:
+            quantize_rows(batch)
         if plain:
             torch._foreach_copy_(*plain)
 
@@ -999,10 +1063,12 @@ class Replay:
         return [tuple(part.data_ptr() for part in tensor) for tensor in parts]
 
 
-def bind(copy: Copy, piece: Piece, view: Tensor, live: Tensor, rows: list, plain: list) -> None:
+def bind(
+    copy: Copy, piece: Piece, view: Tensor, stored: Stored | Tensor, rows: list[Rows], plain: list
+) -> None:
     """Append what of a copy lies in a piece, as views of bucket and live tensor, to what a replay does.
 
-    That is (source, qdata, scale) to `rows`, or (target, source) to `plain`.
+    That is `Rows` to `rows`, or (target, source) to `plain`.
     """
     source, target, width = copy.source, copy.target, math.prod(piece.full_shape[1:])
     if piece.end - piece.row < (piece.full_shape or [1])[0]:  # cut between buckets
@@ -1021,23 +1087,31 @@ def bind(copy: Copy, piece: Piece, view: Tensor, live: Tensor, rows: list, plain
         elif not piece.row <= first < piece.end:
             return
     offset = view.storage_offset() + source.storage_offset() - piece.row * width
-    source = view.as_strided(source.shape, source.stride(), offset)
-    if not is_traceable_wrapper_subclass(live):
-        if not live.is_contiguous():
+    if isinstance(stored, Tensor):
+        if not stored.is_contiguous():
             raise CannotReplay(f"vLLM stores {copy.tensor} in another order than it loads it")
-        offset = live.storage_offset() + target.storage_offset()
-        plain.append((live.data.as_strided(target.shape, target.stride(), offset), source))
+        source = view.as_strided(source.shape, source.stride(), offset)
+        offset = stored.storage_offset() + target.storage_offset()
+        plain.append((stored.data.as_strided(target.shape, target.stride(), offset), source))
         return
-    first, beside = divmod(target.storage_offset(), live.shape[-1])
-    if beside or target.shape[1:] != live.shape[1:] or not target.is_contiguous() or source.stride(-1) != 1:
+    columns = stored.qdata.shape[1]
+    first, beside = divmod(target.storage_offset(), columns)
+    if beside or target.shape[-1] != columns or not target.is_contiguous():
         raise CannotReplay(f"the rows of {copy.tensor} do not come one after another and whole")
-    by_row = isinstance(live, Float8Tensor) and live.scale.shape == (live.shape[0], 1)
-    if not by_row or not live.qdata.is_contiguous():
-        raise CannotReplay(f"{copy.tensor} is not quantized to FP8 row by row")
-    if (source.dtype, live.dtype) != (torch.bfloat16, torch.bfloat16):
-        raise CannotReplay(f"{piece.name} travels as {source.dtype}, vLLM quantizes {live.dtype}")
-    span = slice(first, first + len(source))
-    rows.append((source, live.qdata[span], live.scale[span]))
+    if view.dtype != torch.bfloat16 or source.ndim != 2 or source.stride(1) != 1:
+        raise CannotReplay(
+            f"{piece.name} travels as {view.dtype}, or is not taken by rows: no replay does that"
+        )
+    (count, _), (step, _) = source.shape, source.stride()
+    before, length = 0, columns
+    if stored.by_vllm:  # the scale is made from all columns, also of those for other workers
+        length = piece.full_shape[-1]
+        before = source.storage_offset() % length
+        if step % length and count > 1 or before + columns > length:
+            raise CannotReplay(f"rows of {copy.tensor} are no parts of rows of {piece.name}")
+    whole = view.as_strided((count, length), (step, 1), offset - before)
+    span = slice(first, first + count)
+    rows.append(Rows(whole, before, stored.qdata[span], stored.scale[span], stored.by_vllm))
 
 
 # ----- 6. Bytes: digests, and rows quantized as torchao does it -------------------------------------------
@@ -1089,35 +1163,114 @@ def digest_kernel(words, count, total, BLOCK: tl.constexpr):
     tl.atomic_add(total, tl.sum(word * (2 * i + 1)))
 
 
-def quantize_rows(source: Tensor, qdata: Tensor, scale: Tensor) -> None:
-    """Write `source` (rows, columns; BF16) as FP8 e4m3 bytes and one FP32 scale per row, shape (rows, 1).
+class Rows(NamedTuple):
+    """Rows of BF16 weights, and where they go as FP8 e4m3 bytes, with one FP32 scale for each.
 
-    Bit-identical to torchao 0.18's PerRow: amax / 448 is rounded to BF16 before it becomes FP32. Only rows
-    of zeros differ: zero bytes and scale 1 (see `repair_zero_rows`).
+    torchao 0.18's PerRow makes the scale from the columns that a worker gets, and rounds amax / 448 to BF16;
+    rows of zeros get zero bytes and scale 1 (see `repair_zero_rows`). vLLM 0.32's `fp8_per_channel` makes it
+    from whole rows, is not rounded, and at least 1 / (448 * 512).
     """
-    if source.is_cuda:
-        rows, columns = source.shape
-        block = triton.next_power_of_2(columns)
-        quantize_rows_kernel[(rows,)](
-            source, source.stride(0), qdata, scale, columns, block, num_warps=min(16, max(1, block // 1024))
+
+    whole: Tensor  # (rows, columns) that the scale is made from
+    first: int  # the worker's columns begin here
+    qdata: Tensor  # (rows, columns of the worker)
+    scale: Tensor  # (rows, 1)
+    by_vllm: bool
+
+    @property
+    def alike(self) -> tuple:
+        """What is the same for all that one launch of the kernel quantizes."""
+        addresses = (self.whole.data_ptr() + 2 * self.first, self.qdata.data_ptr())
+        aligned = not any(address % 16 for address in (*addresses, self.whole.data_ptr()))
+        return self.whole.shape, self.whole.stride(0), self.qdata.shape[1], self.by_vllm, aligned
+
+
+class Batch(NamedTuple):
+    """Rows that are `alike`, as the experts of a layer are; on GPUs also their addresses, (n, 4)."""
+
+    rows: list[Rows]
+    table: Tensor | None
+
+
+def batches(rows: list[Rows]) -> list[Batch]:
+    """All rows, in as few batches as possible."""
+    groups: dict[tuple, list[Rows]] = {}
+    for some in rows:
+        groups.setdefault(some.alike, []).append(some)
+    result = []
+    for group in groups.values():
+        table = None
+        if group[0].whole.is_cuda:
+            parts = [(r.whole, r.whole[:, r.first :], r.qdata, r.scale) for r in group]
+            addresses = [[part.data_ptr() for part in entry] for entry in parts]
+            table = torch.tensor(addresses, device=group[0].whole.device)
+        result.append(Batch(group, table))
+    return result
+
+
+def quantize_rows(batch: Batch) -> None:
+    """Quantize, bit-identical to torchao's PerRow and vLLM's `fp8_per_channel` (see `Rows`)."""
+    if batch.table is not None:
+        (count, length), step, columns, by_vllm, aligned = batch.rows[0].alike
+        block, whole_block = triton.next_power_of_2(columns), triton.next_power_of_2(length)
+        quantize_rows_kernel[(count, len(batch.rows))](
+            batch.table,
+            step,
+            columns,
+            length,
+            block,
+            whole_block if length > columns else 0,
+            by_vllm,
+            aligned,
+            num_warps=min(16, max(1, max(block, whole_block) // 1024)),
         )
         return
-    limit = torch.finfo(qdata.dtype).max
-    scale_R1 = (source.abs().amax(dim=1, keepdim=True) / limit).float()
-    dead_R1 = scale_R1 == 0
-    quotient_RC = (source.float() / scale_R1).clamp(-limit, limit)
-    qdata.copy_(quotient_RC.masked_fill(dead_R1, 0).to(qdata.dtype))
-    scale.copy_(scale_R1.masked_fill(dead_R1, 1))
+    for whole, first, qdata, scale, by_vllm in batch.rows:
+        limit = torch.finfo(qdata.dtype).max
+        amax_R1 = whole.abs().amax(dim=1, keepdim=True)
+        if by_vllm:
+            scale_R1 = (amax_R1.float() / limit).clamp(min=1 / (limit * 512))
+        else:
+            scale_R1 = (amax_R1 / limit).float()
+        dead_R1 = scale_R1 == 0
+        source_RC = whole[:, first : first + qdata.shape[1]].float()
+        quotient_RC = (source_RC / scale_R1).clamp(-limit, limit).masked_fill(dead_R1, 0)
+        qdata.copy_(quotient_RC.to(qdata.dtype))
+        scale.copy_(scale_R1.masked_fill(dead_R1, 1))
 
 
-@triton.jit(do_not_specialize_on_alignment=["scale"])
-def quantize_rows_kernel(source, source_stride, qdata, scale, columns, BLOCK: tl.constexpr):
-    """One program a row, which stays in registers: it is read once and written once."""
-    row, column = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
+@triton.jit
+def quantize_rows_kernel(
+    table,
+    step,
+    columns,
+    length,
+    BLOCK: tl.constexpr,
+    WHOLE_BLOCK: tl.constexpr,  # 0: the worker has whole rows
+    BY_VLLM: tl.constexpr,
+    ALIGNED: tl.constexpr,  # all addresses are multiples of 16 bytes
+):
+    """One program a row, which stays in registers: it is read once (in part twice) and written once."""
+    row, entry, column = tl.program_id(0).to(tl.int64), table + 4 * tl.program_id(1), tl.arange(0, BLOCK)
+    whole = tl.load(entry).to(tl.pointer_type(tl.bfloat16))
+    source = tl.load(entry + 1).to(tl.pointer_type(tl.bfloat16))
+    qdata = tl.load(entry + 2).to(tl.pointer_type(tl.float8e4nv))
+    scale = tl.load(entry + 3).to(tl.pointer_type(tl.float32))
+    if ALIGNED:
+        whole, source = tl.multiple_of(whole, 16), tl.multiple_of(source, 16)
+        qdata = tl.multiple_of(qdata, 16)
     inside = column < columns
-    x = tl.load(source + row * source_stride + column, mask=inside, other=0.0).to(tl.float32)
-    row_scale = tl.div_rn(tl.max(tl.abs(x)), 448.0).to(tl.bfloat16).to(tl.float32)
-    if tl.max((x != x).to(tl.int32)) > 0:
+    x = tl.load(source + row * step + column, mask=inside, other=0.0).to(tl.float32)
+    seen = x
+    if WHOLE_BLOCK > 0:
+        at = tl.arange(0, WHOLE_BLOCK)
+        seen = tl.load(whole + row * step + at, mask=at < length, other=0.0).to(tl.float32)
+    row_scale = tl.div_rn(tl.max(tl.abs(seen)), 448.0)
+    if BY_VLLM:
+        row_scale = tl.maximum(row_scale, 1 / (448.0 * 512))
+    else:
+        row_scale = row_scale.to(tl.bfloat16).to(tl.float32)
+    if tl.max((seen != seen).to(tl.int32)) > 0:
         row_scale = float("nan")  # tl.max ignores NaN, torch's amax does not
     dead = row_scale == 0.0
     quotient = tl.div_rn(x, tl.where(dead, 1.0, row_scale))
@@ -1140,9 +1293,12 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 
 @functools.cache
-def patch_torchao() -> None:
-    """What a worker changes in torchao, before it builds its model. Importing this module changes nothing."""
+def patch_libraries() -> None:
+    """What a worker changes in torchao and vLLM, before it builds its model. Importing this module changes
+    nothing.
+    """
     from torchao.quantization.quantize_.workflows.float8 import float8_tensor
+    from vllm.model_executor.kernels.linear.scaled_mm import cutlass
 
     @torch.library.custom_op("rlhf_online_quant::fastest_scaled_mm", mutates_args=("output",))
     def fastest_scaled_mm(
@@ -1177,3 +1333,8 @@ def patch_torchao() -> None:
         # Why: without it vLLM cannot store what it has compiled, and every start of an engine compiles anew.
         # Delete when: torchao's Float8Tensor has `empty_like` (0.18 has not).
         return args[0]._apply_fn_to_data(lambda tensor: function(tensor, **kwargs))
+
+    # Why: vLLM pads layers to multiples of 16 for this kernel and then sets their loader once more, which
+    # its own `set_weight_attrs` forbids ("Overwriting existing tensor attribute: weight_loader").
+    # Delete when: an engine whose linear layer has 8 outputs starts with `fp8_per_channel`.
+    cutlass.set_weight_attrs = lambda weight, attributes: vars(weight).update(attributes)

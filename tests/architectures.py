@@ -1,7 +1,7 @@
 """The sync of many architectures: one process that starts engines one after another, without a start of
 Python for each.
 
-    python tests/architectures.py 1 opt falcon    # tensor parallel size, names of ARCHITECTURES
+    python tests/architectures.py 1 opt falcon opt@fp8_per_channel    # TP, names of ARCHITECTURES [@scheme]
 
 A tiny random model is written, trainer and engine start from it, the sync is proved, the weights change, and
 the engine follows; for names in FRESH it is then compared with a fresh engine from the saved checkpoint.
@@ -62,12 +62,12 @@ ARCHITECTURES = {
 # One of each kind: a replay; sessions because of a transposed, a computed and a packed weight; a head with a
 # bias and
 # vLLM's Transformers backend; experts.
-FRESH = {"opt", "gpt2", "falcon", "phi-2", "qwen-3-moe", "mixtral", "gemma-3"}
+FRESH = {"opt", "gpt2", "falcon", "phi-2", "qwen-3-moe", "mixtral", "gemma-3", "opt@fp8_per_channel"}
 
 
 def build(folder, name: str, seed: int = 0, dtype=torch.bfloat16) -> str:
     """Write a random model of one of ARCHITECTURES and a byte-level tokenizer; returns the folder."""
-    class_name, differs = ARCHITECTURES[name]
+    class_name, differs = ARCHITECTURES[name.partition("@")[0]]
     config = getattr(transformers, class_name)(**SMALL | differs)
     set_seed(seed)
     with torch.no_grad():
@@ -81,14 +81,14 @@ def build(folder, name: str, seed: int = 0, dtype=torch.bfloat16) -> str:
 
 def follow(name: str, tensor_parallel_size: int, folder: str) -> dict:
     """Prove one architecture, change its weights, sync; what was found."""
+    scheme = name.partition("@")[2]
     config = dataclasses.replace(CONFIG, tensor_parallel_size=tensor_parallel_size)
-    old, new, settings = (
-        build(f"{folder}/old", name),
-        f"{folder}/new",
-        dict(bucket_bytes=100_000, timeout_s=60),
-    )
+    config.quantization = scheme or config.quantization
+    old, new = build(f"{folder}/old", name), f"{folder}/new"
+    settings = dict(bucket_bytes=100_000, timeout_s=60)
+    tokens = 1 if scheme else 8  # the CPU's product for vLLM's schemes is slow
     with local_pair(old, config) as (trainer, engine):
-        proof = driver.prove_sync(trainer, engine, max_tokens=8, **settings)
+        proof = driver.prove_sync(trainer, engine, max_tokens=tokens, **settings)
         with torch.no_grad():
             for parameter in trainer.target.model.parameters():
                 parameter.add_(torch.randn_like(parameter), alpha=0.01)
@@ -105,12 +105,12 @@ def follow(name: str, tensor_parallel_size: int, folder: str) -> dict:
         "compared": sync["compared"],
         "buckets": sync["sender"]["buckets"],
         "as_in_file": travels == in_file,
-        "fp8": sum(".qdata on " in name for name in synced["digests"]),
+        "fp8": sum("weight_scale on " in name or ".qdata on " in name for name in synced["digests"]),
     }
     if name in FRESH:
         with local_engine(new, config) as llm:
             llm.collective_rpc("inspect_weights")
-            answers = llm.answer(driver.PROMPTS, 8)
+            answers = llm.answer(driver.PROMPTS, tokens)
             found["fresh"] = llm.digests() == synced["digests"] and answers == synced["answers"]
     return found
 

@@ -34,6 +34,9 @@ SHAPES = {
     "tiny-llama": LlamaConfig(
         **TINY, intermediate_size=256, num_key_value_heads=2, tie_word_embeddings=False
     ),
+    "odd-llama": LlamaConfig(  # no multiple of 16
+        **TINY, intermediate_size=264, num_key_value_heads=2, tie_word_embeddings=False
+    ),
     "opt-125m": OPTConfig(**IDS, tie_word_embeddings=True),  # the defaults are those of facebook/opt-125m
     "small-mixtral": MixtralConfig(**SMALL_MOE, intermediate_size=512, num_local_experts=8),
     "small-qwen3-moe": Qwen3MoeConfig(

@@ -13,7 +13,7 @@ from harness import HERE
 
 # One of each kind of sharding: separate and (in three ways) fused attention, transposed and fused MLP, a
 # padded vocabulary, experts. The others at 2: by hand, see RESULTS.md.
-AT_TWO = ["opt", "gpt2", "gpt-neox", "falcon", "phi-3", "llama-321", "mixtral"]
+AT_TWO = ["opt", "gpt2", "gpt-neox", "falcon", "phi-3", "llama-321", "mixtral", "llama-321@fp8_per_channel"]
 BY_SESSION = {"gpt2", "bloom", "falcon", "phi-2", "mixtral", "qwen-2-moe", "qwen-3-moe"}  # on the CPU
 
 
@@ -53,7 +53,7 @@ def check(found: dict, name: str, tensor_parallel_size: int) -> None:
     assert found.get("fresh") is (True if name in FRESH else None)
 
 
-@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.parametrize("name", [*ARCHITECTURES, "opt@fp8_per_channel"])
 def test_engine_equals_its_cold_start_and_follows(found_at_two, tmp_path, name):
     check(follow(name, 1, str(tmp_path)), name, 1)
 

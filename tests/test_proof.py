@@ -48,7 +48,7 @@ def double_a_scale(replay: Replay) -> None:
     def quantize_and_copy(number: int) -> None:
         plain(number)
         if number == first:
-            replay.steps[number][0][0][2][0] *= 2
+            replay.steps[number][0][0].rows[0].scale[0] *= 2
 
     replay._quantize_and_copy = quantize_and_copy
 
@@ -234,7 +234,7 @@ def state():
 before = state()
 import rlhf_utils
 imported = state(), "vllm" in sys.modules
-rlhf_utils.patch_torchao()
+rlhf_utils.patch_libraries()
 print(json.dumps([before == imported[0], imported[1], before == state()]))
 """
     printed = subprocess.run(

@@ -22,10 +22,17 @@ from torchao.quantization.quantize_.workflows.float8.float8_tensor import Quanti
 from transformers import PreTrainedTokenizerFast
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from vllm.model_executor.layers.quantization.online import fp8 as online_fp8
+from vllm.model_executor.layers.quantization.utils.quant_utils import weight_amax
 
 import rlhf_utils
 from harness import driver
 from rlhf_utils import (
+    Buckets,
+    Copy,
+    Replay,
+    Rows,
+    batches,
     digest,
     digest_kernel,
     plan_buckets,
@@ -114,44 +121,129 @@ def test_pieces_hold_every_row_once_without_overlap():
     assert rows == {name: shape[0] if shape else 1 for name, _, shape in manifest}
 
 
-@pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("columns", [16, 80, 768, 4096, 17408])
-def test_quantize_rows_is_torchao_bit_for_bit(columns, device):
-    """Random, huge, tiny, denormal, one-hot and infinite rows; only all-zero rows differ, by the repair."""
+def odd_rows(columns: int, device: str) -> torch.Tensor:
+    """128 in BF16: random, huge, tiny, denormal, one-hot, infinite, NaN and zero."""
     torch.manual_seed(0)
     rows = torch.randn(128, columns, device=device) * torch.logspace(-38, 38, 128, device=device).unsqueeze(1)
     rows[0], rows[1], rows[2, 1:], rows[3, 0] = 0, 1e-40, 0, float("inf")
     rows[4], rows[5, 3], rows[6], rows[7, 2] = torch.finfo(torch.bfloat16).max, -448, 2.0**-133, float("nan")
-    rows = rows.bfloat16()
+    return rows.bfloat16()
+
+
+def quantized(rows: torch.Tensor, first: int, columns: int, by_vllm: bool) -> tuple:
+    """Bytes and scales of some columns of rows, by the one launch that does two of such at once."""
+    qdata = torch.zeros(2, len(rows), columns, dtype=torch.float8_e4m3fn, device=rows.device)
+    scale = torch.zeros(2, len(rows), 1, device=rows.device)
+    parts = [Rows(rows, first, *into, by_vllm) for into in zip(qdata, scale, strict=True)]
+    [batch] = batches(parts)
+    quantize_rows(batch)
+    assert torch.equal(*qdata.view(torch.uint8)) and torch.equal(*scale.view(torch.int32))
+    return qdata[1].view(torch.uint8), scale[1]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("columns", [16, 80, 768, 4096, 17408])
+def test_quantize_rows_is_torchao_bit_for_bit(columns, device):
+    """Only all-zero rows differ, by the repair."""
+    rows = odd_rows(columns, device)
     expected = Float8Tensor.from_hp(rows, granularity=PerRow())
     repair_zero_rows([expected])
-    within = torch.randn(
-        128, 3 * columns, device=device
-    ).bfloat16()  # as a tensor-parallel shard lies in its weight
-    within[:, columns : 2 * columns] = rows
-    for source in (rows, within[:, columns : 2 * columns]):
-        qdata, scale = torch.empty_like(expected.qdata), torch.empty_like(expected.scale)
-        quantize_rows(source, qdata, scale)
-        assert torch.equal(qdata.view(torch.uint8), expected.qdata.view(torch.uint8))
+    # As a tensor-parallel shard lies in its weight.
+    within = torch.randn(128, 3 * columns, device=device).bfloat16()[:, columns : 2 * columns]
+    within.copy_(rows)
+    for source in (rows, within):
+        qdata, scale = quantized(source, 0, columns, by_vllm=False)
+        assert torch.equal(qdata, expected.qdata.view(torch.uint8))
         torch.testing.assert_close(scale, expected.scale, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("columns", [16, 80, 768, 4096, 17408])
+def test_quantize_rows_is_vllms_fp8_per_channel_bit_for_bit(columns, device):
+    """A worker's columns have the scale of the whole row, over all workers."""
+    rows = odd_rows(columns, device)
+    rows[3], rows[7] = 1.0, 2.0  # vLLM's minimum and maximum treat NaN as the device likes
+    scale = online_fp8._fp8_channel_scale(weight_amax(rows, dim=-1, keepdim=True))
+    bytes_of_rows = online_fp8._fp8_quant_per_channel(rows, scale).view(torch.uint8)
+    for first, count in ((0, columns), (columns // 2, columns // 2), (0, columns // 2)):
+        qdata, found = quantized(rows, first, count, by_vllm=True)
+        assert torch.equal(qdata, bytes_of_rows[:, first : first + count]) and torch.equal(found, scale)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("bucket_bytes", [20_000, 10**6])
+def test_experts_are_replayed_as_vllm_quantizes_them(rank, bucket_bytes):
+    """`fp8_per_channel` on made-up tensors (vLLM has no FP8 experts on the CPU), of the second of two workers
+    as well: gate and up one above the other in w13, half of down's columns in w2; cut between buckets too.
+    """
+    torch.manual_seed(0)
+    experts, inner, hidden = 6, 32, 48
+    half = slice(rank * inner // 2, (rank + 1) * inner // 2)
+    shapes = {"gate": (inner, hidden), "up": (inner, hidden), "down": (hidden, inner)}
+    weights = {
+        f"experts.{i}.{kind}": torch.randn(shape).bfloat16()
+        for i in range(experts)
+        for kind, shape in shapes.items()
+    }
+    loaded = {"w13": torch.zeros(experts, inner, hidden), "w2": torch.zeros(experts, hidden, inner // 2)}
+    loaded = {name: tensor.bfloat16() for name, tensor in loaded.items()}
+    layer, copies = torch.nn.Module(), {}
+    for name, tensor in loaded.items():
+        fp8 = torch.zeros(tensor.shape, dtype=torch.float8_e4m3fn)
+        layer.register_parameter(name, torch.nn.Parameter(fp8, requires_grad=False))
+        scale = torch.nn.Parameter(torch.zeros(*tensor.shape[:-1], 1), requires_grad=False)
+        layer.register_parameter(f"{name}_scale", scale)
+    for name, weight in weights.items():
+        _, i, kind = name.split(".")
+        target = loaded["w2"][int(i)] if kind == "down" else loaded["w13"][int(i)]
+        target = target if kind == "down" else target.chunk(2)[kind == "up"]
+        whole = weight.to("meta")
+        source = whole[:, half] if kind == "down" else whole[half]
+        tensor = "w2" if kind == "down" else "w13"
+        on_meta = loaded[tensor].to("meta")
+        at = on_meta.as_strided(target.shape, target.stride(), target.storage_offset())
+        copies[name] = [Copy(source, at, tensor, on_meta)]
+        target.copy_(weight[:, half] if kind == "down" else weight[half])
+    manifest = [[name, "bfloat16", list(weight.shape)] for name, weight in weights.items()]
+    buckets = Buckets(manifest, bucket_bytes, SimpleNamespace(rank=1), torch.device("cpu"))
+    replay = Replay(layer, copies, buckets)
+    for number, bucket in enumerate(buckets.buckets):
+        for piece, view in bucket.pieces:
+            view.copy_(weights[piece.name][piece.row : piece.end])
+        replay(number)
+    # What both workers have to agree on.
+    downs = torch.stack([weights[f"experts.{i}.down"] for i in range(experts)])
+    amax = {
+        "w13": weight_amax(loaded["w13"], dim=-1, keepdim=True),
+        "w2": weight_amax(downs, dim=-1, keepdim=True),
+    }
+    for name, tensor in loaded.items():
+        scale = online_fp8._fp8_channel_scale(amax[name])
+        qdata = online_fp8._fp8_quant_per_channel(tensor.flatten(0, 1), scale.flatten(0, 1))
+        assert torch.equal(getattr(layer, f"{name}_scale"), scale)
+        assert torch.equal(getattr(layer, name).flatten(0, 1).view(torch.uint8), qdata.view(torch.uint8))
+    if len(buckets.buckets) == 1:
+        assert [len(batch.rows) for batch in replay.steps[0][0]] == [2 * experts, experts], "two launches"
 
 
 def test_kernels_compile_for_hopper():
     """To machine code, without a GPU: otherwise a slip in a kernel would show on GPUs only."""
     digest_types = {"words": "*i64", "count": "i32", "total": "*i64", "BLOCK": "constexpr"}
-    row_types = {
-        "source": "*bf16",
-        "source_stride": "i32",
-        "qdata": "*fp8e4nv",
-        "scale": "*fp32",
-        "columns": "i32",
-    }
-    for kernel, types in (
-        (digest_kernel, digest_types),
-        (quantize_rows_kernel, row_types | {"BLOCK": "constexpr"}),
+    sizes = {"step": "i32", "columns": "i32", "length": "i32"}
+    switches = dict.fromkeys(["BLOCK", "WHOLE_BLOCK", "BY_VLLM", "ALIGNED"], "constexpr")
+    row_types = {"table": "*i64"} | sizes | switches
+    compiled = []
+    for kernel, types, values in (
+        (digest_kernel, digest_types, (4096,)),
+        (quantize_rows_kernel, row_types, (4096, 0, False, True)),
+        (quantize_rows_kernel, row_types, (2048, 4096, True, False)),
     ):
-        source = ASTSource(fn=kernel, signature=types, constexprs={(len(types) - 1,): 4096})
-        assert triton.compile(source, target=GPUTarget("cuda", 90, 32)).asm["cubin"]
+        constants = {(len(types) - len(values) + i,): value for i, value in enumerate(values)}
+        attributes = {(i,): [["tt.divisibility", 16]] for i in range(len(types) - len(values))}
+        source = ASTSource(fn=kernel, signature=types, constexprs=constants, attrs=attributes)
+        compiled.append(triton.compile(source, target=GPUTarget("cuda", 90, 32)).asm)
+        assert compiled[-1]["cubin"]
+    assert "ld.global.v4" in compiled[1]["ptx"], "rows are read 16 bytes at a time"
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -174,7 +266,7 @@ def test_scaled_mm_is_torchaos(rows, device, bias, monkeypatch):
     full, x = torch.randn(64, 96, device=device).bfloat16(), torch.randn(rows, 96, device=device).bfloat16()
     weight = Float8Tensor.from_hp(full, mm_config=Float8MMConfig(use_fast_accum=True), **kwargs)
     bias = torch.randn(64, device=device).bfloat16() if bias else None
-    rlhf_utils.patch_torchao()
+    rlhf_utils.patch_libraries()
     patched, products = float8_tensor.addmm_float8_unwrapped_inference, {}
     for ours in (False, True):
         product = patched if ours else addmm_float8_unwrapped_inference
@@ -329,7 +421,7 @@ def test_compiled_code_with_fp8_weights_can_be_stored():
     """vLLM moves the inputs of what it stores to the meta device; `tests/bench_startup.py` shows what that
     saves.
     """
-    rlhf_utils.patch_torchao()
+    rlhf_utils.patch_libraries()
     weight = Float8Tensor.from_hp(torch.randn(32, 64, dtype=torch.bfloat16), granularity=PerRow())
     empty = torch.empty_like(weight, device="meta", pin_memory=False)
     assert isinstance(empty, Float8Tensor) and empty.qdata.is_meta and empty.scale.is_meta
