@@ -270,10 +270,11 @@ def repair_zero_rows(parameters: Iterable[Tensor]) -> int:
 # ----- 3. The two ends ------------------------------------------------------------------------------------
 
 
-def checkpoint_weights(model: torch.nn.Module) -> NamedTensors:
+def checkpoint_weights(model: torch.nn.Module, known: dict | None = None) -> NamedTensors:
     """Names and tensors of what `save_pretrained` would write, layer by layer; a tied weight once.
 
     vLLM's loaders are made for the file. Inside a Hugging Face model experts may be fused, and names differ.
+    Most are views of the model's tensors; a dictionary, `known`, remembers which for the next time.
     """
     ignored = getattr(model, "_keys_to_ignore_on_save", None) or ()
     seen, weights = set(), {}
@@ -284,21 +285,53 @@ def checkpoint_weights(model: torch.nn.Module) -> NamedTensors:
     if getattr(model, "_weight_conversions", None) == []:  # `from_pretrained` had nothing to convert
         yield from weights.items()
         return
-    layers = {}
+    layers, known = {}, {} if known is None else known
     for name, tensor in weights.items():
         layer = re.match(r".*?\.\d+\.", name)
-        layers.setdefault(layer and layer[0], {})[name] = tensor
+        layers.setdefault(layer and layer[0], {})[name] = tensor.detach()
     for layer in layers.values():  # one after another, because some conversions copy
-        with ViewsWherePossible():
-            layer = revert_weight_conversion(model, layer)
-        yield from layer.items()
+        shapes = tuple((name, tensor.shape, tensor.stride()) for name, tensor in layer.items())
+        if shapes not in known:
+            known[shapes] = saved_views(model, layer)
+        if known[shapes] is None:
+            yield from revert_weight_conversion(model, layer).items()
+        else:
+            for name, (source, size, stride, offset) in known[shapes].items():
+                yield name, layer[source].as_strided(size, stride, layer[source].storage_offset() + offset)
 
 
-class ViewsWherePossible(TorchFunctionMode):
-    """While active, `contiguous` copies nothing: experts are split into views of what they are fused in."""
+def saved_views(model: torch.nn.Module, layer: dict[str, Tensor]) -> dict[str, tuple] | None:
+    """Where in a layer's tensors lies what `save_pretrained` makes of them, learned without memory.
+
+    Returns name -> (name of the layer's tensor, size, stride, offset); None if something is computed.
+    """
+    if any(map(is_traceable_wrapper_subclass, layer.values())):  # DTensors have no strides of their own
+        return None
+    on_meta = {}
+    for name, tensor in layer.items():
+        options = dict(dtype=tensor.dtype, device="meta")
+        on_meta[name] = torch.empty_strided(tensor.shape, tensor.stride(), **options)
+    with NoCopies():
+        saved = revert_weight_conversion(model, on_meta)
+    source_of = {storage(tensor): name for name, tensor in on_meta.items()}
+    if any(storage(tensor) not in source_of for tensor in saved.values()):
+        return None
+    return {
+        name: (source_of[storage(tensor)], tensor.shape, tensor.stride(), tensor.storage_offset())
+        for name, tensor in saved.items()
+    }
+
+
+class NoCopies(TorchFunctionMode):
+    """While active, `contiguous` returns what it is given: parts of a tensor stay parts of it."""
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         return args[0] if function is Tensor.contiguous else function(*args, **kwargs or {})
+
+
+def storage(tensor: Tensor) -> int:
+    """What views of one tensor have in common."""
+    return tensor.untyped_storage()._cdata
 
 
 class WeightSender:
@@ -323,10 +356,11 @@ class WeightSender:
         self.scanned: tuple[Manifest, list[str]] | None = None  # what there is, and which of it is not finite
         self.prepared: tuple[Manifest, int] | None = None  # ... and the bucket size
         self.buckets: Buckets | None = None  # for what is prepared; None until both ends have agreed
+        self.views = {}  # of the model's tensors: see `checkpoint_weights`
 
     def weights(self) -> NamedTensors:
         """Yield (name, full tensor) of every weight, always in the same order. To be overridden."""
-        return checkpoint_weights(self.model)
+        return checkpoint_weights(self.model, self.views)
 
     def _not_empty(self) -> NamedTensors:
         return ((name, weight) for name, weight in self.weights() if weight.numel())
@@ -944,10 +978,6 @@ def record_copies(model: torch.nn.Module, manifest: Manifest) -> dict[str, list[
             why = f"{type(error).__name__}: {error}"
             raise CannotReplay(f"vLLM's loaders want to see the weights: {why}") from error
         tensors |= named_tensors(model)  # loaders may register more
-
-    def storage(tensor: Tensor) -> int:
-        """What views of one tensor have in common."""
-        return tensor.untyped_storage()._cdata
 
     weight_at = {storage(weight): name for name, weight in weights.items()}
     tensor_at = {storage(tensor): name for name, tensor in tensors.items()}

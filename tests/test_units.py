@@ -14,12 +14,13 @@ import psutil
 import pytest
 import torch
 import triton
+from safetensors.torch import load_file
 from tokenizers import Tokenizer, decoders, models
 from torchao.float8.inference import Float8MMConfig, addmm_float8_unwrapped_inference
 from torchao.quantization import Float8Tensor, PerBlock, PerRow, PerTensor
 from torchao.quantization.quantize_.workflows.float8 import float8_tensor
 from torchao.quantization.quantize_.workflows.float8.float8_tensor import QuantizeTensorToFloat8Kwargs
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, set_seed
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from vllm.model_executor.layers.quantization.online import fp8 as online_fp8
@@ -27,6 +28,7 @@ from vllm.model_executor.layers.quantization.utils.quant_utils import weight_ama
 
 import rlhf_utils
 from harness import driver
+from random_models import SHAPES
 from rlhf_utils import (
     Buckets,
     Copy,
@@ -224,6 +226,40 @@ def test_experts_are_replayed_as_vllm_quantizes_them(rank, bucket_bytes):
         assert torch.equal(getattr(layer, name).flatten(0, 1).view(torch.uint8), qdata.view(torch.uint8))
     if len(buckets.buckets) == 1:
         assert [len(batch.rows) for batch in replay.steps[0][0]] == [2 * experts, experts], "two launches"
+
+
+def test_fused_experts_travel_as_views_of_the_model(tmp_path, monkeypatch):
+    """As in the file, without a copy; they follow changes, and parameters that are replaced."""
+    set_seed(0)
+    model, known = AutoModelForCausalLM.from_config(SHAPES["small-qwen3-moe"]), {}
+    model.save_pretrained(tmp_path)
+    in_file = load_file(tmp_path / "model.safetensors")
+    experts = model.model.layers[1].mlp.experts
+
+    def sent() -> dict:
+        return dict(rlhf_utils.checkpoint_weights(model, known))
+
+    for _ in range(2):
+        found = sent()
+        assert found.keys() == in_file.keys()
+        assert all(torch.equal(tensor, in_file[name]) for name, tensor in found.items())
+    own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    assert {tensor.untyped_storage().data_ptr() for tensor in found.values()} == own
+    up = "model.layers.1.mlp.experts.3.up_proj.weight"
+    with torch.no_grad():
+        experts.gate_up_proj[3, -1, -1] = 7
+    assert found[up][-1, -1] == sent()[up][-1, -1] == 7
+    experts.gate_up_proj = torch.nn.Parameter(torch.zeros_like(experts.gate_up_proj))
+    assert not sent()[up].any() and found[up].any()
+    # What is computed is computed each time.
+    plain = rlhf_utils.revert_weight_conversion
+    monkeypatch.setattr(
+        rlhf_utils,
+        "revert_weight_conversion",
+        lambda *args: {name: tensor + 1 for name, tensor in plain(*args).items()},
+    )
+    known.clear()
+    assert sent()[up].eq(1).all() and sent()[up].eq(1).all() and set(known.values()) == {None}
 
 
 def test_kernels_compile_for_hopper():
