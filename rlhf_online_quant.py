@@ -161,8 +161,8 @@ class Config:
     """How the loss corrects for sampling with FP8: see `importance_weights`."""
     tokens_per_microbatch: int = 8192
     """Longest forward and backward pass (padded tokens); gradients accumulate over as many as it takes."""
-    gradient_checkpointing: bool = False
-    """Compute activations again in the backward pass: less memory, more time."""
+    gradient_checkpointing: bool = True
+    """Compute activations again in the backward pass: much less memory, more training time."""
 
     output_dir: Path = Path("outputs")
     """Gets metrics.jsonl, curves.png, summary.json, and checkpoint-N."""
@@ -869,7 +869,9 @@ class Trainer(WeightSender):
         self.check_finite()
         check_parts(self.model)
         if config.gradient_checkpointing:
-            self.model.gradient_checkpointing_enable()
+            fits = "a model that can (type --no-gradient-checkpointing for this one)"
+            with expected("--gradient-checkpointing", fits):
+                self.model.gradient_checkpointing_enable()
             self.model.train()  # transformers checkpoints nothing otherwise
         self.reference = self._load(path) if config.kl_coef else None
         self.optimizer = torch.optim.AdamW(
