@@ -92,6 +92,8 @@ from torch.utils.checkpoint import checkpoint
 from torchao.core.config import AOBaseConfig, config_from_dict, config_to_dict
 from torchao.quantization import Float8DynamicActivationFloat8WeightConfig, Float8WeightOnlyConfig, PerRow
 from vllm import LLM, SamplingParams
+from vllm.v1.engine import output_processor
+from vllm.v1.engine.logprobs import FlatLogprobs, LogprobsProcessor
 
 from rlhf_utils import BUCKET_BYTES, WeightSender
 
@@ -1126,6 +1128,7 @@ class MyLLM(LLM):
     def __init__(self, *args, **kwargs):
         if kwargs.get("distributed_executor_backend") == "mp":
             fork_workers()
+        output_processor.LogprobsProcessor = SampledLogprobs
         super().__init__(*args, **kwargs)
 
     def __repr__(self) -> str:
@@ -1223,6 +1226,25 @@ def fork_workers() -> None:
     context.set_forkserver_preload([__name__, "vllm.v1.worker.cpu_worker"])
     multiprocessing.forkserver.ensure_running()
     multiproc_executor.get_mp_context = lambda: context
+
+
+class SampledLogprobs(LogprobsProcessor):
+    """vLLM's, which takes in the log-probability of a sampled token alone (`ROLLOUT`) in half the time."""
+
+    # Why: vLLM builds lists and iterators for all likely tokens, though there is one; sequence by sequence
+    # that was a sixth of its Python at 128 of them. Delete when: vLLM appends a single one directly.
+    def _update_sample_logprobs(self, new) -> None:
+        flat = self.logprobs
+        if self.num_logprobs or self.tokenizer or not isinstance(flat, FlatLogprobs) or len(new.logprobs) > 1:
+            return super()._update_sample_logprobs(new)
+        position, logprob = len(flat.logprobs), new.logprobs.item(0)
+        flat.start_indices.append(position)
+        flat.end_indices.append(position + 1)
+        flat.token_ids.append(new.logprob_token_ids.item(0))
+        flat.logprobs.append(logprob)
+        flat.ranks.append(new.sampled_token_ranks.item(0))
+        flat.decoded_tokens.append(None)
+        self.cumulative_logprob += logprob
 
 
 def decode(tokenizer, prompt: list[int], answer: list[int]) -> str:
