@@ -688,12 +688,12 @@ class WorkerExtension:
         repair_zero_rows(model.parameters())
         for name, weight in model.named_parameters():
             layer, leaf = owner(model, name)
-            before = before_loading(layer)[0].get(leaf)  # None: a scale, of vLLM's quantization
+            before, is_scale = before_loading(layer)[0].get(leaf, weight), "weight_scale" in leaf
             parts = plain_tensors(name, weight).values()
-            loaded = 2 * before.numel() if before is not None else 0
+            loaded = 0 if is_scale else 2 * before.numel()
             stored = sum(part.nbytes for part in parts) or loaded  # vLLM's CPU backend packs out of sight
             of_expert = isinstance(layer, RoutedExperts)
-            in_fp8 = before is None or any(part.dtype == torch.float8_e4m3fn for part in parts)
+            in_fp8 = is_scale or any(part.dtype == torch.float8_e4m3fn for part in parts)
             gib["weights_gib"] += stored / 2**30
             gib["bf16_weights_gib"] += loaded / 2**30
             if of_expert:
@@ -702,7 +702,7 @@ class WorkerExtension:
                 gib["fp8_gib"] += stored / 2**30
                 if of_expert:
                     gib["experts_fp8_gib"] += stored / 2**30
-                elif before is not None:
+                elif not is_scale:
                     layers += 1
             elif before.ndim > 1:
                 not_fp8.setdefault(why_not_fp8(layer, before.shape), []).append(

@@ -5,13 +5,15 @@
 
 Trainer and engine start once, from one checkpoint of random weights, whose answers have full length. For each
 length: the engine's mismatch with the trainer, by precision of the trainer's products; rollouts as the loop
-asks for them beside plain `LLM.generate`; then `--repeats` steps in turn and as many overlapped, after two
-to warm up. Medians count. TRL does the same work afterwards (the same model, prompts, lengths and GPUs, its
-engine in BF16). Prints ratios, writes OUTPUT_DIR/loop_SHAPE.json and draws loop_SHAPE.png.
+asks for them beside plain `LLM.generate`; then, with gradient checkpointing and without, `--repeats` steps in
+turn and as many overlapped, after two to warm up. Medians count. TRL does the same work afterwards (the same
+model, prompts, lengths and GPUs, both modes, its engine in BF16). Prints ratios within a mode, writes
+OUTPUT_DIR/loop_SHAPE.json and draws loop_SHAPE.png.
 """
 
 import contextlib
 import dataclasses
+import itertools
 import json
 import os
 import signal
@@ -23,6 +25,7 @@ import time
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Literal
 from unittest import mock
 
@@ -37,6 +40,12 @@ from random_models import build_random_model
 
 WARM_UP = 2
 PHASES = ["rollout_s", "train_s", "sync_s"]
+MODES = ["on", "off"]  # of gradient checkpointing
+COLORS = {  # of each way what it is drawn in; what no phase explains is the rest
+    "TRL": {"TRL": "black"},
+    "in turn": {"rollout_s": "tab:blue", "train_s": "tab:orange", "sync_s": "tab:green", "rest": "grey"},
+    "overlapped": {"overlapped": "tab:purple"},
+}
 
 
 @dataclasses.dataclass
@@ -54,16 +63,15 @@ class Benchmark(driver.Config):
 
 
 class MeasuredTrainer(driver.Trainer):
-    """The driver's, which can compare itself with the engine."""
+    """The driver's, which can compare itself with the engine, and switch gradient checkpointing."""
 
-    def checkpointed(self, rollouts: list[dict]) -> dict:
-        """Metrics of training steps with --gradient-checkpointing, the last of three."""
-        self.model.gradient_checkpointing_enable()
-        self.model.train()
-        metrics = [self.train_step(rollouts) for _ in range(3)][-1]
-        self.model.gradient_checkpointing_disable()
-        self.model.eval()
-        return metrics
+    def checkpoint_activations(self, mode: str) -> None:
+        """From now on, as the driver's flag does it at the start."""
+        if mode == "on":
+            self.model.gradient_checkpointing_enable()
+        else:
+            self.model.gradient_checkpointing_disable()
+        self.model.train(mode == "on")
 
     @torch.no_grad()
     def mismatch_kl(self, rollouts: list[dict], precision: str) -> float:
@@ -98,25 +106,41 @@ def steps(config: Benchmark, trainer, engines: list, overlap: bool) -> dict[str,
     return result | {"trainer_gib": max(row["trainer_gib"] for row in rows)}
 
 
+def generate_formerly(llm, prompts: list[str], params: list[SamplingParams]) -> list:
+    """In the engine: `generate`, while vLLM's own code takes in the log-probabilities."""
+    with mock.patch.object(driver.output_processor, "LogprobsProcessor", driver.LogprobsProcessor):
+        return llm.generate(prompts, params, use_tqdm=False)
+
+
 def rollout_rates(config: Benchmark, engine) -> dict[str, float]:
-    """Tokens per second: as the loop asks, and by LLM.generate with neither seeds nor log-probabilities."""
+    """Tokens per second: `loop`, as the loop asks; `former`, the same, but log-probabilities by vLLM's own
+    code; `plain`, LLM.generate with neither seeds nor log-probabilities.
+    """
+
+    def ask_formerly(*asked, use_tqdm: bool):
+        return engine.__ray_call__.remote(generate_formerly, *asked)
+
+    formerly = SimpleNamespace(generate=SimpleNamespace(remote=ask_formerly))
     prompts = driver.prompts_of_step(config, driver.PROMPTS, 0)
     params = SamplingParams(
         n=config.samples_per_prompt, max_tokens=config.max_tokens, temperature=config.temperature
     )
-    plain = [engine.generate.remote, prompts, params]
-    rates = {"loop": [], "plain": []}
-    for step in range(1 + 3):  # in turn, so that nothing that drifts favours one
-        asked = {"loop": driver.generate([engine], prompts, config, step)}
-        asked["plain"] = driver.wait([plain[0](*plain[1:], use_tqdm=False)], 300, "plain generation")[0]
+    rates = {"loop": [], "former": [], "plain": []}
+    for step in range(5):  # in turn, so that nothing that drifts favours one
+        asked = {
+            "loop": driver.generate([engine], prompts, config, step),
+            "former": driver.generate([formerly], prompts, config, step),
+        }
+        plain = engine.generate.remote(prompts, params, use_tqdm=False)
+        [asked["plain"]] = driver.wait([plain], 300, "plain generation")
         for name, outputs in asked.items():
             tokens = sum(len(answer.token_ids) for output in outputs for answer in output.outputs)
             rates[name].append(tokens / outputs[0].seconds)
-    return {name: statistics.median(each[1:]) for name, each in rates.items()}
+    return {name: statistics.median(each) for name, each in rates.items()}
 
 
 def measure(config: Benchmark, path: str, device: str) -> dict[int, dict]:
-    """The program's part: for each length its rates, mismatches and medians."""
+    """The program's part: for each length its rates, mismatches, and medians by mode and way."""
     found = {}
     with contextlib.ExitStack() as stop:
         stop.enter_context(mock.patch.object(driver, "Trainer", MeasuredTrainer))
@@ -131,14 +155,16 @@ def measure(config: Benchmark, path: str, device: str) -> dict[int, dict]:
                 precision: driver.wait([trainer.mismatch_kl.remote(rollouts, precision)], 300, "comparing")[0]
                 for precision in ("bfloat16", "float32")
             }
-            [checkpointed] = driver.wait([trainer.checkpointed.remote(rollouts)], 300, "training")
             found[length] = {
                 "mismatch_kl_of_the_first_batch": kl,
-                "checkpointed": {name: checkpointed[name] for name in ("train_s", "trainer_gib")},
                 "rollout_tokens_per_s": rollout_rates(own, engines[0]),
-                "in turn": steps(own, trainer, engines, overlap=False),
-                "overlapped": steps(own, trainer, engines, overlap=True),
             }
+            for mode in MODES:
+                driver.wait([trainer.checkpoint_activations.remote(mode)], 60, "switching")
+                found[length][mode] = {
+                    "in turn": steps(own, trainer, engines, overlap=False),
+                    "overlapped": steps(own, trainer, engines, overlap=True),
+                }
             print(length, json.dumps(found[length]), flush=True)
     return found
 
@@ -161,7 +187,7 @@ def trl_server(config: Benchmark, path: str) -> Iterator[int]:
 
 
 def measure_trl(config: Benchmark, path: str, port: int) -> dict[int, dict]:
-    """TRL's part: seconds of a step for each length, with its trainer on our engine's GPU."""
+    """TRL's part: seconds of a step by length and mode, with its trainer on our engine's GPU."""
     found, give_up = {}, time.monotonic() + 200
     while time.monotonic() < give_up:
         with contextlib.suppress(OSError):
@@ -169,7 +195,7 @@ def measure_trl(config: Benchmark, path: str, port: int) -> dict[int, dict]:
             break
         time.sleep(1)
     for length in config.lengths:
-        numbers = [WARM_UP + config.repeats + 1, length, config.tokens_per_microbatch // length, port]
+        numbers = [WARM_UP + config.repeats, length, config.tokens_per_microbatch // length, port]
         command = [sys.executable, str(Path(__file__).with_name("peer_trl.py")), path, *map(str, numbers)]
         with (config.output_dir / f"trl_{length}.log").open("w") as log:
             output = subprocess.run(
@@ -182,8 +208,9 @@ def measure_trl(config: Benchmark, path: str, port: int) -> dict[int, dict]:
                 check=True,
             ).stdout
         said = json.loads(output.strip().splitlines()[-1])
-        seconds = said["step_s"][WARM_UP:]
-        found[length] = {"step_s": statistics.median(seconds), "trainer_gib": said["trainer_gib"]}
+        for mode in MODES:
+            said[mode]["step_s"] = statistics.median(said[mode]["step_s"][WARM_UP:])
+        found[length] = said
         print("TRL", length, json.dumps(found[length]), flush=True)
     return found
 
@@ -197,47 +224,56 @@ def main(config: Benchmark) -> dict:
         with contextlib.ExitStack() as stop:
             wanted = dataclasses.replace(config, model=path, reward="letters")
             config, device = driver.resolve(wanted, connect(config, stop))
-            result = write_result(config, device, "loop", ours=measure(config, path, device))
+            result = write_result(config, device, "loop", lengths=measure(config, path, device))
         if port:
-            result["trl"] = measure_trl(config, path, port)
+            for length, said in measure_trl(config, path, port).items():
+                for mode in MODES:
+                    result["lengths"][length][mode]["TRL"] = said[mode]
     (config.output_dir / f"loop_{config.shape}.json").write_text(json.dumps(result, indent=2))
     report(result, config)
     return result
 
 
 def report(result: dict, config: Benchmark) -> None:
-    """Print a table and draw it: a bar for each way, in its phases."""
+    """Print a table and draw it: a bar for each length, mode and way; steps in turn in their phases."""
     work = f"{config.prompts_per_step} x {config.samples_per_prompt} completions"
     title = f"{result['shape']}, {work}, {result['layout']}, {result['device']}"
     print(title)
-    names = "".join(f"{name:>9}" for name in ("step", "rollout", "train", "sync", "tokens/s"))
-    print(f"{'tokens':>6} {'':10} {names} {'GiB':>6}")
-    figure, axes = plt.subplots(1, len(config.lengths), figsize=(9, 3.5), layout="constrained", squeeze=False)
+    names = "".join(f"{name:>9}" for name in ("step", "rollout", "train", "sync", "tokens/s", "GiB"))
+    print(f"{'tokens':>6} {'checkpointing':>13} {'':10}{names}")
+    size = dict(figsize=(10, 4), layout="constrained")
+    figure, axes = plt.subplots(1, len(config.lengths), sharey=True, squeeze=False, **size)
     for axis, length in zip(axes[0], config.lengths, strict=True):
-        ours, trl = result["ours"][length], result.get("trl", {}).get(length)
-        for way in ("overlapped", "in turn"):
-            row, left = ours[way], 0.0
-            times = "".join(f"{row[phase]:8.3f}s" for phase in ["step_s", *PHASES])
-            more = f"{trl['step_s'] / row['step_s']:.2f} times as fast as TRL" if trl else ""
-            print(f"{length:6} {way:10} {times} {row['tokens_per_s']:9.0f} {row['trainer_gib']:6.1f} {more}")
-            phases = {phase: row[phase] for phase in PHASES} if way == "in turn" else {}
-            for phase, seconds in phases.items():
-                axis.barh(way, seconds, left=left, label=phase.removesuffix("_s"))
+        found, bars = result["lengths"][length], {}
+        for mode, way in itertools.product(MODES, COLORS):
+            if way not in found[mode]:
+                continue
+            row, trl = found[mode][way], found[mode].get("TRL")
+            numbers = [f"{row[name]:8.3f}s" if name in row else f"{'':9}" for name in ["step_s", *PHASES]]
+            numbers += [f"{row['tokens_per_s']:9.0f}" if way != "TRL" else f"{'':9}"]
+            numbers += [f"{row['trainer_gib']:9.1f}"]
+            if trl and way != "TRL":
+                numbers += [f"  {trl['step_s'] / row['step_s']:.2f} times as fast as TRL"]
+            print(f"{length:6} {mode:>13} {way:10}{''.join(numbers)}")
+            bars[f"{way}, {mode}"] = y = len(bars) + (0.5 if mode == "off" else 0.0)
+            left = 0.0
+            for name, color in COLORS[way].items():
+                seconds = row[name] if name in PHASES else row["step_s"] - left
+                axis.barh(y, seconds, left=left, color=color, label=name.removesuffix("_s"))
                 left += seconds
-            rest = dict(color="grey", label="rest") if phases else dict(color="tab:purple")
-            axis.barh(way, row["step_s"] - left, left=left, **rest)
-        if trl:
-            print(f"{length:6} {'TRL':10} {trl['step_s']:8.3f}s {'':36} {trl['trainer_gib']:6.1f}")
-            axis.barh("TRL", trl["step_s"], color="black")
-        checkpointed = ours["checkpointed"]
-        name, memory = "with --gradient-checkpointing", f"{checkpointed['trainer_gib']:.1f} GiB"
-        print(f"{length:6} {name}: train {checkpointed['train_s']:.3f} s, {memory}")
-        rates, kl = ours["rollout_tokens_per_s"], ours["mismatch_kl_of_the_first_batch"]
-        part = f"{rates['loop'] / rates['plain']:.2f} of plain LLM.generate"
-        print(f"{length:6} rollouts: {rates['loop']:.0f} tokens/s, {part}")
+            axis.text(left, y, f" {left:.2f}", va="center", fontsize="small")
+        rates, kl = found["rollout_tokens_per_s"], found["mismatch_kl_of_the_first_batch"]
+        for name in ("loop", "former"):
+            part = f"{rates[name] / rates['plain']:.2f} of plain LLM.generate"
+            print(f"{length:6} rollouts, {name}: {rates[name]:.0f} tokens/s, {part}")
         print(f"{length:6} mismatch KL: BF16 products {kl['bfloat16']:.2e}, FP32 {kl['float32']:.2e}")
-        axis.set(title=f"{length} tokens", xlabel="seconds a step")
-    axes[0][0].legend()
+        axis.set(title=f"{length} tokens", xlabel="seconds a step", yticks=[*bars.values()])
+        axis.set_yticklabels(bars)
+        axis.margins(x=0.12)
+    axes[0][0].set_ylabel("way, gradient checkpointing")
+    axes[0][0].invert_yaxis()
+    handles = {label: handle for handle, label in zip(*axes[0][0].get_legend_handles_labels())}
+    figure.legend(handles.values(), handles, loc="outside lower center", ncols=len(handles), fontsize="small")
     figure.suptitle(title, fontsize="small")
     figure.savefig(config.output_dir / f"loop_{config.shape}.png", dpi=120)
 

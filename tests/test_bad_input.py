@@ -228,6 +228,14 @@ def test_the_trainer_computes_what_the_engine_does(tmp_path, config, checkpointi
     assert trainer.model.training == checkpointing
 
 
+def test_a_model_that_cannot_compute_activations_again(path, monkeypatch):
+    monkeypatch.setattr(transformers.OPTForCausalLM, "supports_gradient_checkpointing", False)
+    message = refused(driver.Trainer, CONFIG, path)
+    assert message.startswith("--gradient-checkpointing: expected a model that can (type --no-gradient-check")
+    assert "OPTForCausalLM does not support gradient checkpointing" in message
+    assert not driver.Trainer(dataclasses.replace(CONFIG, gradient_checkpointing=False), path).model.training
+
+
 def test_noise_of_every_config_inside_is_switched_off():
     inside = transformers.GPT2Config(attn_pdrop=0.3)
     config = transformers.GPT2Config(resid_pdrop=0.2, summary_first_dropout=0.1)

@@ -1,13 +1,17 @@
 """The benchmarks in their small form, so that they go on working."""
 
+import contextlib
 import dataclasses
+import itertools
 import json
+from unittest import mock
 
 import bench_loop
 import bench_memory
 import bench_rollout
 import bench_weight_sync as weight_sync
 import pytest
+import torch
 import tyro
 
 from local import local_actors
@@ -46,19 +50,51 @@ def test_rollout(tmp_path):
     assert (tmp_path / "rollout_tiny-opt.png").stat().st_size > 10_000
 
 
-def test_loop(tmp_path, capsys):
+def test_loop(tmp_path, capsys, monkeypatch):
+    """Both modes of gradient checkpointing; TRL's part needs GPUs, here is what it would say."""
+    own = bench_loop.driver.LogprobsProcessor
+    vllms = mock.patch.object(
+        own, "_update_sample_logprobs", autospec=True, side_effect=own._update_sample_logprobs
+    )
+    said = {"step_s": 3.0, "trainer_gib": 5.0}
+    monkeypatch.setattr(bench_loop, "trl_server", lambda *_: contextlib.nullcontext(1))
+    monkeypatch.setattr(
+        bench_loop, "measure_trl", lambda *_: {8: {"on": said, "off": said | {"step_s": 2.0}}}
+    )
     flags = ["--tensor-parallel-size", "1", "--prompts-per-step", "2", "--lengths", "8", "--repeats", "2"]
-    bench_loop.main(tyro.cli(bench_loop.Benchmark, args=[*flags, "--output-dir", str(tmp_path)]))
-    found = json.loads((tmp_path / "loop_tiny-opt.json").read_text())["ours"]["8"]
-    for way in ("in turn", "overlapped"):
-        row = found[way]
+    flags += ["--peer", "trl", "--output-dir", str(tmp_path)]
+    with vllms as called:
+        bench_loop.main(tyro.cli(bench_loop.Benchmark, args=flags))
+    assert 5 * 100 < called.call_count <= 5 * 2 * 16 * 8, "each token of `former`, and none else"
+    found = json.loads((tmp_path / "loop_tiny-opt.json").read_text())["lengths"]["8"]
+    for mode, way in itertools.product(("on", "off"), ("in turn", "overlapped")):
+        row = found[mode][way]
         assert 0 < row["train_s"] < row["step_s"] and 100 < row["tokens"] <= 2 * 16 * 8
         assert row["tokens_per_s"] == pytest.approx(row["tokens"] / row["step_s"], rel=0.3)
-    assert found["in turn"]["rollout_s"] + found["in turn"]["train_s"] < found["in turn"]["step_s"] * 1.05
-    kl = found["mismatch_kl_of_the_first_batch"]
+    row = found["on"]["in turn"]
+    assert row["rollout_s"] + row["train_s"] < row["step_s"] * 1.05
+    assert found["on"]["TRL"]["step_s"] == 3.0 and found["off"]["TRL"]["step_s"] == 2.0
+    rates, kl = found["rollout_tokens_per_s"], found["mismatch_kl_of_the_first_batch"]
+    assert set(rates) == {"loop", "former", "plain"} and min(rates.values()) > 0
     assert kl["bfloat16"] != kl["float32"] and kl["float32"] == pytest.approx(2.5e-3, rel=0.5)
-    assert "of plain LLM.generate" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert printed.count("times as fast as TRL") == 4 and printed.count("of plain LLM.generate") == 2
+    assert f"{2.0 / found['off']['in turn']['step_s']:.2f} times as fast" in printed
     assert (tmp_path / "loop_tiny-opt.png").stat().st_size > 10_000
+
+
+@pytest.mark.parametrize("mode", ["on", "off"])
+def test_the_measured_trainer_switches(models, mode):
+    """What is kept for the backward pass, in bytes, says whether activations are computed again."""
+    config = bench_loop.driver.Config(trainer_device="cpu", learning_rate=0.0, epochs=1)
+    trainer = bench_loop.MeasuredTrainer(config, models("tiny-opt")[0])
+    for other in ("off", "on", mode):
+        trainer.checkpoint_activations(other)
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.nbytes) or t, lambda t: t):
+        trainer.model.base_model(input_ids=torch.arange(64)[None], use_cache=False)
+    assert trainer.model.training == (mode == "on")
+    assert (sum(kept) < 1_000_000) == (mode == "on"), sum(kept)
 
 
 def test_compare_memory(models, tmp_path, capsys):

@@ -357,7 +357,7 @@ def test_failed_loads_and_resets_leave_a_torn_engine_until_a_sync_succeeds(quick
         del worker(llm).get_model().load_weights
 
     def break_replay(llm):
-        worker(llm).replay.steps[3] = ([(torch.ones(2), None, None)], ())
+        worker(llm).replay.steps[3] = ([None], ())
 
     def mend_replay(llm):
         worker(llm).replay = None

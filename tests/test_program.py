@@ -118,7 +118,7 @@ def test_default_run(default_run):
     assert any(sample["before"] != sample["after"] for sample in summary["samples"])
     assert set(summary["versions"]) == {"python", "torch", "vllm", "torchao", "ray", "transformers"}
     assert "No GPU found: the same processes on the CPU" in printed
-    assert "worker (rank 2): 8 linear layers in FP8, weights" in printed
+    assert "worker (rank 2): 8 linear layers in FP8, 0." in printed
     assert (
         "Proved: set to zero and synced by replay, the engine is what it was: 88 tensors and 100" in printed
     )

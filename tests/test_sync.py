@@ -185,6 +185,20 @@ def test_answers_read_as_vllm_decodes_them(pair):
     )
 
 
+def test_log_probabilities_are_as_vllm_gathers_them(pair):
+    """Tokens, log-probabilities, ranks: vLLM's own code makes a dictionary of them for each token."""
+    used = pair.actor.__ray_call__.remote(lambda _: driver.output_processor.LogprobsProcessor.__name__)
+    assert driver.wait([used], 60, "asking the engine") == ["SampledLogprobs"]
+    same, answers = dict(max_tokens=12, seed=0, n=3) | driver.ROLLOUT, []
+    for params in (SamplingParams(**same), SamplingParams(**same | dict(flat_logprobs=False))):
+        outputs = pair.llm.generate(PROMPTS, params, use_tqdm=False)
+        answers.append([answer for output in outputs for answer in output.outputs])
+    for ours, plain in zip(*answers, strict=True):
+        assert list(ours.logprobs) == plain.logprobs and ours.logprobs[3] == plain.logprobs[3]
+        assert ours.logprobs.token_ids == list(ours.token_ids)
+        assert ours.cumulative_logprob == plain.cumulative_logprob == sum(ours.logprobs.logprobs)
+
+
 def test_prefix_cache_is_reset(config, pair):
     """The same prompt before and after: old keys and values would answer for the new weights."""
     params = SamplingParams(temperature=0, max_tokens=1)
@@ -283,6 +297,6 @@ def test_no_fp8_layer_is_an_error(models, tmp_path):
     file = tmp_path / "nothing.json"
     file.write_text(driver.json.dumps(config_to_dict(ModuleFqnToConfig({"_default": None}))))
     config, [path, _] = dataclasses.replace(CONFIG, quantization=str(file)), models("tiny-opt")
-    with pytest.raises(ValueError, match="had no effect: a worker has no Float8Tensor layer"):
+    with pytest.raises(ValueError, match="had no effect: a worker has no weight in FP8"):
         with local_pair(path, config):
             pass

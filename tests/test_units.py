@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import psutil
 import pytest
 import torch
@@ -23,8 +24,10 @@ from torchao.quantization.quantize_.workflows.float8.float8_tensor import Quanti
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, set_seed
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from vllm.logprobs import FlatLogprobs
 from vllm.model_executor.layers.quantization.online import fp8 as online_fp8
 from vllm.model_executor.layers.quantization.utils.quant_utils import weight_amax
+from vllm.v1.outputs import LogprobsLists
 
 import rlhf_utils
 from harness import driver
@@ -442,7 +445,7 @@ def test_bad_quantization(tmp_path, content):
         file.write_text(content)
     with pytest.raises(
         ValueError,
-        match="expected fp8-dynamic, fp8-weight-only, none, or a file with the JSON of config_to_dict",
+        match="expected fp8-dynamic, fp8-weight-only, fp8_per_channel, .*, none, or a file with the JSON of",
     ):
         driver.torchao_config(str(file))
 
@@ -462,3 +465,20 @@ def test_compiled_code_with_fp8_weights_can_be_stored():
     empty = torch.empty_like(weight, device="meta", pin_memory=False)
     assert isinstance(empty, Float8Tensor) and empty.qdata.is_meta and empty.scale.is_meta
     assert (empty.shape, empty.dtype, empty.block_size) == (weight.shape, weight.dtype, weight.block_size)
+
+
+@pytest.mark.parametrize(
+    "asked", [dict(num_logprobs=0), dict(num_logprobs=2), dict(tokenizer=driver.byte_tokenizer())]
+)
+def test_sampled_log_probabilities_are_vllms(asked):
+    """Other requests go vLLM's way, as do steps of several tokens; what both have appended fits together."""
+    settings = dict(tokenizer=None, num_logprobs=0, cumulative_logprob=0.0) | asked
+    seen = []
+    for kind in (driver.SampledLogprobs, driver.LogprobsProcessor):
+        processor = kind(logprobs=FlatLogprobs(), prompt_logprobs=None, num_prompt_logprobs=None, **settings)
+        for step, tokens in enumerate((1, 2, 1)):
+            ids = 70 + 9 * step + np.arange(3 * tokens, dtype=np.int32).reshape(tokens, 3)
+            new = LogprobsLists(ids, -0.1 * ids.astype(np.float32), ids[:, 0] - 60)
+            processor._update_sample_logprobs(new)
+        seen.append((processor.logprobs, processor.cumulative_logprob))
+    assert seen[0] == seen[1] and len(seen[0][0]) == 4 and len(seen[0][0][3]) == 1 + settings["num_logprobs"]
