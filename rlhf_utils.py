@@ -1088,9 +1088,8 @@ class Replay:
 
     def addresses(self) -> list[tuple[int, ...]]:
         """Where the tensors are now that are written to."""
-        tensors = (getattr(layer, leaf) for layer, leaf in self.places)
-        parts = ((t.qdata, t.scale) if isinstance(t, Float8Tensor) else (t,) for t in tensors)
-        return [tuple(part.data_ptr() for part in tensor) for tensor in parts]
+        tensors = (plain_tensors(leaf, getattr(layer, leaf)) for layer, leaf in self.places)
+        return [tuple(part.data_ptr() for part in parts.values()) for parts in tensors]
 
 
 def bind(
@@ -1132,16 +1131,15 @@ def bind(
         raise CannotReplay(
             f"{piece.name} travels as {view.dtype}, or is not taken by rows: no replay does that"
         )
-    (count, _), (step, _) = source.shape, source.stride()
-    before, length = 0, columns
+    source = whole = view.as_strided(source.shape, source.stride(), offset)
     if stored.by_vllm:  # the scale is made from all columns, also of those for other workers
-        length = piece.full_shape[-1]
-        before = source.storage_offset() % length
-        if step % length and count > 1 or before + columns > length:
+        length, step = piece.full_shape[-1], source.stride(0)
+        before = copy.source.storage_offset() % length
+        if step % length and len(source) > 1 or before + columns > length:
             raise CannotReplay(f"rows of {copy.tensor} are no parts of rows of {piece.name}")
-    whole = view.as_strided((count, length), (step, 1), offset - before)
-    span = slice(first, first + count)
-    rows.append(Rows(whole, before, stored.qdata[span], stored.scale[span], stored.by_vllm))
+        whole = view.as_strided((len(source), length), (step, 1), offset - before)
+    span = slice(first, first + len(source))
+    rows.append(Rows(source, whole, stored.qdata[span], stored.scale[span], stored.by_vllm))
 
 
 # ----- 6. Bytes: digests, and rows quantized as torchao does it -------------------------------------------
@@ -1201,25 +1199,24 @@ class Rows(NamedTuple):
     from whole rows, is not rounded, and at least 1 / (448 * 512).
     """
 
+    source: Tensor  # (rows, columns of this worker)
     whole: Tensor  # (rows, columns) that the scale is made from
-    first: int  # the worker's columns begin here
-    qdata: Tensor  # (rows, columns of the worker)
+    qdata: Tensor  # as `source`
     scale: Tensor  # (rows, 1)
     by_vllm: bool
 
     @property
     def alike(self) -> tuple:
         """What is the same for all that one launch of the kernel quantizes."""
-        addresses = (self.whole.data_ptr() + 2 * self.first, self.qdata.data_ptr())
-        aligned = not any(address % 16 for address in (*addresses, self.whole.data_ptr()))
-        return self.whole.shape, self.whole.stride(0), self.qdata.shape[1], self.by_vllm, aligned
+        aligned = not any(tensor.data_ptr() % 16 for tensor in (self.source, self.whole, self.qdata))
+        return self.source.shape, self.source.stride(0), self.whole.shape[1], self.by_vllm, aligned
 
 
 class Batch(NamedTuple):
-    """Rows that are `alike`, as the experts of a layer are; on GPUs also their addresses, (n, 4)."""
+    """Rows that are `alike`, as the experts of a layer are, and the addresses of their tensors, (n, 4)."""
 
     rows: list[Rows]
-    table: Tensor | None
+    addresses: Tensor
 
 
 def batches(rows: list[Rows]) -> list[Batch]:
@@ -1229,22 +1226,18 @@ def batches(rows: list[Rows]) -> list[Batch]:
         groups.setdefault(some.alike, []).append(some)
     result = []
     for group in groups.values():
-        table = None
-        if group[0].whole.is_cuda:
-            parts = [(r.whole, r.whole[:, r.first :], r.qdata, r.scale) for r in group]
-            addresses = [[part.data_ptr() for part in entry] for entry in parts]
-            table = torch.tensor(addresses, device=group[0].whole.device)
-        result.append(Batch(group, table))
+        addresses = [[tensor.data_ptr() for tensor in some[:4]] for some in group]
+        result.append(Batch(group, torch.tensor(addresses, device=group[0].source.device)))
     return result
 
 
 def quantize_rows(batch: Batch) -> None:
     """Quantize, bit-identical to torchao's PerRow and vLLM's `fp8_per_channel` (see `Rows`)."""
-    if batch.table is not None:
-        (count, length), step, columns, by_vllm, aligned = batch.rows[0].alike
+    if batch.addresses.is_cuda:
+        (count, columns), step, length, by_vllm, aligned = batch.rows[0].alike
         block, whole_block = triton.next_power_of_2(columns), triton.next_power_of_2(length)
         quantize_rows_kernel[(count, len(batch.rows))](
-            batch.table,
+            batch.addresses,
             step,
             columns,
             length,
@@ -1252,10 +1245,10 @@ def quantize_rows(batch: Batch) -> None:
             whole_block if length > columns else 0,
             by_vllm,
             aligned,
-            num_warps=min(16, max(1, max(block, whole_block) // 1024)),
+            num_warps=min(16, max(1, whole_block // 1024)),
         )
         return
-    for whole, first, qdata, scale, by_vllm in batch.rows:
+    for source, whole, qdata, scale, by_vllm in batch.rows:
         limit = torch.finfo(qdata.dtype).max
         amax_R1 = whole.abs().amax(dim=1, keepdim=True)
         if by_vllm:
@@ -1263,15 +1256,14 @@ def quantize_rows(batch: Batch) -> None:
         else:
             scale_R1 = (amax_R1 / limit).float()
         dead_R1 = scale_R1 == 0
-        source_RC = whole[:, first : first + qdata.shape[1]].float()
-        quotient_RC = (source_RC / scale_R1).clamp(-limit, limit).masked_fill(dead_R1, 0)
-        qdata.copy_(quotient_RC.to(qdata.dtype))
+        quotient_RC = (source.float() / scale_R1).clamp(-limit, limit)
+        qdata.copy_(quotient_RC.masked_fill(dead_R1, 0).to(qdata.dtype))
         scale.copy_(scale_R1.masked_fill(dead_R1, 1))
 
 
 @triton.jit
 def quantize_rows_kernel(
-    table,
+    addresses,
     step,
     columns,
     length,
@@ -1281,14 +1273,17 @@ def quantize_rows_kernel(
     ALIGNED: tl.constexpr,  # all addresses are multiples of 16 bytes
 ):
     """One program a row, which stays in registers: it is read once (in part twice) and written once."""
-    row, entry, column = tl.program_id(0).to(tl.int64), table + 4 * tl.program_id(1), tl.arange(0, BLOCK)
-    whole = tl.load(entry).to(tl.pointer_type(tl.bfloat16))
-    source = tl.load(entry + 1).to(tl.pointer_type(tl.bfloat16))
+    row, column, entry = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK), addresses + 4 * tl.program_id(1)
+    source = tl.load(entry).to(tl.pointer_type(tl.bfloat16))
+    whole = tl.load(entry + 1).to(tl.pointer_type(tl.bfloat16))
     qdata = tl.load(entry + 2).to(tl.pointer_type(tl.float8e4nv))
     scale = tl.load(entry + 3).to(tl.pointer_type(tl.float32))
     if ALIGNED:
-        whole, source = tl.multiple_of(whole, 16), tl.multiple_of(source, 16)
-        qdata = tl.multiple_of(qdata, 16)
+        source, whole, qdata = (
+            tl.multiple_of(source, 16),
+            tl.multiple_of(whole, 16),
+            tl.multiple_of(qdata, 16),
+        )
     inside = column < columns
     x = tl.load(source + row * step + column, mask=inside, other=0.0).to(tl.float32)
     seen = x

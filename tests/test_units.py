@@ -139,7 +139,9 @@ def quantized(rows: torch.Tensor, first: int, columns: int, by_vllm: bool) -> tu
     """Bytes and scales of some columns of rows, by the one launch that does two of such at once."""
     qdata = torch.zeros(2, len(rows), columns, dtype=torch.float8_e4m3fn, device=rows.device)
     scale = torch.zeros(2, len(rows), 1, device=rows.device)
-    parts = [Rows(rows, first, *into, by_vllm) for into in zip(qdata, scale, strict=True)]
+    source = rows[:, first : first + columns]
+    whole = rows if by_vllm else source
+    parts = [Rows(source, whole, *into, by_vllm) for into in zip(qdata, scale, strict=True)]
     [batch] = batches(parts)
     quantize_rows(batch)
     assert torch.equal(*qdata.view(torch.uint8)) and torch.equal(*scale.view(torch.int32))
@@ -270,7 +272,7 @@ def test_kernels_compile_for_hopper():
     digest_types = {"words": "*i64", "count": "i32", "total": "*i64", "BLOCK": "constexpr"}
     sizes = {"step": "i32", "columns": "i32", "length": "i32"}
     switches = dict.fromkeys(["BLOCK", "WHOLE_BLOCK", "BY_VLLM", "ALIGNED"], "constexpr")
-    row_types = {"table": "*i64"} | sizes | switches
+    row_types = {"addresses": "*i64"} | sizes | switches
     compiled = []
     for kernel, types, values in (
         (digest_kernel, digest_types, (4096,)),
