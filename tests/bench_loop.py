@@ -30,12 +30,11 @@ from typing import Literal
 from unittest import mock
 
 import matplotlib.pyplot as plt
-import torch
 import tyro
 from vllm import SamplingParams
 from vllm.utils.network_utils import get_open_port
 
-from harness import connect, driver, write_result
+from harness import connect, driver, mismatch_kl, sampled, write_result
 from random_models import build_random_model
 
 WARM_UP = 2
@@ -63,7 +62,7 @@ class Benchmark(driver.Config):
 
 
 class MeasuredTrainer(driver.Trainer):
-    """The driver's, which can compare itself with the engine, and switch gradient checkpointing."""
+    """The driver's, which can switch gradient checkpointing."""
 
     def checkpoint_activations(self, mode: str) -> None:
         """From now on, as the driver's flag does it at the start."""
@@ -72,17 +71,6 @@ class MeasuredTrainer(driver.Trainer):
         else:
             self.model.gradient_checkpointing_disable()
         self.model.train(mode == "on")
-
-    @torch.no_grad()
-    def mismatch_kl(self, rollouts: list[dict], precision: str) -> float:
-        """Nats per token, with products in that precision."""
-        usual = self.config
-        self.config = dataclasses.replace(usual, matmul_precision=precision)
-        batches = [self._pad(part) for part in driver.split_by_tokens(rollouts, usual.tokens_per_microbatch)]
-        ours = [self._logprobs(self.model, batch)[batch["mask_BT"]] for batch in batches]
-        self.config = usual
-        engine = [batch["engine_BT"][batch["mask_BT"]] for batch in batches]
-        return driver.measure_mismatch(torch.cat(ours), torch.cat(engine))["mismatch_kl"]
 
 
 def steps(config: Benchmark, trainer, engines: list, overlap: bool) -> dict[str, float]:
@@ -148,13 +136,10 @@ def measure(config: Benchmark, path: str, device: str) -> dict[int, dict]:
         driver.prove_sync(trainer, engines, timeout_s=config.timeout_s)
         for length in config.lengths:
             own = dataclasses.replace(config, max_tokens=length)
-            outputs = driver.generate(engines, driver.prompts_of_step(own, driver.PROMPTS, 0), own)
-            no_advantages = torch.zeros(len(outputs), own.samples_per_prompt)
-            rollouts = driver.to_rollouts(outputs, no_advantages)
-            kl = {
-                precision: driver.wait([trainer.mismatch_kl.remote(rollouts, precision)], 300, "comparing")[0]
-                for precision in ("bfloat16", "float32")
-            }
+            rollouts, kl = sampled(own, engines), {}
+            for precision in ("bfloat16", "float32"):
+                comparing = trainer.__ray_call__.remote(mismatch_kl, rollouts, precision)
+                [kl[precision]] = driver.wait([comparing], 300, "comparing")
             found[length] = {
                 "mismatch_kl_of_the_first_batch": kl,
                 "rollout_tokens_per_s": rollout_rates(own, engines[0]),

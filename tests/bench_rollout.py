@@ -1,7 +1,7 @@
 """Does FP8 pay? Sampled tokens per second of several engines of one model shape, beside BF16, in one run.
 
     python tests/bench_rollout.py --shape qwen3-8b --tensor-parallel-size 1 --batches 1 16 64 256 512 \
-        --contexts 128x128 4096x128 --engines bf16 fp8 fp8-kv vllm-fp8 bf16-eager fp8-eager \
+        --contexts 128x128 4096x128 --engines bf16 fp8 fp8-kv fp8-per-channel bf16-eager fp8-eager \
         [any flag of the driver]
 
 The engines start one after another from random weights, with the same settings; each generates batches of
@@ -30,7 +30,7 @@ ENGINES = {
     "fp8": ({}, {}),
     "fp8-as-shipped": ({}, {"worker_extension_cls": "as_shipped.AsShipped"}),  # torchao's own product
     "fp8-kv": ({}, {"kv_cache_dtype": "fp8"}),
-    "vllm-fp8": ({"quantization": "none"}, {"quantization": "fp8"}),  # vLLM's own online quantization
+    "fp8-per-channel": ({"quantization": "fp8_per_channel"}, {}),  # vLLM's own online quantization
     "bf16-eager": ({"quantization": "none", "enforce_eager": True}, {}),
     "fp8-eager": ({"enforce_eager": True}, {}),
 }

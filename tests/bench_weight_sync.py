@@ -32,7 +32,9 @@ from harness import (
     Remote,
     connect,
     driver,
+    mismatch_kl,
     prove,
+    sampled,
     sync,
     vllm_arguments,
     write_result,
@@ -127,7 +129,7 @@ def send_as_published(trainer: driver.Trainer, llm) -> None:
 
 def join_vllm(trainer: driver.Trainer, llm, world_size: int) -> None:
     """Connect vLLM's own sender with its own receivers."""
-    from vllm.distributed.weight_transfer.base import ModuleSource, ParamMeta
+    from vllm.distributed.weight_transfer.base import ParamMeta, WeightSource
     from vllm.distributed.weight_transfer.nccl_engine import (
         NCCLTrainerInitInfo,
         NCCLTrainerWeightTransferEngine,
@@ -137,24 +139,22 @@ def join_vllm(trainer: driver.Trainer, llm, world_size: int) -> None:
     class Client:
         """vLLM's client protocol: its four methods are the workers' methods of the same names."""
 
-        def __getattr__(self, method: str) -> Callable:
+        def __getattr__(self, method: str):
             return lambda *args: driver.wait([llm.collective_rpc.remote(method, args=args)], 300, method)
 
-    class Source(ModuleSource):
-        """The weights in BF16, as ours go over the wire."""
+    class Source(WeightSource):
+        """The weights as ours go over the wire: with the file's names, in BF16."""
 
         def metadata(self) -> list[ParamMeta]:
-            return [ParamMeta(meta.name, torch.bfloat16, meta.shape) for meta in super().metadata()]
+            return [ParamMeta(name, torch.bfloat16, tuple(w.shape)) for name, w in trainer.weights()]
 
         def __iter__(self):
-            return ((name, weight.detach().to(torch.bfloat16)) for name, weight in super().__iter__())
+            return ((name, weight.detach().to(torch.bfloat16)) for name, weight in trainer.weights())
 
     info = NCCLTrainerInitInfo(
         master_address="127.0.0.1", master_port=get_open_port(), world_size=world_size, rank=0
     )
-    trainer.vllm_sender = NCCLTrainerWeightTransferEngine.trainer_init(
-        info, client=Client(), source=Source(trainer.model)
-    )
+    trainer.vllm_sender = NCCLTrainerWeightTransferEngine.trainer_init(info, client=Client(), source=Source())
 
 
 class DummyTrainer(WeightSender):
@@ -265,7 +265,11 @@ def measure(config: Benchmark, device: str, trainer, actor) -> dict:
         print(method, rows[method], file=sys.stderr)
 
     add(PROOF, proof, 1, warm_up=0, zero=False)
-    if not config.dummy:  # other weights, of which the program compares a replay with a session, and back
+    found = {}
+    if not config.dummy:
+        rollouts, precision = sampled(config, [actor]), config.matmul_precision
+        found["mismatch_kl"] = ask_trainer(mismatch_kl, rollouts, precision)
+        # Other weights, of which the program compares a replay with a session, and back.
         ask_trainer(scale_weights, 2.0)
         assert sync(config, trainer, actor)["compared"] == (syncs[-1]["path"] == "replay")
         ask_trainer(scale_weights, 0.5)
@@ -300,7 +304,7 @@ def measure(config: Benchmark, device: str, trainer, actor) -> dict:
     for row in rows.values():
         row["gb_per_s"] = last["bytes"] / row["seconds"] / 1e9
         row["ratio"] = row["seconds"] / raw["seconds"]
-    found = {"bytes": last["bytes"], "bucket_mib": config.bucket_mib, "buckets": last["sender"]["buckets"]}
+    found |= {"bytes": last["bytes"], "bucket_mib": config.bucket_mib, "buckets": last["sender"]["buckets"]}
     return found | {
         "path": path,
         "tensors": len(cold["digests"]),
@@ -335,7 +339,8 @@ def report(result: dict) -> None:
         print(f"{method:42} {figures}  {extra} | {equal}")
     calls = ", ".join(f"{name} {1e3 * seconds:.2f} ms" for name, seconds in result["calls"].items())
     counts = f"{result['tensors']} tensors, {result['answers']} answers"
-    print(f"RESULT {title}: ours {result['rows'][OURS]['ratio']:.2f} x raw; compared {counts}; {calls}")
+    kl = f", mismatch KL {result['mismatch_kl']:.2e}" if "mismatch_kl" in result else ""
+    print(f"RESULT {title}: ours {result['rows'][OURS]['ratio']:.2f} x raw; compared {counts}{kl}; {calls}")
 
 
 def draw(folder: Path) -> None:

@@ -3,6 +3,7 @@ start.
 """
 
 import contextlib
+import dataclasses
 import json
 import os
 import signal
@@ -247,6 +248,24 @@ def sync_versus_cold_start(
                     f"worker killed in a sync, after {time.perf_counter() - began:.1f} s: {error}"
                 )
     return result
+
+
+@torch.no_grad()
+def mismatch_kl(trainer: driver.Trainer, rollouts: list[dict], precision: str) -> float:
+    """In the trainer: the engine's mismatch in nats per token, with products in that precision."""
+    usual = trainer.config
+    trainer.config = dataclasses.replace(usual, matmul_precision=precision)
+    batches = [trainer._pad(part) for part in driver.split_by_tokens(rollouts, usual.tokens_per_microbatch)]
+    ours = [trainer._logprobs(trainer.model, batch)[batch["mask_BT"]] for batch in batches]
+    trainer.config = usual
+    engine = [batch["engine_BT"][batch["mask_BT"]] for batch in batches]
+    return driver.measure_mismatch(torch.cat(ours), torch.cat(engine))["mismatch_kl"]
+
+
+def sampled(config: driver.Config, engines: list) -> list[dict]:
+    """Rollouts of the first step, without advantages."""
+    outputs = driver.generate(engines, driver.prompts_of_step(config, driver.PROMPTS, 0), config)
+    return driver.to_rollouts(outputs, torch.zeros(len(outputs), config.samples_per_prompt))
 
 
 def act_before_bucket(trainer, number: int | None, pid: int | None, how: int) -> None:
