@@ -91,6 +91,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from torch.utils.checkpoint import checkpoint
 from torchao.core.config import AOBaseConfig, config_from_dict, config_to_dict
 from torchao.quantization import Float8DynamicActivationFloat8WeightConfig, Float8WeightOnlyConfig, PerRow
+from transformers.modeling_layers import GradientCheckpointingLayer
 from vllm import LLM, SamplingParams
 from vllm.v1.engine import output_processor
 from vllm.v1.engine.logprobs import FlatLogprobs, LogprobsProcessor
@@ -165,7 +166,7 @@ class Config:
     tokens_per_microbatch: int = 8192
     """Longest forward and backward pass (padded tokens); gradients accumulate over as many as it takes."""
     gradient_checkpointing: bool = True
-    """Compute activations again in the backward pass: much less memory, more training time."""
+    """Compute activations of two layers in three again in the backward pass: less memory, more time."""
 
     output_dir: Path = Path("outputs")
     """Gets metrics.jsonl, curves.png, summary.json, and checkpoint-N."""
@@ -873,8 +874,7 @@ class Trainer(WeightSender):
         if config.gradient_checkpointing:
             fits = "a model that can (type --no-gradient-checkpointing for this one)"
             with expected("--gradient-checkpointing", fits):
-                self.model.gradient_checkpointing_enable()
-            self.model.train()  # transformers checkpoints nothing otherwise
+                checkpoint_layers(self.model)
         check_parts(self.model)
         self.reference = self._load(path) if config.kl_coef else None
         self.optimizer = torch.optim.AdamW(
@@ -1012,6 +1012,15 @@ class Trainer(WeightSender):
         shutil.rmtree(folder, ignore_errors=True)
         aside.rename(folder)
         return self.step, folder
+
+
+def checkpoint_layers(model: transformers.PreTrainedModel) -> None:
+    """Two layers of three compute their activations again in the backward pass, the third keeps them."""
+    model.gradient_checkpointing_enable()
+    layers = [layer for layer in model.modules() if isinstance(layer, GradientCheckpointingLayer)]
+    for layer in layers[::3]:
+        layer.gradient_checkpointing = False
+    model.train()  # transformers checkpoints nothing otherwise
 
 
 def switch_off_noise(config: transformers.PretrainedConfig) -> None:

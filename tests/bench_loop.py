@@ -67,10 +67,10 @@ class MeasuredTrainer(driver.Trainer):
     def checkpoint_activations(self, mode: str) -> None:
         """From now on, as the driver's flag does it at the start."""
         if mode == "on":
-            self.model.gradient_checkpointing_enable()
+            driver.checkpoint_layers(self.model)
         else:
             self.model.gradient_checkpointing_disable()
-        self.model.train(mode == "on")
+            self.model.eval()
 
 
 def steps(config: Benchmark, trainer, engines: list, overlap: bool) -> dict[str, float]:
@@ -127,13 +127,15 @@ def rollout_rates(config: Benchmark, engine) -> dict[str, float]:
     return {name: statistics.median(each) for name, each in rates.items()}
 
 
-def measure(config: Benchmark, path: str, device: str) -> dict[int, dict]:
+def measure(config: Benchmark, path: str, device: str, port: int | None) -> dict[int, dict]:
     """The program's part: for each length its rates, mismatches, and medians by mode and way."""
     found = {}
     with contextlib.ExitStack() as stop:
         stop.enter_context(mock.patch.object(driver, "Trainer", MeasuredTrainer))
         trainer, engines, _ = driver.start(config, path, device, stop)
         driver.prove_sync(trainer, engines, timeout_s=config.timeout_s)
+        if port:
+            wait_for_server(port)  # its start would be measured, too
         for length in config.lengths:
             own = dataclasses.replace(config, max_tokens=length)
             rollouts, kl = sampled(own, engines), {}
@@ -171,14 +173,23 @@ def trl_server(config: Benchmark, path: str) -> Iterator[int]:
             server.wait(60)
 
 
+def wait_for_server(port: int, limit_s: float = 300) -> None:
+    """Until it answers."""
+    give_up = time.monotonic() + limit_s
+    while True:
+        try:
+            return urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=2).close()
+        except OSError as error:
+            if time.monotonic() > give_up:
+                raise TimeoutError(
+                    f"TRL's server is not up after {limit_s:g} s: see trl_server.log"
+                ) from error
+            time.sleep(1)
+
+
 def measure_trl(config: Benchmark, path: str, port: int) -> dict[int, dict]:
     """TRL's part: seconds of a step by length and mode, with its trainer on our engine's GPU."""
-    found, give_up = {}, time.monotonic() + 200
-    while time.monotonic() < give_up:
-        with contextlib.suppress(OSError):
-            urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=2).close()
-            break
-        time.sleep(1)
+    found = {}
     for length in config.lengths:
         numbers = [WARM_UP + config.repeats, length, config.tokens_per_microbatch // length, port]
         command = [sys.executable, str(Path(__file__).with_name("peer_trl.py")), path, *map(str, numbers)]
@@ -209,7 +220,7 @@ def main(config: Benchmark) -> dict:
         with contextlib.ExitStack() as stop:
             wanted = dataclasses.replace(config, model=path, reward="letters")
             config, device = driver.resolve(wanted, connect(config, stop))
-            result = write_result(config, device, "loop", lengths=measure(config, path, device))
+            result = write_result(config, device, "loop", lengths=measure(config, path, device, port))
         if port:
             for length, said in measure_trl(config, path, port).items():
                 for mode in MODES:

@@ -84,7 +84,7 @@ def test_wrong_kinds(flags, capsys):
         (dict(reward="math:pi"), "Found: TypeError: a float, not a function"),
         (
             dict(quantization="nosuch"),
-            "--quantization nosuch: expected fp8-dynamic, fp8-weight-only, none, or a file with the",
+            "--quantization nosuch: expected fp8-dynamic, fp8-weight-only, fp8_per_channel, fp8_per_block,",
         ),
         (dict(prompts_file=Path("/")), "--prompts-file /: expected UTF-8 text, one prompt a line. Found:"),
         (

@@ -136,6 +136,14 @@ def test_batch_size_is_not_bound_by_memory(path, rollouts):
         )
 
 
+def test_a_third_of_the_layers_keeps_its_activations():
+    config = transformers.Qwen3Config(**SMALL | dict(num_hidden_layers=7, head_dim=64))
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    driver.checkpoint_layers(model)
+    again = [layer.gradient_checkpointing for layer in model.model.layers]
+    assert again == [False, True, True, False, True, True, False] and model.training
+
+
 def test_only_completions_are_learned(path, rollouts):
     """Position t predicts token t + 1: the mask starts at the prompt's last token and ends before the
     padding.
@@ -172,8 +180,7 @@ def test_no_whole_logits_but_every_scale_and_cap(name, monkeypatch):
     logits_BTV = model(input_ids=tokens_BL, attention_mask=attend_BL).logits[:, :-1] / 0.7
     plain_BT1 = logits_BTV.log_softmax(-1).gather(-1, tokens_BL[:, 1:, None])
     plain_BT = plain_BT1.squeeze(-1).masked_fill(~mask_BT, 0.0)
-    model.gradient_checkpointing_enable()
-    model.train()
+    driver.checkpoint_layers(model)
     ours_BT = driver.completion_logprobs(model, {"tokens_BL": tokens_BL, "mask_BT": mask_BT}, 0.7)
     torch.testing.assert_close(ours_BT, plain_BT)
     assert [*model.state_dict()] == names, "of tied weights the first name counts"
