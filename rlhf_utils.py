@@ -718,7 +718,7 @@ def why_not_fp8(layer: torch.nn.Module, shape: torch.Size) -> str:
 
     if isinstance(layer, RoutedExperts):
         return "routed experts"
-    if isinstance(layer, VocabParallelEmbedding):
+    if isinstance(layer, (VocabParallelEmbedding, torch.nn.Embedding)):
         return "embeddings and heads"
     return "sizes that are no multiples of 16" if any(n % 16 for n in shape) else "not in the scheme"
 

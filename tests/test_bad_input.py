@@ -23,7 +23,7 @@ import transformers
 import tyro
 
 from harness import driver
-from random_models import build_random_model, tokenizer_of
+from random_models import build_random_model, tokenizer_of, write_config
 
 CONFIG = driver.Config(trainer_device="cpu", learning_rate=1e-3, max_model_len=256, epochs=1)
 
@@ -287,6 +287,19 @@ def test_models_that_do_not_fit(tmp_path, config, flags, message):
     path = model(tmp_path, config)
     settings = dataclasses.replace(CONFIG, **dict(tensor_parallel_size=1) | flags)
     assert message in refused(driver.check_model, settings, path, ["hello"])
+
+
+@pytest.mark.parametrize(
+    ("shape", "scheme"), [("small-qwen3-moe", "fp8_per_channel"), ("tiny-llama", "fp8_per_block")]
+)
+def test_schemes_that_vllm_has_on_gpus_only(tmp_path, shape, scheme):
+    settings = dataclasses.replace(CONFIG, model=shape, quantization=scheme)
+    path = write_config(tmp_path, shape)
+    message = refused(driver.check_model, settings, path, ["hello"], "cpu")
+    assert f"found --quantization {scheme} of {shape}, without a GPU" in message
+    assert "Type --quantization fp8-weight-only" in message
+    driver.check_model(settings, path, ["hello"], "cuda")
+    driver.check_model(dataclasses.replace(settings, quantization="fp8-weight-only"), path, ["hello"], "cpu")
 
 
 def test_models_that_fit(tmp_path):

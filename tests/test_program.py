@@ -103,7 +103,9 @@ def test_default_run(default_run):
     assert summary["device"] == "cpu" and summary["model"] == "tiny" and summary["world_size"] == 3
     assert summary["quantization"] == "fp8-weight-only"
     assert summary["fp8_linear_layers"] == 8
-    assert 0 < summary["weights_gib"] < summary["bf16_weights_gib"]
+    assert 0 < summary["fp8_gib"] < summary["weights_gib"] < summary["bf16_weights_gib"]
+    assert summary["experts_gib"] == summary["experts_fp8_gib"] == 0
+    assert summary["ranks"][1]["not_fp8"].keys() == {"embeddings and heads"}
     assert summary["weights_version"] == 22  # the proof, the comparison with a session, one for each step
     sync = summary["sync"]
     assert sync["verified"] is True and sync["path"] == "replay" and sync["because"] is None

@@ -13,7 +13,7 @@ from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBa
 import rlhf_utils
 from architectures import ARCHITECTURES, build
 from harness import HERE, driver
-from local import CONFIG, local_actors, local_engine, local_pair, worker
+from local import CONFIG, Local, local_actors, local_engine, local_pair, wait, worker
 from rlhf_utils import ReloadSession, Replay, digests_of, record_copies
 
 SETTINGS = dict(bucket_bytes=100_000, timeout_s=60)
@@ -196,6 +196,18 @@ def test_recording_leaves_the_model_as_it_was(tmp_path, name):
                     assert name != "falcon" and load_weights is not vandalize
                 del model.load_weights
                 assert state() == before
+
+
+def test_experts_that_stay_in_bf16_are_counted_apart(tmp_path, capsys, monkeypatch):
+    """torchao quantizes linear layers only; the program says so, and what does more."""
+    monkeypatch.setattr(driver, "wait", wait)
+    with local_engine(build(tmp_path, "qwen-3-moe"), CONFIG) as llm:
+        [rank] = driver.prove_fp8([Local("engine", llm)], CONFIG)
+    printed = capsys.readouterr().out
+    assert rank["experts_gib"] * 2**30 == 2 * 2 * 4 * (2 * 128 * 256 + 256 * 128)  # layers, bytes, experts
+    assert rank["experts_fp8_gib"] == 0 < rank["fp8_gib"] < rank["weights_gib"] - rank["experts_gib"]
+    assert rank["not_fp8"].keys() == {"embeddings and heads", "routed experts"}
+    assert "(of experts 0.0000 of 0.0015)" in printed and "--quantization fp8_per_channel" in printed
 
 
 def test_a_torn_engine_refuses_every_way_to_ask(llama):
