@@ -16,11 +16,11 @@ complete, right sync; part 5 makes it fast.
 
     1. the group     117  who sends to whom
     2. the session    84  how vLLM takes a whole new set of weights, and quantizes it
-    3. the two ends  415  WeightSender, WorkerExtension
+    3. the two ends  487  WeightSender, WorkerExtension
     4. the buckets   142  fixed memory for weights on their way, and digests of what came in
-    5. the replay    216  what a session would copy, learned once, done again without vLLM's loaders
-    6. bytes          96  digests, and rows quantized as torchao does it; on GPUs by Triton kernels
-    7. the patches    41  what the workers change in torchao, and until when
+    5. the replay    246  what a session would copy, learned once, done again without vLLM's loaders
+    6. bytes         172  digests, and rows quantized as torchao and vLLM do it; on GPUs by Triton kernels
+    7. the patches    49  what the workers change in torchao and vLLM, and until when
 
 Four rules decide the code:
 
@@ -1142,7 +1142,7 @@ def bind(
     rows.append(Rows(source, whole, stored.qdata[span], stored.scale[span], stored.by_vllm))
 
 
-# ----- 6. Bytes: digests, and rows quantized as torchao does it -------------------------------------------
+# ----- 6. Bytes: digests, and rows quantized as torchao and vLLM do it ------------------------------------
 
 
 def digests_of(model: torch.nn.Module) -> dict[str, int]:
