@@ -953,16 +953,14 @@ class Trainer(WeightSender):
         engine_N = torch.cat([batch["engine_BT"][batch["mask_BT"]] for batch in batches])
         on_gpu = self.device.type == "cuda"
         memory = torch.cuda.max_memory_allocated() if on_gpu else psutil.Process().memory_info().rss
-        return (
-            {name: float(value) / tokens / config.epochs for name, value in sums.items()}
-            | measure_mismatch(old_N, engine_N)
-            | {"weights_changed": (self._sample_weights() != before).float().mean().item()}
-            | {
-                "grad_norm": float(norm),
-                "train_s": time.perf_counter() - start,
-                "trainer_gib": memory / 2**30,
-            }
-        )
+        return {
+            **{name: float(value) / tokens / config.epochs for name, value in sums.items()},
+            **measure_mismatch(old_N, engine_N),
+            "weights_changed": (self._sample_weights() != before).float().mean().item(),
+            "grad_norm": float(norm),
+            "train_s": time.perf_counter() - start,
+            "trainer_gib": memory / 2**30,
+        }
 
     def _pad(self, rollouts: list[dict]) -> dict[str, torch.Tensor]:
         """One micro-batch, padded on the right. Position t predicts token t + 1; masked in: completions."""
@@ -1461,7 +1459,7 @@ def prove_fp8(engines: list, config: Config) -> list[dict]:
             found = f"--quantization {config.quantization} had no effect: a worker has no weight in FP8"
             fits = "a torchao FP8 config and shard dimensions that are multiples of 16"
             raise ValueError(f"{found}. Expected {fits}; or type --quantization none")
-        if any(rank["experts_fp8_gib"] < rank["experts_gib"] for rank in ranks):
+        if "routed experts" in ranks[0]["not_fp8"]:
             print("The experts are not in FP8: torchao knows linear layers only. On GPUs vLLM's own schemes")
             print("quantize them, too: --quantization fp8_per_channel")
     return ranks

@@ -46,7 +46,7 @@ import re
 import socket
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from datetime import timedelta
 from typing import NamedTuple
 
@@ -249,22 +249,18 @@ def repack_heads(model: torch.nn.Module) -> None:
             module.quant_method.process_weights_after_loading(module)
 
 
-def repair_zero_rows(parameters: Iterable[Tensor]) -> int:
-    """Give FP8 blocks (PerRow: rows) whose scale is 0 zero bytes and scale 1, in place; returns how many.
+def repair_zero_rows(parameters: Iterable[Tensor]) -> None:
+    """Give FP8 blocks (PerRow: rows) whose scale is 0 zero bytes and scale 1, in place.
 
     torchao 0.18 divides an all-zero row (or one so small that amax / 448 underflows) by its scale of 0: NaN.
     """
-    repaired = 0
     for weight in parameters:
-        dead = weight.scale == 0 if isinstance(weight, Float8Tensor) else torch.zeros(0)  # one for each block
-        if dead.any():
+        if isinstance(weight, Float8Tensor) and (dead := weight.scale == 0).any():  # one for each block
             mask = dead
             for dimension, size in enumerate(weight.block_size):
                 mask = mask.repeat_interleave(size, dimension).narrow(dimension, 0, weight.shape[dimension])
             weight.qdata.view(torch.uint8).masked_fill_(mask, 0)
             weight.scale.masked_fill_(dead, 1.0)
-            repaired += int(dead.sum())
-    return repaired
 
 
 # ----- 3. The two ends ------------------------------------------------------------------------------------
@@ -301,25 +297,22 @@ def checkpoint_weights(model: torch.nn.Module, known: dict | None = None) -> Nam
 
 
 def saved_views(model: torch.nn.Module, layer: dict[str, Tensor]) -> dict[str, tuple] | None:
-    """Where in a layer's tensors lies what `save_pretrained` makes of them, learned without memory.
+    """Where in a layer's tensors lies what `save_pretrained` makes of them.
 
-    Returns name -> (name of the layer's tensor, size, stride, offset); None if something is computed.
+    Returns name -> (name of the layer's tensor, size, stride, offset to it); None if something is computed.
     """
     if any(map(is_traceable_wrapper_subclass, layer.values())):  # DTensors have no strides of their own
         return None
-    on_meta = {}
-    for name, tensor in layer.items():
-        options = dict(dtype=tensor.dtype, device="meta")
-        on_meta[name] = torch.empty_strided(tensor.shape, tensor.stride(), **options)
     with NoCopies():
-        saved = revert_weight_conversion(model, on_meta)
-    source_of = {storage(tensor): name for name, tensor in on_meta.items()}
-    if any(storage(tensor) not in source_of for tensor in saved.values()):
-        return None
-    return {
-        name: (source_of[storage(tensor)], tensor.shape, tensor.stride(), tensor.storage_offset())
-        for name, tensor in saved.items()
-    }
+        saved = revert_weight_conversion(model, layer)
+    sources, views = {storage(tensor): name for name, tensor in layer.items()}, {}
+    for name, tensor in saved.items():
+        source = sources.get(storage(tensor))
+        if source is None or tensor.dtype != layer[source].dtype:
+            return None
+        offset = tensor.storage_offset() - layer[source].storage_offset()
+        views[name] = (source, tensor.shape, tensor.stride(), offset)
+    return views
 
 
 class NoCopies(TorchFunctionMode):
@@ -437,24 +430,7 @@ class WeightSender:
         with to_the_end(self._not_empty()) as weights:  # all ranks of a sharded trainer gather all weights
             if self.group is None:
                 return None
-            weight = None  # that is being cut into pieces
-
-            def pack(number: int) -> None:
-                """Fill a bucket, cast to its dtypes."""
-                nonlocal weight
-                targets, sources = [], []
-                for piece, view in self.buckets.buckets[number].pieces:
-                    if piece.row == 0:
-                        name, weight = next(weights)
-                        found, expected = (name, list(weight.shape)), (piece.name, piece.full_shape)
-                        if found != expected:
-                            why = "the weights have changed since `prepare_weights`"
-                            raise ValueError(f"found {found}, expected {expected}: {why}")
-                    targets.append(view)
-                    sources.append(weight if view.shape == weight.shape else weight[piece.row : piece.end])
-                torch._foreach_copy_(targets, sources)
-
-            self.buckets.send(pack)
+            self.buckets.send(weights)
         buckets = self.buckets.buckets
         sent = sum(piece.nbytes for _, pieces in buckets for piece, _ in pieces)
         return {"bytes": sent, "buckets": len(buckets), "seconds": time.perf_counter() - start}
@@ -591,13 +567,13 @@ class WorkerExtension:
         if self.buckets is None:
             raise RuntimeError("no weights have been agreed on with this trainer: call agree_on_weights")
         model = self.get_model()
-        if self.replay is not None and self.replay.addresses() != self.replay.bound_to:
-            logger.warning("the engine's tensors have moved; replays write to where they are now")
-            self._bind_replay(self.replay.copies)
-        if self.session is not None and self.session.is_open:
-            self.session.close()
-        replaying = self.replay is not None and not by_session
         with to_the_end(self.buckets.receive()) as numbers:
+            if self.replay is not None and self.replay.addresses() != self.replay.bound_to:
+                logger.warning("the engine's tensors have moved; replays write to where they are now")
+                self._bind_replay(self.replay.copies)
+            if self.session is not None and self.session.is_open:
+                self.session.close()
+            replaying = self.replay is not None and not by_session
             if replaying:
                 for number in numbers:
                     self.replay(number)
@@ -674,11 +650,11 @@ class WorkerExtension:
 
     @agreed
     def inspect_weights(self) -> dict:
-        """Account for every stored tensor; repairs zero rows of the first load.
+        """Account for every parameter; repairs zero rows of the first load.
 
         Sizes in GiB of this shard: `weights_gib`, of which `fp8_gib` (scales included); `bf16_weights_gib`,
         had all stayed BF16; `experts_gib` and `experts_fp8_gib`, those of routed experts. Counts of tensors:
-        `fp8_linear_layers`. And `not_fp8`, names and shapes of weights by why they are not.
+        `fp8_linear_layers`. And `not_fp8`, names and shapes of weights (not biases) by why they are not.
         """
         from vllm.model_executor.layers.fused_moe import RoutedExperts
 
@@ -704,7 +680,7 @@ class WorkerExtension:
                     gib["experts_fp8_gib"] += stored / 2**30
                 elif not is_scale:
                     layers += 1
-            elif before.ndim > 1:
+            elif before.ndim > (2 if of_expert else 1):
                 not_fp8.setdefault(why_not_fp8(layer, before.shape), []).append(
                     f"{name} {list(before.shape)}"
                 )
@@ -847,15 +823,24 @@ class Buckets:
         """Wait until a broadcast has ended."""
         wait_on_host(self.events[number], self.group, self.names(number))
 
-    def send(self, pack: Callable[[int], None]) -> None:
-        """Rank 0: `pack(number)` fills each bucket before it goes; digests come last."""
-        self.events = []
-        for number, (memory, _) in enumerate(self.buckets):
+    def send(self, weights: NamedTensors) -> None:
+        """Rank 0: fill each bucket, cast to its dtypes, and broadcast it; digests come last."""
+        self.events, weight = [], None
+        for number, (memory, pieces) in enumerate(self.buckets):
             if number > 1:
                 self.events[number - 2].wait()  # it had the same memory
             if number > 0:  # now, so that packing does not take the GPU just when the next broadcast starts
                 self.digests[number - 1] = digest(self.buckets[number - 1].memory)
-            pack(number)
+            sources = []
+            for piece, view in pieces:
+                if piece.row == 0:
+                    name, weight = next(weights, ("no more weights", torch.empty(0)))
+                    found, expected = (name, list(weight.shape)), (piece.name, piece.full_shape)
+                    if found != expected:
+                        why = "the weights have changed since `prepare_weights`"
+                        raise ValueError(f"found {found}, expected {expected}: {why}")
+                sources.append(weight if view.shape == weight.shape else weight[piece.row : piece.end])
+            torch._foreach_copy_([view for _, view in pieces], sources)
             self.start(memory)
         self.digests[-1] = digest(memory)
         self.start(self.digests)
@@ -1026,7 +1011,9 @@ def stored_by_rows(live: dict[str, Tensor], name: str, loaded: Tensor) -> Stored
         return None
     qdata = (qdata if qdata.is_contiguous() else qdata.mT).detach()
     shapes = qdata.shape, scale.shape
-    if shapes != (loaded.shape, (*loaded.shape[:-1], 1)) or not qdata.is_contiguous():
+    if shapes != (loaded.shape, (*loaded.shape[:-1], 1)):
+        return None
+    if not (qdata.is_contiguous() and scale.is_contiguous()):
         return None
     return Stored(qdata.flatten(0, -2), scale.detach().flatten(0, -2), by_vllm)
 
@@ -1236,17 +1223,9 @@ def quantize_rows(batch: Batch) -> None:
     if batch.addresses.is_cuda:
         (count, columns), step, length, by_vllm, aligned = batch.rows[0].alike
         block, whole_block = triton.next_power_of_2(columns), triton.next_power_of_2(length)
-        quantize_rows_kernel[(count, len(batch.rows))](
-            batch.addresses,
-            step,
-            columns,
-            length,
-            block,
-            whole_block if length > columns else 0,
-            by_vllm,
-            aligned,
-            num_warps=min(16, max(1, whole_block // 1024)),
-        )
+        sizes = (step, columns, length, block, whole_block if length > columns else 0, by_vllm, aligned)
+        warps = min(16, max(1, whole_block // 1024))
+        quantize_rows_kernel[(count, len(batch.rows))](batch.addresses, *sizes, num_warps=warps)
         return
     for source, whole, qdata, scale, by_vllm in batch.rows:
         limit = torch.finfo(qdata.dtype).max
@@ -1279,11 +1258,8 @@ def quantize_rows_kernel(
     qdata = tl.load(entry + 2).to(tl.pointer_type(tl.float8e4nv))
     scale = tl.load(entry + 3).to(tl.pointer_type(tl.float32))
     if ALIGNED:
-        source, whole, qdata = (
-            tl.multiple_of(source, 16),
-            tl.multiple_of(whole, 16),
-            tl.multiple_of(qdata, 16),
-        )
+        source, whole = tl.multiple_of(source, 16), tl.multiple_of(whole, 16)
+        qdata = tl.multiple_of(qdata, 16)
     inside = column < columns
     x = tl.load(source + row * step + column, mask=inside, other=0.0).to(tl.float32)
     seen = x
@@ -1325,21 +1301,15 @@ def patch_libraries() -> None:
     from torchao.quantization.quantize_.workflows.float8 import float8_tensor
     from vllm.model_executor.kernels.linear.scaled_mm import cutlass
 
-    @torch.library.custom_op("rlhf_online_quant::fastest_scaled_mm", mutates_args=("output",))
+    @torch.library.custom_op("rlhf_online_quant::fastest_scaled_mm", mutates_args=("out",))
     def fastest_scaled_mm(
-        output: Tensor,
-        a: Tensor,
-        b: Tensor,
-        a_scale: Tensor,
-        b_scale: Tensor,
-        bias: Tensor | None,
-        use_fast_accum: bool,
+        out: Tensor, a: Tensor, b: Tensor, a_scale: Tensor, b_scale: Tensor, bias: Tensor | None, fast: bool
     ) -> None:
         """An operator of its own, because a compiled model does not know the number of rows until it runs."""
         if a.is_cuda and a.shape[0] <= 128:
-            torch.ops._C.cutlass_scaled_mm(output, a, b, a_scale, b_scale, bias)  # vLLM's
+            torch.ops._C.cutlass_scaled_mm(out, a, b, a_scale, b_scale, bias)  # vLLM's
         else:
-            options = dict(bias=bias, out_dtype=output.dtype, use_fast_accum=use_fast_accum, out=output)
+            options = dict(bias=bias, out_dtype=out.dtype, use_fast_accum=fast, out=out)
             torch._scaled_mm(a, b, a_scale, b_scale, **options)
 
     def scaled_mm(a, a_scale, b, b_scale, output_dtype, output_scale=None, bias=None, use_fast_accum=False):

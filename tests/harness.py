@@ -269,22 +269,20 @@ def sampled(config: driver.Config, engines: list) -> list[dict]:
 
 
 def act_before_bucket(trainer, number: int | None, pid: int | None, how: int) -> None:
-    """In the trainer: before it packs that bucket (None: the middle one) of the next sync, send a signal to a
-    process (None: to itself).
+    """In the trainer: before it broadcasts that bucket (None: the middle one) of the next sync, send a signal
+    to a process (None: to itself).
     """
-    plain, number = trainer.buckets.send, len(trainer.buckets.buckets) // 2 if number is None else number
+    buckets = trainer.buckets
+    plain, number = buckets.start, len(buckets.buckets) // 2 if number is None else number
 
-    def send(pack):
-        def pack_or_act(i):
-            if i == number:
-                time.sleep(0.2)  # the buckets before have arrived
-                os.kill(pid or os.getpid(), how)
-                time.sleep(0.2)
-            pack(i)
+    def start(tensor):
+        if len(buckets.events) == number:
+            time.sleep(0.2)  # the buckets before have arrived
+            os.kill(pid or os.getpid(), how)
+            time.sleep(0.2)
+        plain(tensor)
 
-        return plain(pack_or_act)
-
-    trainer.buckets.send = send
+    buckets.start = start
 
 
 def seed_group(llm, tensor_parallel_size: int, device: torch.device, backend: str | None = None):

@@ -340,7 +340,7 @@ def test_zero_rows_are_repaired():
     assert broken.qdata[3].float().isnan().all() and broken.qdata[7].float().isfinite().all()
     expected = broken.dequantize().clone()
     expected[[3, 7]] = 0
-    assert repair_zero_rows([torch.randn(3), broken]) == 2
+    repair_zero_rows([torch.randn(3), broken])
     assert torch.equal(broken.dequantize(), expected) and (broken.scale > 0).all()
 
 
@@ -348,11 +348,12 @@ def test_zero_blocks_of_any_granularity_are_repaired():
     """One scale for all, and one for each block of 128 x 128."""
     weight = torch.randn(256, 384, dtype=torch.bfloat16)
     weight[:128, 128:256] = 0
-    for broken, count in (
-        (Float8Tensor.from_hp(weight, granularity=PerBlock([128, 128])), 1),
-        (Float8Tensor.from_hp(torch.zeros_like(weight), granularity=PerTensor()), 1),
+    for broken in (
+        Float8Tensor.from_hp(weight, granularity=PerBlock([128, 128])),
+        Float8Tensor.from_hp(torch.zeros_like(weight), granularity=PerTensor()),
     ):
-        assert repair_zero_rows([broken]) == count and repair_zero_rows([broken]) == 0
+        assert (broken.scale == 0).sum() == 1
+        repair_zero_rows([broken])
         assert (broken.qdata.view(torch.uint8)[:128, 128:256] == 0).all() and (broken.scale > 0).all()
         assert broken.dequantize().isfinite().all()
 
