@@ -1061,6 +1061,9 @@ def completion_logprobs(
 @torch.no_grad()
 def check_parts(model: torch.nn.Module) -> None:
     """Raises ValueError if `completion_logprobs` differ, beyond rounding, from those of whole logits."""
+    kind, expected_kind = type(model).__name__, "a model whose forward is its base model and then its head"
+    if model.base_model is model:
+        raise ValueError(f"{kind} has no base model; expected {expected_kind}")
     tokens_BL = torch.arange(16, device=model.device).view(2, 8)
     logprobs_BTV = model(input_ids=tokens_BL, use_cache=False).logits[:, :-1].float().log_softmax(-1)
     whole_BT = logprobs_BTV.gather(-1, tokens_BL[:, 1:, None]).squeeze(-1)
@@ -1068,8 +1071,8 @@ def check_parts(model: torch.nn.Module) -> None:
     difference = (parts_BT - whole_BT).abs().max()
     if not difference < (0.01 if model.dtype == torch.float32 else 0.5):  # nats
         raise ValueError(
-            f"in parts {type(model).__name__}'s log-probabilities are off by {difference:.3g} from those of "
-            "its whole logits; expected a model whose forward is its base model and then its head"
+            f"log-probabilities of {kind} in parts are off by {difference:.3g} from those of whole logits; "
+            f"expected {expected_kind}"
         )
 
 
@@ -1180,7 +1183,8 @@ class MyLLM(LLM):
         for output in outputs:
             output.weights_version, output.seconds = self.weights_version, seconds
             for answer in output.outputs:
-                answer.text = answer.text or decode(tokenizer, output.prompt_token_ids, answer.token_ids)
+                if not isinstance(answer.stop_reason, str):  # which vLLM has taken away
+                    answer.text = answer.text or decode(tokenizer, output.prompt_token_ids, answer.token_ids)
         return outputs
 
     def answer(self, prompts: list[str] | None = None, max_tokens: int = 32) -> list[dict]:
@@ -1243,7 +1247,8 @@ class SampledLogprobs(LogprobsProcessor):
     # that was a sixth of its Python at 128 of them. Delete when: vLLM appends a single one directly.
     def _update_sample_logprobs(self, new) -> None:
         flat = self.logprobs
-        if self.num_logprobs or self.tokenizer or not isinstance(flat, FlatLogprobs) or len(new.logprobs) > 1:
+        one = len(new.logprobs) == 1 and isinstance(flat, FlatLogprobs)
+        if self.num_logprobs or self.tokenizer or not one:
             return super()._update_sample_logprobs(new)
         position, logprob = len(flat.logprobs), new.logprobs.item(0)
         flat.start_indices.append(position)
@@ -1307,8 +1312,9 @@ def engine_arguments(config: Config, path: str, device: str) -> dict:
         enforce_eager=config.enforce_eager or device == "cpu",
         max_model_len=config.max_model_len,
         logprobs_mode="processed_logprobs",  # of the distribution that is sampled from, temperature included
-        **quantization_arguments(config.quantization),
+        quantization_config=None,
     )
+    fixed |= quantization_arguments(config.quantization)
     example = """such as '{"kv_cache_dtype": "fp8"}'"""
     what = f"a JSON object with keywords of vllm.LLM that the program does not set, {example}"
     with expected(f"--engine-args {config.engine_args}", what):
@@ -1456,7 +1462,7 @@ def prove_fp8(engines: list, config: Config) -> list[dict]:
         print(f"  not in FP8: {why}: {some(names)}")
     if config.quantization != "none":
         if not all(rank["fp8_gib"] for rank in ranks):
-            found = f"--quantization {config.quantization} had no effect: a worker has no weight in FP8"
+            found = f"--quantization {config.quantization}: a worker has no weight in FP8"
             fits = "a torchao FP8 config and shard dimensions that are multiples of 16"
             raise ValueError(f"{found}. Expected {fits}; or type --quantization none")
         if "routed experts" in ranks[0]["not_fp8"]:
@@ -1570,7 +1576,7 @@ def check_model(config: Config, path: str, prompts: list[str], device: str = "cu
             f"multiple of its {kv_heads} key-value heads; type --tensor-parallel-size {fits[-1]}"
         )
     if device == "cpu" and config.quantization in VLLM_SCHEMES:
-        names = ("num_experts", "num_local_experts", "n_routed_experts")
+        names = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
         if config.quantization != "fp8_per_channel" or any(getattr(model, name, None) for name in names):
             found = f"--quantization {config.quantization} of {config.model}, without a GPU"
             fits = "fp8_per_channel for a model without experts, which is what vLLM has there"

@@ -680,7 +680,7 @@ class WorkerExtension:
                     gib["experts_fp8_gib"] += stored / 2**30
                 elif not is_scale:
                     layers += 1
-            elif before.ndim > (2 if of_expert else 1):
+            elif before.ndim > 1 and "bias" not in leaf:
                 not_fp8.setdefault(why_not_fp8(layer, before.shape), []).append(
                     f"{name} {list(before.shape)}"
                 )
@@ -907,13 +907,13 @@ def as_loaders_see_it(model: torch.nn.Module) -> Iterator[None]:
     from vllm.model_executor.model_loader.reload.meta import SKIP_TENSORS, to_meta_tensor
     from vllm.model_executor.model_loader.reload.sanitize import restore_layer_refs
 
-    def on_meta(tensor: Tensor | None, layer: torch.nn.Module) -> Tensor | None:
+    def on_meta(name: str, tensor: Tensor | None, layer: torch.nn.Module) -> Tensor | None:
         """The tensor without memory, with the loader that it had at first."""
         if tensor is None:  # a bias that a layer does not have
             return None
         tensor = restore_layer_refs(to_meta_tensor(tensor), layer)
-        if hasattr(layer, "cpu_linear"):
-            tensor.data = tensor.data.to(torch.get_default_dtype())  # a bias; see ReloadSession
+        if name == "bias" and hasattr(layer, "cpu_linear"):  # see ReloadSession
+            tensor.data = tensor.data.to(torch.get_default_dtype())
         if hasattr(tensor, "weight_loader"):
             tensor.weight_loader = _get_original_loader(tensor)
         return tensor
@@ -923,7 +923,7 @@ def as_loaders_see_it(model: torch.nn.Module) -> Iterator[None]:
         for layer, live in kept:
             for kind, seen in zip(("_parameters", "_buffers"), before_loading(layer)):
                 others = {name: t for name, t in live[kind].items() if t is None or name in SKIP_TENSORS}
-                vars(layer)[kind] = {name: on_meta(t, layer) for name, t in (others | seen).items()}
+                vars(layer)[kind] = {name: on_meta(name, t, layer) for name, t in (others | seen).items()}
         model._do_torchao_reload = False  # or `load_weights` would open a session by itself
         yield
     finally:

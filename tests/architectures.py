@@ -56,13 +56,35 @@ ARCHITECTURES = {
     "llama-321": ("LlamaConfig", dict(vocab_size=321)),
     "mixtral": ("MixtralConfig", dict(num_local_experts=4, num_experts_per_tok=2)),
     "qwen-2-moe": ("Qwen2MoeConfig", MOE | dict(num_experts=4, shared_expert_intermediate_size=256)),
+    "glm-4-moe": (  # vLLM keeps its router in FP32
+        "Glm4MoeConfig",
+        MOE
+        | dict(
+            n_routed_experts=4,
+            n_shared_experts=1,
+            head_dim=64,
+            first_k_dense_replace=1,
+            n_group=1,
+            topk_group=1,
+        ),
+    ),
     "qwen-3-moe": ("Qwen3MoeConfig", MOE | dict(num_experts=4, head_dim=64)),
 }
 
 # One of each kind: a replay; sessions because of a transposed, a computed and a packed weight; a head with a
 # bias and
 # vLLM's Transformers backend; experts.
-FRESH = {"opt", "gpt2", "falcon", "phi-2", "qwen-3-moe", "mixtral", "gemma-3", "opt@fp8_per_channel"}
+FRESH = {
+    "opt",
+    "gpt2",
+    "falcon",
+    "phi-2",
+    "qwen-3-moe",
+    "mixtral",
+    "gemma-3",
+    "opt@fp8_per_channel",
+    "glm-4-moe",
+}
 
 
 def build(folder, name: str, seed: int = 0, dtype=torch.bfloat16) -> str:

@@ -14,7 +14,16 @@ from harness import HERE
 # One of each kind of sharding: separate and (in three ways) fused attention, transposed and fused MLP, a
 # padded vocabulary, experts. The others at 2: by hand, see RESULTS.md.
 AT_TWO = ["opt", "gpt2", "gpt-neox", "falcon", "phi-3", "llama-321", "mixtral", "llama-321@fp8_per_channel"]
-BY_SESSION = {"gpt2", "bloom", "falcon", "phi-2", "mixtral", "qwen-2-moe", "qwen-3-moe"}  # on the CPU
+BY_SESSION = {
+    "gpt2",
+    "bloom",
+    "falcon",
+    "phi-2",
+    "mixtral",
+    "qwen-2-moe",
+    "qwen-3-moe",
+    "glm-4-moe",
+}  # on the CPU
 
 
 @pytest.fixture(scope="module")

@@ -103,6 +103,7 @@ def test_wrong_kinds(flags, capsys):
         (dict(engine_args='{"dtype": "half"}'), "that the program does not set, such as"),
         (dict(engine_args='{"dtype": "half"}'), "Found: ValueError: dtype"),
         (dict(engine_args='{"quantization": "fp8"}', quantization="none"), "Found: ValueError: quantization"),
+        (dict(engine_args='{"quantization_config": {}}'), "Found: ValueError: quantization_config"),
     ],
 )
 def test_bad_flags_are_seen_before_anything_starts(flags, message, capsys):

@@ -201,8 +201,10 @@ def test_a_head_that_does_more_is_refused(path):
             return output
 
     model = Longer.from_pretrained(path, dtype=torch.float32)
-    with pytest.raises(ValueError, match="in parts Longer's log-probabilities are off by"):
+    with pytest.raises(ValueError, match="log-probabilities of Longer in parts are off by"):
         driver.check_parts(model)
+    with pytest.raises(ValueError, match="OPTModel has no base model; expected a model whose forward is its"):
+        driver.check_parts(model.base_model)
 
 
 def test_products_in_bfloat16_leave_weights_and_gradients_in_float32(path, rollouts):

@@ -199,6 +199,14 @@ def test_log_probabilities_are_as_vllm_gathers_them(pair):
         assert ours.cumulative_logprob == plain.cumulative_logprob == sum(ours.logprobs.logprobs)
 
 
+def test_a_stop_string_is_not_put_back(pair):
+    """vLLM takes it away; an answer that it leaves empty is no answer that was not decoded."""
+    only = dict(allowed_token_ids=driver.byte_tokenizer()("S").input_ids, max_tokens=2)
+    for stop, text in ((None, "SS"), ("S", "")):
+        [output] = pair.llm.generate(["a"], SamplingParams(stop=stop, **only), use_tqdm=False)
+        assert (output.outputs[0].text, output.outputs[0].stop_reason) == (text, stop)
+
+
 def test_prefix_cache_is_reset(config, pair):
     """The same prompt before and after: old keys and values would answer for the new weights."""
     params = SamplingParams(temperature=0, max_tokens=1)
@@ -297,6 +305,6 @@ def test_no_fp8_layer_is_an_error(models, tmp_path):
     file = tmp_path / "nothing.json"
     file.write_text(driver.json.dumps(config_to_dict(ModuleFqnToConfig({"_default": None}))))
     config, [path, _] = dataclasses.replace(CONFIG, quantization=str(file)), models("tiny-opt")
-    with pytest.raises(ValueError, match="had no effect: a worker has no weight in FP8"):
+    with pytest.raises(ValueError, match="a worker has no weight in FP8"):
         with local_pair(path, config):
             pass
