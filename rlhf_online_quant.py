@@ -2,7 +2,7 @@
 
     driver (this program, no GPU)
       |-- trainer   Ray actor, GPU 0            full-precision Hugging Face model, AdamW
-      `-- engine    Ray actor MyLLM(vllm.LLM)   FP8 through torchao, tensor parallel on GPUs 1-2
+      `-- engine    Ray actor MyLLM(vllm.LLM)   FP8 by torchao or vLLM, tensor parallel on GPUs 1-2
             weights: trainer == NCCL broadcast, BF16, not quantized ==> each worker, quantized on arrival
 
     prove_sync(trainer, engines)                            # a sync is right, or the run ends here

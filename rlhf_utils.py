@@ -3,7 +3,8 @@
     trainer   rank 0       WeightSender      prepare_weights, agree_on_weights, send_weights
     workers   ranks 1..TP  WorkerExtension                    agree_on_weights, receive_weights
 
-A sync, as the driver asks for it (`sync_weights_to_quantized_engine` in rlhf_online_quant.py):
+A sync, as the driver asks for it (`sync_weights_to_quantized_engine` in rlhf_online_quant.py), when both ends
+have joined a group (`init_weight_update_group`):
 
     manifest = trainer.prepare_weights()                  # raises if there is NaN; None if agreed on already
     if manifest:                                          # the first time, and after a change
@@ -11,16 +12,16 @@ A sync, as the driver asks for it (`sync_weights_to_quantized_engine` in rlhf_on
         trainer.agree_on_weights(manifest)
     trainer.send_weights()  |  workers.receive_weights()  # at the same time
 
-Reading order, with the number of lines of each part. Parts 1 to 4, with the digests of part 6, are a
-complete, right sync; part 5 makes it fast.
+Reading order, with the number of lines of each part. What parts 1 to 4 do, with the digests of part 6, is a
+complete, right sync, by sessions; part 5 makes it fast.
 
     1. the group     117  who sends to whom
-    2. the session    84  how vLLM takes a whole new set of weights, and quantizes it
-    3. the two ends  487  WeightSender, WorkerExtension
-    4. the buckets   142  fixed memory for weights on their way, and digests of what came in
-    5. the replay    246  what a session would copy, learned once, done again without vLLM's loaders
-    6. bytes         172  digests, and rows quantized as torchao and vLLM do it; on GPUs by Triton kernels
-    7. the patches    49  what the workers change in torchao and vLLM, and until when
+    2. the session    80  how vLLM takes a whole new set of weights, and quantizes it
+    3. the two ends  467  WeightSender, WorkerExtension
+    4. the buckets   151  fixed memory for weights on their way, and digests of what came in
+    5. the replay    248  what a session would copy, learned once, done again without vLLM's loaders
+    6. bytes         161  digests, and rows quantized as torchao and vLLM do it; on GPUs by Triton kernels
+    7. the patches    43  what the workers change in torchao and vLLM, and until when
 
 Four rules decide the code:
 
