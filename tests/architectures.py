@@ -108,9 +108,9 @@ def follow(name: str, tensor_parallel_size: int, folder: str) -> dict:
     config.quantization = scheme or config.quantization
     old, new = build(f"{folder}/old", name), f"{folder}/new"
     settings = dict(bucket_bytes=100_000, timeout_s=60)
-    tokens = 1 if scheme else 8  # the CPU's product for vLLM's schemes is slow
+    asked = (["a"], 2) if scheme else (driver.PROMPTS, 8)  # the CPU's product for vLLM's schemes is slow
     with local_pair(old, config) as (trainer, engine):
-        proof = driver.prove_sync(trainer, engine, max_tokens=tokens, **settings)
+        proof = driver.prove_sync(trainer, engine, *asked, **settings)
         with torch.no_grad():
             for parameter in trainer.target.model.parameters():
                 parameter.add_(torch.randn_like(parameter), alpha=0.01)
@@ -132,7 +132,7 @@ def follow(name: str, tensor_parallel_size: int, folder: str) -> dict:
     if name in FRESH:
         with local_engine(new, config) as llm:
             llm.collective_rpc("inspect_weights")
-            answers = llm.answer(driver.PROMPTS, tokens)
+            answers = llm.answer(*asked)
             found["fresh"] = llm.digests() == synced["digests"] and answers == synced["answers"]
     return found
 

@@ -52,7 +52,8 @@ def check(found: dict, name: str, tensor_parallel_size: int) -> None:
     assert "error" not in found, found["error"]
     path = "session" if name in BY_SESSION else "replay"
     assert found["proof"]["verified"] and found["proof"]["path"] == path
-    assert found["proof"]["tensors"] > 20 * tensor_parallel_size and found["proof"]["answers"] == 4
+    assert found["proof"]["tensors"] > 20 * tensor_parallel_size
+    assert found["proof"]["answers"] == (1 if "@" in name else 4)
     assert found["compared"] == (path == "replay"), (
         "the first other weights are replayed and loaded by session"
     )
