@@ -1013,7 +1013,10 @@ class Trainer(WeightSender):
 
 
 def checkpoint_layers(model: transformers.PreTrainedModel) -> None:
-    """Two layers of three compute their activations again in the backward pass, the third keeps them."""
+    """Two layers of three compute their activations again in the backward pass, the third keeps them.
+
+    transformers' `every_n_layers` could only do so for all, for every second, or for fewer.
+    """
     model.gradient_checkpointing_enable()
     layers = [layer for layer in model.modules() if isinstance(layer, GradientCheckpointingLayer)]
     for layer in layers[::3]:
@@ -1241,10 +1244,10 @@ def fork_workers() -> None:
 
 
 class SampledLogprobs(LogprobsProcessor):
-    """vLLM's, which takes in the log-probability of a sampled token alone (`ROLLOUT`) in half the time."""
+    """vLLM's, which takes in the log-probability of a sampled token alone (`ROLLOUT`) by a shorter way."""
 
-    # Why: vLLM builds lists and iterators for all likely tokens, though there is one; sequence by sequence
-    # that was a sixth of its Python at 128 of them. Delete when: vLLM appends a single one directly.
+    # Why: vLLM builds lists and iterators for all likely tokens, though there is one, for each sequence and
+    # step (`tests/bench_loop.py` compares). Delete when: vLLM appends a single one directly.
     def _update_sample_logprobs(self, new) -> None:
         flat = self.logprobs
         one = len(new.logprobs) == 1 and isinstance(flat, FlatLogprobs)
@@ -1274,7 +1277,7 @@ def quantization_arguments(quantization: str) -> dict:
     """What `--quantization` means to `LLM`. Raises ValueError."""
     if quantization == "none":
         return {"quantization": None}
-    if quantization in VLLM_SCHEMES:  # routers stay BF16: FP8 would choose other experts, and saves nothing
+    if quantization in VLLM_SCHEMES:  # routers, which are small, stay BF16; padded ones could not be replayed
         return {"quantization": quantization, "quantization_config": {"ignore": ["re:.*(gate|router)$"]}}
     as_json = json.dumps(config_to_dict(torchao_config(quantization)))
     return {"quantization": "torchao", "hf_overrides": {"quantization_config_dict_json": as_json}}
@@ -1456,8 +1459,10 @@ def prove_fp8(engines: list, config: Config) -> list[dict]:
     ranks = sum(wait(on_workers(engines, "inspect_weights"), config.timeout_s, "inspecting the engine"), [])
     for number, rank in enumerate(ranks, start=1):
         line = "{fp8_linear_layers} linear layers in FP8, {fp8_gib:.4f} of {weights_gib:.4f} GiB of weights"
-        line += " (of experts {experts_fp8_gib:.4f} of {experts_gib:.4f})" if rank["experts_gib"] else ""
-        print(f"worker (rank {number}): {line}, in BF16 {{bf16_weights_gib:.4f}} GiB".format(**rank))
+        if rank["experts_gib"]:
+            line += " (of experts {experts_fp8_gib:.4f} of {experts_gib:.4f})"
+        line += ", in BF16 {bf16_weights_gib:.4f} GiB"
+        print(f"worker (rank {number}): {line.format(**rank)}")
     for why, names in ranks[0]["not_fp8"].items():
         print(f"  not in FP8: {why}: {some(names)}")
     if config.quantization != "none":
