@@ -43,6 +43,7 @@ import sys
 import tempfile
 import threading
 import time
+import uuid
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -1332,20 +1333,23 @@ def engine_arguments(config: Config, path: str, device: str) -> dict:
 
 # ----- 7. Start and stop ------------------------------------------------------------------------------------
 
-# A process of its own that knows Ray's processes below the driver, waits for the driver's clean-up or end,
-# gives them 4 s and kills those that are left: what is stopped or stuck in a collective does not end itself.
+# A process of its own that waits for the driver's clean-up or end, gives what carries the run's mark 4 s and
+# kills what is left: a process that is orphaned, stopped or stuck in a collective does not end itself.
 REAPER = """
-import contextlib, select, sys, psutil
-seen = set()
-while not select.select([sys.stdin], [], [], 0.5)[0]:  # readable when the driver's end of the pipe is closed
-    with contextlib.suppress(psutil.Error):
-        for child in psutil.Process(int(sys.argv[1])).children():
-            with contextlib.suppress(psutil.Error):
-                if sys.argv[2] in " ".join(child.cmdline()):
-                    seen.update([child, *child.children(recursive=True)])
-for process in psutil.wait_procs(seen - {psutil.Process()}, timeout=4)[1]:
-    with contextlib.suppress(psutil.Error):
-        process.kill()  # not another process with the same number
+import contextlib, sys, time, psutil
+sys.stdin.read()  # until the driver's end of the pipe is closed
+killing = time.monotonic() + 4
+while time.monotonic() < killing + 4:
+    left = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):  # it ended, or is not ours
+            if process.environ().get("RLHF_RUN") == sys.argv[1]:
+                left.append(process)
+                if time.monotonic() > killing:
+                    process.kill()
+    if not left:
+        break
+    time.sleep(0.2)
 """
 
 
@@ -1364,14 +1368,20 @@ def connect(config: Config, cleanup: contextlib.ExitStack) -> int:
             socket.create_connection((host.strip("[]"), int(port)), timeout=5).close()
     # A killed actor takes its children along.
     os.environ.setdefault("RAY_process_group_cleanup_enabled", "true")
-    reaper = [sys.executable, "-c", REAPER, str(os.getpid()), str(Path(ray.__file__).parent)]
+    os.environ.setdefault("SPT_NOENV", "1")  # setproctitle leaves what the reaper reads as it is
+    mark = uuid.uuid4().hex
+    reaper = [sys.executable, "-c", REAPER, mark]
     cleanup.enter_context(subprocess.Popen(reaper, stdin=subprocess.PIPE, start_new_session=True))
     cleanup.callback(ray.shutdown)  # it kills the raylet after a second and may orphan the others
     modules = [__file__, str(Path(__file__).with_name("rlhf_utils.py"))]  # for other nodes
     environment = {"env_vars": actor_environment(), "py_modules": modules}
     options = dict(runtime_env=environment, logging_level=logging.ERROR if QUIET else logging.INFO)
     if address is None:
-        ray.init("local", num_cpus=1 + config.world_size, include_dashboard=False, **options)
+        os.environ["RLHF_RUN"] = mark  # for what starts here; what comes later, a tracker say, lives on
+        try:
+            ray.init("local", num_cpus=1 + config.world_size, include_dashboard=False, **options)
+        finally:
+            del os.environ["RLHF_RUN"]
     else:
         try:
             ray.init(address, **options)
