@@ -188,14 +188,14 @@ def wait_for_server(port: int, limit_s: float = 300) -> None:
 
 
 def measure_trl(config: Benchmark, path: str, port: int) -> dict[int, dict]:
-    """TRL's part: seconds of a step by length and mode, with its trainer on our engine's GPU."""
-    found = {}
-    for length in config.lengths:
+    """TRL's part: seconds of a step by length and mode, each in a process of its own, on our engine's GPU."""
+    found = {length: {} for length in config.lengths}
+    for length, mode in itertools.product(config.lengths, MODES):
         numbers = [WARM_UP + config.repeats, length, config.tokens_per_microbatch // length, port]
         command = [sys.executable, str(Path(__file__).with_name("peer_trl.py")), path, *map(str, numbers)]
-        with (config.output_dir / f"trl_{length}.log").open("w") as log:
+        with (config.output_dir / f"trl_{length}_{mode}.log").open("w") as log:
             output = subprocess.run(
-                [*command, json.dumps(driver.PROMPTS)],
+                [*command, mode, json.dumps(driver.PROMPTS)],
                 env=os.environ | {"CUDA_VISIBLE_DEVICES": "1"},
                 stdout=subprocess.PIPE,
                 stderr=log,
@@ -204,10 +204,8 @@ def measure_trl(config: Benchmark, path: str, port: int) -> dict[int, dict]:
                 check=True,
             ).stdout
         said = json.loads(output.strip().splitlines()[-1])
-        for mode in MODES:
-            said[mode]["step_s"] = statistics.median(said[mode]["step_s"][WARM_UP:])
-        found[length] = said
-        print("TRL", length, json.dumps(found[length]), flush=True)
+        print("TRL", length, mode, json.dumps(said), flush=True)
+        found[length][mode] = said | {"step_s": statistics.median(said["step_s"][WARM_UP:])}
     return found
 
 
