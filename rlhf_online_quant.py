@@ -580,20 +580,16 @@ def compute_ppo_loss(logprobs_BT: torch.Tensor, batch: dict[str, torch.Tensor], 
 
 
 def importance_weights(
-    old_BT: torch.Tensor,
-    engine_BT: torch.Tensor,
-    mask_BT: torch.Tensor,
-    correction: str,
-    cap: float = CORRECTION_CAP,
+    old_BT: torch.Tensor, engine_BT: torch.Tensor, mask_BT: torch.Tensor, correction: str
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Weights that correct for sampling by the engine and not by the trainer; and where `cap` acted.
+    """Weights that correct for sampling by the engine and not by the trainer; and where their cap C acted.
 
     With r = trainer's probability / engine's, of the same token (whose engine's weights are the same, or with
     `--overlap` a step older):
-      - `token-truncate`: min(r, cap) for each token. Truncated importance sampling: Ionides 2008, "Truncated
+      - `token-truncate`: min(r, C) for each token. Truncated importance sampling: Ionides 2008, "Truncated
         Importance Sampling"; for rollout engines Yao et al. 2025, "Your Efficient RL Framework Secretly
         Brings You Off-Policy RL".
-      - `sequence-mask`: the product of r over the completion, or 0 if that exceeds cap. Liu et al. 2025,
+      - `sequence-mask`: the product of r over the completion, or 0 if that exceeds C. Liu et al. 2025,
         "When Speed Kills Stability: Demystifying RL Collapse from the Training-Inference Mismatch".
       - `none`: 1.
     """
@@ -601,9 +597,9 @@ def importance_weights(
     if correction == "none":
         return torch.ones_like(old_BT), torch.zeros_like(mask_BT)
     if correction == "token-truncate":
-        return log_ratio_BT.exp().clamp(max=cap), log_ratio_BT > math.log(cap)
+        return log_ratio_BT.exp().clamp(max=CORRECTION_CAP), log_ratio_BT > math.log(CORRECTION_CAP)
     log_ratio_BT = log_ratio_BT.sum(dim=1, keepdim=True).expand_as(mask_BT)
-    over_BT = log_ratio_BT > math.log(cap)
+    over_BT = log_ratio_BT > math.log(CORRECTION_CAP)
     return log_ratio_BT.exp().masked_fill(over_BT, 0.0), over_BT
 
 

@@ -409,7 +409,7 @@ class WeightSender:
         return manifest
 
     def prepare_weights(self, bucket_bytes: int = BUCKET_BYTES) -> Manifest | None:
-        """`check_finite`, before a byte moves. Returns the manifest, or None if it is the one agreed on."""
+        """Check all weights, before a byte moves. Returns their manifest; None if it is the one agreed on."""
         manifest = self.check_finite()
         if self.buckets is not None and self.prepared == (manifest, bucket_bytes):
             return None
@@ -562,8 +562,8 @@ class WorkerExtension:
     def receive_weights(self, by_session: bool = False) -> dict:
         """Receive a complete set of weights as agreed on, by replay if there is one; blocks.
 
-        Returns `path` ("replay" or "session") and `compare`: whether these are the first *other* weights that
-        were replayed, of which a session has to give the same (see `sync_weights_to_quantized_engine`).
+        Returns `path` ("replay" or "session") and `compare`, true of the first replay that has changed what
+        is stored: `sync_weights_to_quantized_engine` repeats that sync by a session and compares.
         """
         if self.buckets is None:
             raise RuntimeError("no weights have been agreed on with this trainer: call agree_on_weights")
@@ -1001,7 +1001,7 @@ class Stored(NamedTuple):
 
     qdata: Tensor
     scale: Tensor
-    by_vllm: bool  # not torchao: see `Rows`
+    by_vllm: bool  # by vLLM's rule and not torchao's: see `Rows`
 
 
 def stored_by_rows(live: dict[str, Tensor], name: str, loaded: Tensor) -> Stored | None:
@@ -1068,11 +1068,11 @@ class Replay:
             self.graphs[number] = graph
 
     def _quantize_and_copy(self, number: int) -> None:
-        rows, plain = self.steps[number]
-        for batch in rows:
+        to_quantize, to_copy = self.steps[number]
+        for batch in to_quantize:
             quantize_rows(batch)
-        if plain:
-            torch._foreach_copy_(*plain)
+        if to_copy:
+            torch._foreach_copy_(*to_copy)
 
     def addresses(self) -> list[tuple[int, ...]]:
         """Where the tensors are now that are written to."""
