@@ -1474,7 +1474,7 @@ def prove_fp8(engines: list, config: Config) -> list[dict]:
     if config.quantization != "none":
         if not all(rank["fp8_gib"] for rank in ranks):
             found = f"--quantization {config.quantization}: a worker has no weight in FP8"
-            fits = "a torchao FP8 config and shard dimensions that are multiples of 16"
+            fits = "quantization to FP8, and shard dimensions that are multiples of 16"
             raise ValueError(f"{found}. Expected {fits}; or type --quantization none")
         if "routed experts" in ranks[0]["not_fp8"]:
             print("The experts are not in FP8: torchao knows linear layers only. On GPUs vLLM's own schemes")
@@ -1727,40 +1727,47 @@ def main(config: Config) -> dict:
             sync = prove_sync(trainer, engines, samples, config.max_tokens, timeout_s=config.timeout_s)
         except RuntimeError as error:
             raise RuntimeError(f"{config.model}: {error}") from error
-        before, found = sync.pop("before"), f"{sync['tensors']} tensors and {sync['answers']} answers"
+        found = f"{sync['tensors']} tensors and {sync['answers']} answers"
         print(f"Proved: set to zero and synced by {sync['path']}, the engine is what it was: {found}")
         print(f"Ready after {time.time() - began:.1f} s", flush=True)
         rows = train(config, trainer, engines, prompts, first)
-        asked = [engines[0].answer.remote(), engines[0].get_weights_version.remote()]
-        after, version = wait(asked, 10 * config.timeout_s, "asking the engine")
-        libraries = (torch, vllm, torchao, ray, transformers)
-        summary = {
-            "device": device,
-            "model": config.model,
-            "world_size": config.world_size,
-            "quantization": config.quantization,
-            "fp8_linear_layers": ranks[0]["fp8_linear_layers"],
-            **{size: sum(rank[size] for rank in ranks) for size in ranks[0] if size.endswith("_gib")},
-            "ranks": ranks,
-            "sync": sync,
-            "weights_version": version,
-            "last_step": json.loads(to_json(rows[-1])) if rows else None,
-            "samples": [
-                {"prompt": old["prompt"], "before": old["text"], "after": new["text"]}
-                for old, new in zip(before, after, strict=True)
-            ],
-            "all_right": [all_right(before), all_right(after)] if config.reward == "backwards" else None,
-            "versions": {"python": sys.version.split()[0]}
-            | {lib.__name__: lib.__version__ for lib in libraries},
-        }
-        (config.output_dir / "summary.json").write_text(json.dumps(summary, indent=2))
-        plot_curves(config.output_dir)
-        print("Greedy answers before and after training:")
-        for sample in summary["samples"][:4]:
-            print(f"  {sample['prompt']!r} -> {sample['before'][:24]!r} -> {sample['after'][:24]!r}")
-        if right := summary["all_right"]:
-            print(f"Words without a mistake: {right[0]:.0%} before training, {right[1]:.0%} after")
-        print(f"Wrote summary.json, metrics.jsonl and curves.png to {config.output_dir}")
+        return report(config, device, engines[0], ranks, sync, rows)
+
+
+def report(config: Config, device: str, engine, ranks: list[dict], sync: dict, rows: list[dict]) -> dict:
+    """Write summary.json and curves.png, print answers before and after training; returns the summary.
+
+    `ranks` is from `start`, `sync` from `prove_sync`, `rows` from `train`.
+    """
+    asked = [engine.answer.remote(), engine.get_weights_version.remote()]
+    after, version = wait(asked, 10 * config.timeout_s, "asking the engine")
+    before, libraries = sync["before"], (torch, vllm, torchao, ray, transformers)
+    summary = {
+        "device": device,
+        "model": config.model,
+        "world_size": config.world_size,
+        "quantization": config.quantization,
+        "fp8_linear_layers": ranks[0]["fp8_linear_layers"],
+        **{size: sum(rank[size] for rank in ranks) for size in ranks[0] if size.endswith("_gib")},
+        "ranks": ranks,
+        "sync": {name: value for name, value in sync.items() if name != "before"},
+        "weights_version": version,
+        "last_step": json.loads(to_json(rows[-1])) if rows else None,
+        "samples": [
+            {"prompt": old["prompt"], "before": old["text"], "after": new["text"]}
+            for old, new in zip(before, after, strict=True)
+        ],
+        "all_right": [all_right(before), all_right(after)] if config.reward == "backwards" else None,
+        "versions": {"python": sys.version.split()[0]} | {lib.__name__: lib.__version__ for lib in libraries},
+    }
+    (config.output_dir / "summary.json").write_text(json.dumps(summary, indent=2))
+    plot_curves(config.output_dir)
+    print("Greedy answers before and after training:")
+    for sample in summary["samples"][:4]:
+        print(f"  {sample['prompt']!r} -> {sample['before'][:24]!r} -> {sample['after'][:24]!r}")
+    if right := summary["all_right"]:
+        print(f"Words without a mistake: {right[0]:.0%} before training, {right[1]:.0%} after")
+    print(f"Wrote summary.json, metrics.jsonl and curves.png to {config.output_dir}")
     return summary
 
 
