@@ -852,7 +852,10 @@ def who(ref: ray.ObjectRef) -> str:
 def cause_of(error: Exception) -> str:
     """What an actor raised, or why it died, without the frames that led there."""
     if isinstance(error, ray.exceptions.RayTaskError):
-        return f"{type(error.cause).__name__}: {error.cause}"
+        said = str(error.cause)
+        if said in ("cancelled", "Executor failed."):  # vLLM, whatever was under way or is asked then
+            said = f"a worker has died, see the log above ({said})"
+        return f"{type(error.cause).__name__}: {said}"
     text = re.sub(r"\x1b\[\d+m", "", str(error))
     # If it died while it was made, Ray gives all frames, and the error behind the last one.
     return re.split(r'\n  File ".*\n(?: .*\n)*', text)[-1].strip()

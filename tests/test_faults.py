@@ -194,6 +194,9 @@ def sync_with_a_dying_worker(config, pair, how: int) -> list[int]:
     assert driver.ACTORS[pair.actor._actor_id] in message
     if how == signal.SIGSTOP and len(workers) > 1:
         assert "Ranks 1 failed" in message, "of those that live, the engine names who does not"
+    if how == signal.SIGKILL:
+        with pytest.raises(RuntimeError, match=r"asking: engine \(rank .*a worker has died"):
+            driver.wait(driver.on_workers([pair.actor], "get_pid"), 10, "asking")
     return workers
 
 
