@@ -185,6 +185,7 @@ def main(config: Benchmark) -> dict:
             own |= {"weight_transfer_config": {"backend": "nccl"}}
         if config.dummy:
             driver.Trainer = DummyTrainer
+            config = dataclasses.replace(config, trainer_dtype="bfloat16")  # as DummyTrainer makes it
         start = time.perf_counter()
         with vllm_arguments(**own):
             trainer = driver.start_trainer(config, path, cleanup)
