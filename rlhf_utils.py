@@ -19,7 +19,7 @@ complete, right sync, by sessions; part 5 makes it fast.
     2. the session    80  how vLLM takes a whole new set of weights, and quantizes it
     3. the two ends  467  WeightSender, WorkerExtension
     4. the buckets   151  fixed memory for weights on their way, and digests of what came in
-    5. the replay    234  what a session would copy, learned once, done again without vLLM's loaders
+    5. the replay    248  what a session would copy, learned once, done again without vLLM's loaders
     6. bytes         161  digests, and rows quantized as torchao and vLLM do it; on GPUs by Triton kernels
     7. the patches    43  what the workers change in torchao and vLLM, and until when
 
@@ -48,7 +48,6 @@ import socket
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from copy import copy as shallow_copy
 from datetime import timedelta
 from typing import NamedTuple
 
@@ -542,7 +541,7 @@ class WorkerExtension:
         because, copies = self.never_replay, {}
         if because is None:
             try:
-                copies = record_copies(self.vllm_config, manifest)
+                copies = record_copies(self.get_model(), manifest)
             except CannotReplay as reason:
                 because = str(reason)
         self.buckets = Buckets(wire_manifest(manifest, copies), bucket_bytes, self.weight_group, self.device)
@@ -899,25 +898,39 @@ class Copy(NamedTuple):
     loaded: Tensor  # what `target` is a view of: the tensor as vLLM's loaders see it, unquantized
 
 
-def unloaded_twin(config) -> torch.nn.Module:
-    """The worker's model once more, as vLLM (whose config this is) builds it before it loads weights; on
-    the meta device, without memory.
+@contextlib.contextmanager
+def as_loaders_see_it(model: torch.nn.Module) -> Iterator[None]:
+    """Exchange every tensor of a vLLM model for the one that its loaders expect, on the meta device.
+
+    The live tensors are put aside and put back as they were, whatever the loaders have done meanwhile.
     """
     from vllm.model_executor.model_loader.reload.layerwise import _get_original_loader
-    from vllm.model_executor.model_loader.utils import initialize_model
-    from vllm.utils.torch_utils import set_default_torch_dtype
+    from vllm.model_executor.model_loader.reload.meta import SKIP_TENSORS, to_meta_tensor
+    from vllm.model_executor.model_loader.reload.sanitize import restore_layer_refs
 
-    config = shallow_copy(config)
-    config.compilation_config = shallow_copy(config.compilation_config)
-    # Layers enter themselves here, by names that those of the engine have taken.
-    config.compilation_config.static_forward_context = {}
-    config.compilation_config.static_all_moe_layers = []
-    with set_default_torch_dtype(config.model_config.dtype), torch.device("meta"):
-        twin = initialize_model(config)
-    for tensor in named_tensors(twin).values():  # or vLLM's schemes would quantize a layer that is complete
+    def on_meta(name: str, tensor: Tensor | None, layer: torch.nn.Module) -> Tensor | None:
+        """The tensor without memory, with the loader that it had at first."""
+        if tensor is None:  # a bias that a layer does not have
+            return None
+        tensor = restore_layer_refs(to_meta_tensor(tensor), layer)
+        if name == "bias" and hasattr(layer, "cpu_linear"):  # see ReloadSession
+            tensor.data = tensor.data.to(torch.get_default_dtype())
         if hasattr(tensor, "weight_loader"):
             tensor.weight_loader = _get_original_loader(tensor)
-    return twin
+        return tensor
+
+    kept = [(layer, vars(layer).copy()) for layer in model.modules()]
+    try:
+        for layer, live in kept:
+            for kind, seen in zip(("_parameters", "_buffers"), before_loading(layer)):
+                others = {name: t for name, t in live[kind].items() if t is None or name in SKIP_TENSORS}
+                vars(layer)[kind] = {name: on_meta(name, t, layer) for name, t in (others | seen).items()}
+        model._do_torchao_reload = False  # or `load_weights` would open a session by itself
+        yield
+    finally:
+        for layer, live in kept:
+            vars(layer).clear()
+            vars(layer).update(live)
 
 
 class CopyRecorder(TorchFunctionMode):
@@ -934,26 +947,26 @@ class CopyRecorder(TorchFunctionMode):
         return args[0]
 
 
-def record_copies(config, manifest: Manifest) -> dict[str, list[Copy]]:
-    """What vLLM's loaders copy of each weight, learned from a model and weights without memory.
+def record_copies(model: torch.nn.Module, manifest: Manifest) -> dict[str, list[Copy]]:
+    """What a reload session would copy of each weight, learned from weights without memory.
 
-    Raises CannotReplay, with the reason, if they do more than copy.
+    The model stays as it is. Raises CannotReplay, with the reason, if the loaders do more than copy.
     """
     weights = {}
     for name, dtype, shape in manifest:
         weights[name] = torch.empty(shape, dtype=getattr(torch, dtype), device="meta")
-    try:
-        twin = unloaded_twin(config)
-        tensors = named_tensors(twin)
-        with CopyRecorder() as recorder:
-            twin.load_weights(iter(weights.items()))
-    except Exception as error:  # of any kind: it is vLLM's code for hundreds of models
-        why = f"{type(error).__name__}: {error}"
-        raise CannotReplay(f"vLLM's loaders want to see the weights: {why}") from error
-    tensors |= named_tensors(twin)  # loaders may register more
+    with as_loaders_see_it(model):
+        tensors = named_tensors(model)
+        try:
+            with CopyRecorder() as recorder:
+                model.load_weights(iter(weights.items()))
+        except Exception as error:  # of any kind: they are vLLM's loaders for hundreds of models
+            why = f"{type(error).__name__}: {error}"
+            raise CannotReplay(f"vLLM's loaders want to see the weights: {why}") from error
+        tensors |= named_tensors(model)  # loaders may register more
 
     weight_at = {storage(weight): name for name, weight in weights.items()}
-    tensor_at = {storage(tensor): name for name, tensor in reversed(tensors.items())}  # tied: the first
+    tensor_at = {storage(tensor): name for name, tensor in tensors.items()}
     copies: dict[str, list[Copy]] = {}
     for target, source in recorder.copies:
         weight, tensor = weight_at.get(storage(source)), tensor_at.get(storage(target))
