@@ -233,13 +233,6 @@ def measure(config: Benchmark, device: str, trainer, actor) -> dict:
         syncs.append(sync(config, trainer, actor))
         return syncs[-1]["seconds"]
 
-    def proof() -> float:
-        if config.dummy:
-            driver.agree_on_weights([trainer], [actor], config.bucket_mib * 2**20, config.timeout_s)
-            syncs.append({"path": "session" if config.dummy else None})
-            return float("nan")
-        return timed(lambda: syncs.append(prove(config, trainer, actor)))
-
     def digests_differ() -> list[str]:
         """For what is no update to MyLLM, which therefore would not answer."""
         found = llm.digests()
@@ -265,16 +258,18 @@ def measure(config: Benchmark, device: str, trainer, actor) -> dict:
         rows[method]["different"] = different
         print(method, rows[method], file=sys.stderr)
 
-    add(PROOF, proof, 1, warm_up=0, zero=False)
     found = {}
-    if not config.dummy:
+    if config.dummy:
+        driver.agree_on_weights([trainer], [actor], config.bucket_mib * 2**20, config.timeout_s)
+    else:
+        proof = functools.partial(timed, lambda: syncs.append(prove(config, trainer, actor)))
+        add(PROOF, proof, 1, warm_up=0, zero=False)
         rollouts, precision = sampled(config, [actor]), config.matmul_precision
         found["mismatch_kl"] = ask_trainer(mismatch_kl, rollouts, precision)
         # Other weights, of which the program compares a replay with a session, and back.
         ask_trainer(scale_weights, 2.0)
         assert sync(config, trainer, actor)["compared"] == (syncs[-1]["path"] == "replay")
         ask_trainer(scale_weights, 0.5)
-    path = syncs[-1]["path"]
     session = functools.partial(zero_and_sync, config, trainer, actor, by_session=True)
     add(SESSION, session, config.repeats)
     add(OURS, our_sync, config.repeats)
@@ -339,9 +334,10 @@ def report(result: dict) -> None:
         figures = f"{1e3 * row['seconds']:10.2f} {row['gb_per_s']:7.2f} {row['ratio']:8.2f}"
         print(f"{method:42} {figures}  {extra} | {equal}")
     calls = ", ".join(f"{name} {1e3 * seconds:.2f} ms" for name, seconds in result["calls"].items())
-    counts = f"{result['tensors']} tensors, {result['answers']} answers"
+    counts = f"compared {result['tensors']} tensors, {result['answers']} answers"
+    counts = counts if PROOF in result["rows"] else "not compared"
     kl = f", mismatch KL {result['mismatch_kl']:.2e}" if "mismatch_kl" in result else ""
-    print(f"RESULT {title}: ours {result['rows'][OURS]['ratio']:.2f} x raw; compared {counts}{kl}; {calls}")
+    print(f"RESULT {title}: ours {result['rows'][OURS]['ratio']:.2f} x raw; {counts}{kl}; {calls}")
 
 
 def draw(folder: Path) -> None:
