@@ -203,8 +203,6 @@ class ReloadSession:
             kernel = getattr(getattr(module, "quant_method", None), "moe_kernel", None)
             if kernel is not None and module.w13_weight.is_cpu:
                 module.quant_method.moe_kernel = None  # vLLM packs experts only where there is no kernel yet
-            if hasattr(module, "cpu_linear") and getattr(module, "bias", None) is not None:
-                module.bias.data = module.bias.data.to(model_config.dtype)  # vLLM made it FP32 after loading
         initialize_layerwise_reload(model)
 
     def load(self, weights: NamedTensors) -> None:
@@ -233,21 +231,11 @@ class ReloadSession:
         # It warns of layers without weights in any checkpoint, such as tied heads.
         logging.getLogger("vllm.model_executor.model_loader.reload.layerwise").setLevel(logging.ERROR)
         finalize_layerwise_reload(self.model, self.model_config)
-        repack_heads(self.model)
         repair_zero_rows(self.model.parameters())
 
     def stale(self) -> list[str]:
         """Names of the parameters that got no weight, by vLLM's own account."""
         return sorted({name for name, _ in self.model.named_parameters()} - self.loaded)
-
-
-def repack_heads(model: torch.nn.Module) -> None:
-    """On the CPU a tied head, to a session no layer of its own, would go on using a packed old copy."""
-    from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
-
-    for module in model.modules():
-        if isinstance(module, VocabParallelEmbedding) and module.weight.device.type == "cpu":
-            module.quant_method.process_weights_after_loading(module)
 
 
 def repair_zero_rows(parameters: Iterable[Tensor]) -> None:
@@ -578,8 +566,6 @@ class WorkerExtension:
             if replaying:
                 for number in numbers:
                     self.replay(number)
-                if self.device.type == "cpu":
-                    repack_heads(model)
             else:
                 with contextlib.closing(ReloadSession(model, self.model_config)) as session:
                     session.load(self.buckets.put_together(numbers))
@@ -645,9 +631,6 @@ class WorkerExtension:
             if leaf in travels or leaf not in constants:
                 for part in plain_tensors(name, tensor).values():
                     part.data.zero_()
-        for module in model.modules():
-            if hasattr(module, "cpu_linear"):
-                module.cpu_linear = None  # it holds a packed copy out of sight; loading makes it anew
 
     @agreed
     def inspect_weights(self) -> dict:
@@ -668,7 +651,7 @@ class WorkerExtension:
             before, is_scale = before_loading(layer)[0].get(leaf, weight), "weight_scale" in leaf
             parts = plain_tensors(name, weight).values()
             loaded = 0 if is_scale else 2 * before.numel()
-            stored = sum(part.nbytes for part in parts) or loaded  # vLLM's CPU backend packs out of sight
+            stored = sum(part.nbytes for part in parts)
             of_expert = isinstance(layer, RoutedExperts)
             in_fp8 = is_scale or any(part.dtype == torch.float8_e4m3fn for part in parts)
             gib["weights_gib"] += stored / 2**30
@@ -913,8 +896,6 @@ def as_loaders_see_it(model: torch.nn.Module) -> Iterator[None]:
         if tensor is None:  # a bias that a layer does not have
             return None
         tensor = restore_layer_refs(to_meta_tensor(tensor), layer)
-        if name == "bias" and hasattr(layer, "cpu_linear"):  # see ReloadSession
-            tensor.data = tensor.data.to(torch.get_default_dtype())
         if hasattr(tensor, "weight_loader"):
             tensor.weight_loader = _get_original_loader(tensor)
         return tensor
@@ -1301,6 +1282,7 @@ def patch_libraries() -> None:
     """
     from torchao.quantization.quantize_.workflows.float8 import float8_tensor
     from vllm.model_executor.kernels.linear.scaled_mm import cutlass
+    from vllm.model_executor.layers import utils
 
     @torch.library.custom_op("rlhf_online_quant::fastest_scaled_mm", mutates_args=("out",))
     def fastest_scaled_mm(
@@ -1329,6 +1311,14 @@ def patch_libraries() -> None:
         # Why: without it vLLM cannot store what it has compiled, and every start of an engine compiles anew.
         # Delete when: torchao's Float8Tensor has `empty_like` (0.18 has not).
         return args[0]._apply_fn_to_data(lambda tensor: function(tensor, **kwargs))
+
+    def use_plain_linear(layer: torch.nn.Module, remove_weight: bool) -> None:
+        layer.cpu_linear = torch.nn.functional.linear
+
+    # Why: on a CPU with AVX-512 vLLM computes with packed copies of BF16 weights, not all of which a session
+    # makes anew (those of tied heads, biases and convolutions stay old); with AVX2 alone it packs nothing.
+    # Delete when: a session makes all of them anew.
+    utils.dispatch_cpu_unquantized_gemm = use_plain_linear
 
     # Why: vLLM pads layers to multiples of 16 for this kernel and then sets their loader once more, which
     # its own `set_weight_attrs` forbids ("Overwriting existing tensor attribute: weight_loader").

@@ -69,16 +69,17 @@ ARCHITECTURES = {
         ),
     ),
     "qwen-3-moe": ("Qwen3MoeConfig", MOE | dict(num_experts=4, head_dim=64)),
+    "mamba-2": ("Mamba2Config", dict(num_heads=8, head_dim=64, state_size=16, n_groups=2, chunk_size=16)),
 }
 
-# One of each kind: a replay; sessions because of a transposed, a computed and a packed weight; a head with a
-# bias and
-# vLLM's Transformers backend; experts.
+# One of each kind: a replay; sessions because of a transposed and a computed weight; a head with a bias;
+# vLLM's Transformers backend; experts; a convolution.
 FRESH = {
     "opt",
     "gpt2",
     "falcon",
     "phi-2",
+    "mamba-2",
     "qwen-3-moe",
     "mixtral",
     "gemma-3",

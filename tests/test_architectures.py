@@ -18,7 +18,7 @@ BY_SESSION = {
     "gpt2",
     "bloom",
     "falcon",
-    "phi-2",
+    "mamba-2",
     "mixtral",
     "qwen-2-moe",
     "qwen-3-moe",

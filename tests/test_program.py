@@ -236,7 +236,7 @@ def test_two_unquantized_engines_on_two_nodes_show_no_mismatch(tmp_path):
         control = ["--quantization", "none", "--learning-rate", "0", "--temperature", "0.7", "--steps", "2"]
         summary, rows, printed = run(*flags, *control, cwd=tmp_path)
         assert summary["world_size"] == 3 and len(summary["ranks"]) == 2 and "worker (rank 2):" in printed
-        assert summary["fp8_linear_layers"] == 0 and summary["sync"]["path"] == "session"
+        assert summary["fp8_linear_layers"] == 0 and summary["sync"]["path"] == "replay"
         assert summary["sync"]["tensors"] == 2 * 36 and summary["sync"]["answers"] == 200
         assert len(rows) == 2 and rows[-1]["weights_version"] == 3
         assert all(row["mismatch_kl"] < 1e-4 for row in rows)
