@@ -5,7 +5,7 @@
       `-- engine    Ray actor MyLLM(vllm.LLM)   FP8 by torchao or vLLM, tensor parallel on GPUs 1-2
             weights: trainer == NCCL broadcast, BF16, not quantized ==> each worker, quantized on arrival
 
-    prove_sync(trainer, engines)                            # a sync is right, or the run ends here
+    prove_sync(trainer, engines)                            # syncs are right, or the run ends here
     for every step:                                         # `rlhf_training_iteration`
         outputs = engines.generate(prompts)                 # G answers to each, with log-probabilities
         advantages = compute_advantages(compute_rewards(outputs))
@@ -86,7 +86,6 @@ import torchao
 import transformers
 import tyro
 import vllm
-from ray._private.authentication import authentication_token_setup
 from ray.util.placement_group import placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from torch.utils.checkpoint import checkpoint
@@ -97,17 +96,20 @@ from vllm import LLM, SamplingParams
 from vllm.v1.engine import output_processor
 from vllm.v1.engine.logprobs import FlatLogprobs, LogprobsProcessor
 
-from rlhf_utils import BUCKET_BYTES, WeightSender
-
-ACTORS = {}  # Ray's id of an actor -> its name in messages
-SYNCING = threading.Lock()  # held while a weight sync runs
-PROMPTS = [
-    "Hello, my name is",
-    "The president of the United States is",
-    "The capital of France is",
-    "The future of AI is",
-]
-
+from rlhf_utils import (
+    ACTORS,
+    PROMPTS,
+    SYNCING,
+    MyLLM,
+    WeightSender,
+    cause_of,
+    join_group,
+    prove_fp8,
+    prove_sync,
+    some,
+    sync_weights_to_quantized_engine,
+    wait,
+)
 
 # ----- 1. Config --------------------------------------------------------------------------------------------
 
@@ -121,9 +123,8 @@ class Config:
     trainer_device: Literal["auto", "cuda", "cpu"] = "auto"
     """Where the trainer runs; `auto` takes a GPU if the cluster has any."""
     trainer_dtype: Literal["float32", "bfloat16"] = "float32"
-    """Of the trainer's weights and optimizer. In bfloat16 small steps are lost in rounding."""
-    matmul_precision: Literal["auto", "bfloat16", "tf32", "float32"] = "auto"
-    """Of the trainer's products. `auto`: bfloat16 (autocast) on GPUs, float32 on the CPU."""
+    """Of the trainer's weights and optimizer. In bfloat16 small steps are lost in rounding. (Products are in
+    bfloat16 on GPUs, by autocast, whatever this says.)"""
     tensor_parallel_size: int = 2
     """GPUs of an engine (CPU: processes). The trainer's GPU comes on top."""
     num_engines: int = 1
@@ -144,7 +145,7 @@ class Config:
     """UTF-8 text, one prompt a line. Default: what the reward asks for, else vLLM's four examples."""
     reward: str = "auto"
     """`backwards` (`auto` for the tiny model without a prompts file), `letters` (share of a-z; `auto` for
-    others), `arithmetic` (right sums), or `module:function`; see `compute_rewards`."""
+    others), or `module:function`; see `compute_rewards`."""
     prompts_per_step: int = 32
     """P, prompts per step."""
     samples_per_prompt: int = 16
@@ -162,8 +163,6 @@ class Config:
     """Generate the next batch while this one is trained on, by weights that are then one step old."""
     kl_coef: float = 0.0
     """Weight of the KL divergence to the initial policy; above 0 the trainer keeps a frozen copy."""
-    correction: Literal["token-truncate", "sequence-mask", "none"] = "token-truncate"
-    """How the loss corrects for sampling with FP8: see `importance_weights`."""
     tokens_per_microbatch: int = 8192
     """Longest forward and backward pass (padded tokens); gradients accumulate over as many as it takes."""
     gradient_checkpointing: bool = True
@@ -192,7 +191,7 @@ class Config:
     @property
     def draws_prompts(self) -> bool:
         """Does the reward bring its own prompts, new ones for each step?"""
-        return self.reward in ("backwards", "arithmetic") and self.prompts_file is None
+        return self.reward == "backwards" and self.prompts_file is None
 
 
 @contextlib.contextmanager
@@ -319,16 +318,9 @@ def letters(prompts: list[str], completions: list[str]) -> list[float]:
     return [len(re.findall("[a-z]", completion)) / max(1, len(completion)) for completion in completions]
 
 
-def arithmetic(prompts: list[str], completions: list[str]) -> list[float]:
-    """1 if the completion's first number is the sum of the prompt's last two: for a pretrained model."""
-    sums = [str(sum(map(int, re.findall(r"\d+", prompt)[-2:]))) for prompt in prompts]
-    first = [(re.findall(r"\d+", completion) or [None])[0] for completion in completions]
-    return [float(number == right) for number, right in zip(first, sums, strict=True)]
-
-
 def load_reward(name: str) -> Callable[..., list[float]]:
     """The function behind `--reward`. Raises ValueError if there is none."""
-    shipped = {"backwards": backwards, "letters": letters, "arithmetic": arithmetic}
+    shipped = {"backwards": backwards, "letters": letters}
     if name in shipped:
         return shipped[name]
     if os.getcwd() not in sys.path:
@@ -407,14 +399,11 @@ def compute_advantages(rewards_PG: torch.Tensor) -> torch.Tensor:
 
 
 def prompts_of_step(config: Config, prompts: list[str], step: int) -> list[str]:
-    """P prompts: the next in turn; without a file new words for `backwards`, new sums for `arithmetic`."""
+    """P prompts: the next in turn; for `backwards`, without a file, new words."""
     count = config.prompts_per_step
-    if not config.draws_prompts:
-        return [prompts[(step * count + i) % len(prompts)] for i in range(count)]
-    if config.reward == "backwards":
+    if config.draws_prompts:
         return ask_backwards(f"{config.seed} {step}", count)
-    draw = random.Random(f"{config.seed} {step}").randrange
-    return [f"Question: What is {draw(100)} + {draw(100)}? Answer:" for _ in range(count)]
+    return [prompts[(step * count + i) % len(prompts)] for i in range(count)]
 
 
 def ask_backwards(seed: str, count: int, held_out: bool = False) -> list[str]:
@@ -432,8 +421,6 @@ LINE_OF_STEP = (
     "{effective_sample_size:.3f} | {tokens_per_s:.0f} tokens/s | rollout {rollout_s:.2f} s, "
     "train {train_s:.2f} s, sync {sync_s:.3f} s ({sync_gb_per_s:.2f} GB/s) | trainer {trainer_gib:.2f} GiB"
 )
-# Mismatch KL (nats per token) that is nothing to worry about; "none": BF16's rounding of FP32 weights.
-USUAL_KL = {"none": 5e-3, "fp8": 5e-2}
 
 
 def train(config: Config, trainer, engines: list, prompts: list[str], first: int = 0) -> list[dict]:
@@ -454,8 +441,6 @@ def train(config: Config, trainer, engines: list, prompts: list[str], first: int
             settings = json.loads(json.dumps(vars(config), default=str))
             tracker.init(project="rlhf-online-quant", config=settings)
             cleanup.callback(tracker.finish)
-        if config.overlap and config.resume:
-            print("Overlapped: the first batch is sampled by the resumed weights, not by those a step before")
         ahead, version = None, engines[0].get_weights_version.remote()
         steps_of = {wait([version], config.timeout_s, "reading the version")[0]: first}
         for step in range(first, config.steps):
@@ -474,7 +459,6 @@ def train(config: Config, trainer, engines: list, prompts: list[str], first: int
                 if config.track != "none":
                     tracker.log(metrics, step=step)
                 print(LINE_OF_STEP.format(**metrics), flush=True)
-                warn_of(metrics, config, first)
                 if step % 10 == 0:
                     answer, reward = outputs[0].outputs[0].text, rewards_PG[0][0]
                     print(f"  sample: {outputs[0].prompt!r} -> {answer[:60]!r} | reward {reward:.3f}")
@@ -494,20 +478,6 @@ def to_json(row: dict) -> str:
     """A line of metrics.jsonl; JSON knows no NaN and no infinity."""
     finite = {name: None if isinstance(v, float) and not math.isfinite(v) else v for name, v in row.items()}
     return json.dumps(finite, allow_nan=False) + "\n"
-
-
-def warn_of(metrics: dict, config: Config, first: int) -> None:
-    """Print what is wrong with a step, and what to do."""
-    usual = USUAL_KL["none" if config.quantization == "none" else "fp8"]
-    usual = math.inf if metrics["staleness"] else usual  # weights a step apart
-    if not metrics["mismatch_kl"] <= usual:
-        print(f"WARNING: mismatch KL above {usual:g}. If FP8 alone shows it, lower --learning-rate.")
-        print("If --quantization none does too, from the first step on, trainer and engine are two models.")
-    changed = metrics["weights_changed"]
-    may_round = config.trainer_dtype == "bfloat16" and metrics["step"] == first and metrics["grad_norm"] > 0
-    if may_round and changed < 0.1:
-        print(f"WARNING: this step changed {changed:.1%} of the weights, bfloat16's rounding took the rest.")
-        print(f"Use --trainer-dtype float32, or more than --learning-rate {config.learning_rate:g}.")
 
 
 def save_what_was_learned(config: Config, trainer, limit_s: float, saved: int, folder: Path | None) -> str:
@@ -560,7 +530,7 @@ def compute_ppo_loss(logprobs_BT: torch.Tensor, batch: dict[str, torch.Tensor], 
         arXiv:2503.14476, section 3.3).
     """
     mask_BT, old_BT = batch["mask_BT"], batch["old_BT"]
-    weights_BT, corrected_BT = importance_weights(old_BT, batch["engine_BT"], mask_BT, config.correction)
+    weights_BT, corrected_BT = importance_weights(old_BT, batch["engine_BT"], mask_BT)
     # From here on the completions' tokens alone: what stands elsewhere must not reach a gradient.
     logprobs_N, old_N, weights_N = logprobs_BT[mask_BT], old_BT[mask_BT], weights_BT[mask_BT]
     advantages_N = batch["advantages_B1"].expand_as(mask_BT)[mask_BT]
@@ -580,27 +550,17 @@ def compute_ppo_loss(logprobs_BT: torch.Tensor, batch: dict[str, torch.Tensor], 
 
 
 def importance_weights(
-    old_BT: torch.Tensor, engine_BT: torch.Tensor, mask_BT: torch.Tensor, correction: str
+    old_BT: torch.Tensor, engine_BT: torch.Tensor, mask_BT: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Weights that correct for sampling by the engine and not by the trainer; and where their cap C acted.
 
-    With r = trainer's probability / engine's, of the same token (whose engine's weights are the same, or with
-    `--overlap` a step older):
-      - `token-truncate`: min(r, C) for each token. Truncated importance sampling: Ionides 2008, "Truncated
-        Importance Sampling"; for rollout engines Yao et al. 2025, "Your Efficient RL Framework Secretly
-        Brings You Off-Policy RL".
-      - `sequence-mask`: the product of r over the completion, or 0 if that exceeds C. Liu et al. 2025,
-        "When Speed Kills Stability: Demystifying RL Collapse from the Training-Inference Mismatch".
-      - `none`: 1.
+    min(r, C), with r = trainer's probability / engine's, of the same token, whose engine's weights are the
+    same or with `--overlap` a step older. Truncated importance sampling: Ionides 2008, "Truncated Importance
+    Sampling"; for rollout engines Yao et al. 2025, "Your Efficient RL Framework Secretly Brings You
+    Off-Policy RL".
     """
     log_ratio_BT = (old_BT - engine_BT).masked_fill(~mask_BT, 0.0)
-    if correction == "none":
-        return torch.ones_like(old_BT), torch.zeros_like(mask_BT)
-    if correction == "token-truncate":
-        return log_ratio_BT.exp().clamp(max=CORRECTION_CAP), log_ratio_BT > math.log(CORRECTION_CAP)
-    log_ratio_BT = log_ratio_BT.sum(dim=1, keepdim=True).expand_as(mask_BT)
-    over_BT = log_ratio_BT > math.log(CORRECTION_CAP)
-    return log_ratio_BT.exp().masked_fill(over_BT, 0.0), over_BT
+    return log_ratio_BT.exp().clamp(max=CORRECTION_CAP), log_ratio_BT > math.log(CORRECTION_CAP)
 
 
 def k3(log_ratio: torch.Tensor) -> torch.Tensor:
@@ -630,237 +590,6 @@ def measure_mismatch(old_N: torch.Tensor, engine_N: torch.Tensor) -> dict[str, f
     }
 
 
-# ----- 4. The sync ------------------------------------------------------------------------------------------
-
-
-@contextlib.contextmanager
-def one_at_a_time() -> Iterator[None]:
-    """Refuse a sync, instead of letting it wait, while another is running."""
-    if not SYNCING.acquire(blocking=False):
-        raise RuntimeError("refusing to sync: another weight sync is running; ask again when it has ended")
-    try:
-        yield
-    finally:
-        SYNCING.release()
-
-
-@one_at_a_time()
-def sync_weights_to_quantized_engine(
-    train_model, quantized_llm, *, bucket_bytes: int = BUCKET_BYTES, timeout_s: float = 30.0
-) -> dict:
-    """Bring engines to the trainer's weights: broadcast, quantization on arrival, digests, cache reset.
-
-    The first replay that brings other weights than the engine held is followed by a reload session with the
-    same ones: what vLLM derives from weights and keeps elsewhere would be the old if replays leave it alone.
-    Stored tensors and answers must be the same after both; else sessions serve from now on. Once for each
-    time that both ends agree on the weights, mostly once a run.
-
-    Args:
-        train_model: handle of the trainer's actor, a `WeightSender`; of a sharded trainer all ranks, the
-            sender first.
-        quantized_llm: handle of the `MyLLM` actor, or a list of them, in one group with the sender.
-
-    Returns: `bytes` on the wire, `seconds` from the call to the reset prefix cache, `gb_per_s` (1e9), `path`
-        ("replay" or "session"), `compared` (whether this was that sync), `sender` and per-rank details.
-
-    Raises:
-        RuntimeError: what is wrong with which weight on which rank, or another sync is running.
-        ConnectionError, TimeoutError: who died; who did not finish a phase in `timeout_s` seconds (ten times
-            that where engines answer). After a broadcast that began and did not end well the engine refuses
-            to generate.
-    """
-    trainers, engines, start = as_list(train_model), as_list(quantized_llm), time.perf_counter()
-    agree_on_weights(trainers, engines, bucket_bytes, timeout_s)
-    sync = broadcast_weights(trainers, engines, timeout_s)
-    compared = any(rank["compare"] for rank in sync["ranks"])
-    if compared:
-        replayed, because = observe(engines, timeout_s), None
-        sync = broadcast_weights(trainers, engines, timeout_s, by_session=True)
-        if different := differences(engines, replayed, timeout_s):
-            because = f"a replay and a session of the same new weights differ in {some(different)}"
-            print(f"Weight syncs are reload sessions from now on, because {because}")
-        else:
-            print("A replay and a session of the first other weights gave the same tensors and answers")
-        wait(on_workers(engines, "settle_path", because), timeout_s, "settling on replays or sessions")
-    seconds = time.perf_counter() - start
-    return sync | {"seconds": seconds, "gb_per_s": sync["bytes"] / seconds / 1e9, "compared": compared}
-
-
-@one_at_a_time()
-def prove_sync(
-    train_model,
-    quantized_llm,
-    prompts: list[str] = PROMPTS,
-    max_tokens: int = 32,
-    bucket_bytes: int = BUCKET_BYTES,
-    timeout_s: float = 30.0,
-) -> dict:
-    """Prove, before the first step, that a sync makes an engine what vLLM's own loading makes it, or raise.
-
-    Trainer and engines have started from the same checkpoint. Every weight of the engines is set to zero,
-    then synced: by replay, and if that is not possible or gives something else, by a reload session, which
-    then serves from now on. All stored tensors and the greedy answers to `prompts` must be as before.
-
-    Arguments as for `sync_weights_to_quantized_engine`. Returns what that returns (`compared` aside, and
-    `seconds` of the broadcast), `verified`, `because` (why it is no replay), `tensors` and `answers` (how
-    many were compared), and `before`, the first engine's answers.
-
-    Raises RuntimeError: which tensors or answers differ after a session, or why there was none.
-    """
-    trainers, engines = as_list(train_model), as_list(quantized_llm)
-    if any(wait([llm.get_weights_version.remote() for llm in engines], timeout_s, "reading the version")):
-        raise RuntimeError("prove_sync needs a cold start, and an engine has been updated: start it anew")
-    cold = observe(engines, timeout_s, prompts, max_tokens)
-    because = agree_on_weights(trainers, engines, bucket_bytes, timeout_s)
-    for by_session in [True] if because else [False, True]:
-        wait(on_workers(engines, "zero_weights"), timeout_s, "setting the engine's weights to zero")
-        sync = None
-        try:
-            sync = broadcast_weights(trainers, engines, timeout_s, by_session)
-            different = differences(engines, cold, timeout_s)
-            if not different:
-                return sync | {
-                    "verified": True,
-                    "because": because,
-                    "tensors": sum(len(engine["digests"]) for engine in cold),
-                    "answers": sum(len(engine["answers"]) for engine in cold if engine["repeatable"]),
-                    "before": cold[0]["answers"],
-                }
-            wrong = f"these are not as they were at the start: {some(different)}"
-        except RuntimeError as error:  # a death, a ConnectionError, says nothing of the model
-            wrong = str(error)
-        if not by_session:
-            because = f"after a replay {wrong}"
-            print(f"Weight syncs are reload sessions, because {because}")
-            wait(on_workers(engines, "settle_path", because), timeout_s, "settling on sessions")
-    if sync:  # the broadcast went well: let nobody generate with these weights
-        wait(on_workers(engines, "zero_weights"), timeout_s, "setting the engine's weights to zero")
-    before = f". Before, {because}" if because else ""
-    session = "after a reload session of vLLM's with the weights that the engine has started from"
-    raise RuntimeError(f"this model cannot be synced: {session}, {wrong}{before}")
-
-
-def agree_on_weights(trainers: list, engines: list, bucket_bytes: int, timeout_s: float) -> str | None:
-    """Check the trainer's weights; agree on them if they are new. Returns why not by replays, if known."""
-    preparing = [trainer.prepare_weights.remote(bucket_bytes) for trainer in trainers]
-    manifest = wait(preparing, timeout_s, "checking the trainer's weights")[0]
-    if manifest is None:
-        return None
-    asked, doing = on_workers(engines, "agree_on_weights", manifest, bucket_bytes), "agreeing on the weights"
-    manifests, reasons = zip(*sum(wait(asked, timeout_s, doing), []), strict=True)
-    if any(manifest != manifests[0] for manifest in manifests):
-        raise RuntimeError("the workers want the same weights in other dtypes: start all engines alike")
-    wait([trainers[0].agree_on_weights.remote(manifests[0], bucket_bytes)], timeout_s, doing)
-    because = "; ".join(sorted(set(filter(None, reasons)))) or None
-    how = f"reload sessions, because {because}" if because else "replays of what vLLM would copy"
-    print(f"Agreed on {len(manifest)} weights; weight syncs are {how}")
-    return because
-
-
-def broadcast_weights(trainers: list, engines: list, timeout_s: float, by_session: bool = False) -> dict:
-    """One broadcast of all weights; returns what a sync reports, `ranks` being what each worker says."""
-    start = time.perf_counter()
-    sending = [trainer.send_weights.remote() for trainer in trainers]
-    receiving = on_workers(engines, "receive_weights", by_session)
-    patience_s = timeout_s / 2 + 2  # a rank whose peer has died knows by then in which bucket that was
-    sent, *results = wait([*sending, *receiving], timeout_s, "broadcasting weights", patience_s)
-    seconds, ranks = time.perf_counter() - start, sum(results[len(trainers) - 1 :], [])
-    return {
-        "bytes": sent["bytes"],
-        "seconds": seconds,
-        "gb_per_s": sent["bytes"] / seconds / 1e9,
-        "path": "session" if any(rank["path"] == "session" for rank in ranks) else "replay",
-        "sender": sent,
-        "ranks": ranks,
-    }
-
-
-def observe(engines: list, timeout_s: float, prompts: list[str] | None = None, max_tokens=32) -> list[dict]:
-    """`MyLLM.observe` of every engine; without `prompts` they are asked what they were asked last."""
-    calls = [llm.observe.remote(prompts, max_tokens) for llm in engines]
-    seen = wait(calls, 10 * timeout_s, "reading the engine's tensors and answers")
-    if not all(engine["repeatable"] for engine in seen):
-        print("This engine does not answer the same twice: only its tensors are compared")
-    return seen
-
-
-def differences(engines: list, seen: list[dict], timeout_s: float) -> list[str]:
-    """Names of the tensors that are not as `seen`; if all are, prompts that are answered differently."""
-    calls = [llm.differences.remote(one) for llm, one in zip(engines, seen, strict=True)]
-    found = wait(calls, 10 * timeout_s, "comparing the engine's tensors and answers")
-    return [f"{what} (engine {i})" for i, names in enumerate(found) for what in names]
-
-
-def as_list(handles) -> list:
-    """One handle, or a list of them."""
-    return handles if isinstance(handles, list) else [handles]
-
-
-def on_workers(engines: list, method: str, *args) -> list:
-    """Handles of calls of a method of every worker of every engine."""
-    return [llm.collective_rpc.remote(method, args=args) for llm in engines]
-
-
-def some(names: list[str]) -> str:
-    """Names for a message, not too many of them."""
-    return ", ".join(names[:6]) + (f" and {len(names) - 6} more" if len(names) > 6 else "")
-
-
-def wait(refs: list, timeout_s: float, doing: str, patience_s: float = 0.0) -> list:
-    """`ray.get(refs)` with a time limit, whose one error names all actors that failed, died or are silent.
-
-    Raises:
-        RuntimeError, ConnectionError: an actor failed; one died. The others have had 4 more seconds, and
-            `patience_s` from the start on, because what fails first is not always the cause.
-        TimeoutError: it took longer than `timeout_s` seconds.
-    """
-    start, pending, results, failures, died = time.monotonic(), list(refs), {}, [], False
-    deadline, next_sign = start + timeout_s, start + 10
-    while pending and (left := deadline - time.monotonic()) > 0:
-        done, pending = ray.wait(pending, timeout=min(2.0, left))
-        for ref in done:
-            try:
-                results[ref] = ray.get(ref)
-            except ray.exceptions.RayError as error:
-                failures.append(f"{who(ref)}: {cause_of(error)}")
-                died = died or not isinstance(error, ray.exceptions.RayTaskError)
-        if not done and not failures:  # an actor that nothing is asked of at the moment may have died as well
-            state = {actor: ray._private.state.actors(actor.hex())["State"] for actor in ACTORS}
-            failures = [f"{name} has died" for actor, name in ACTORS.items() if state[actor] == "DEAD"]
-            died = bool(failures)
-        if failures:
-            deadline = min(deadline, max(time.monotonic() + 4, start + patience_s))
-        elif time.monotonic() > next_sign:
-            next_sign += 10
-            print(f"... {doing}: {time.monotonic() - start:.0f} s", file=sys.stderr, flush=True)
-    if pending:
-        silent = f"no answer from {', '.join(map(who, pending))} in {time.monotonic() - start:.0f} s"
-        if not failures:
-            raise TimeoutError(f"{doing}: {silent}; --timeout-s sets the limit")
-        failures.append(silent)
-    if failures:
-        raise (ConnectionError if died else RuntimeError)(f"{doing}: {'; '.join(failures)}")
-    return [results[ref] for ref in refs]
-
-
-def who(ref: ray.ObjectRef) -> str:
-    """The actor that a call went to, for messages."""
-    actor = ref.task_id().actor_id()
-    return ACTORS.get(actor, "Ray" if actor.is_nil() else "the trainer")
-
-
-def cause_of(error: Exception) -> str:
-    """What an actor raised, or why it died, without the frames that led there."""
-    if isinstance(error, ray.exceptions.RayTaskError):
-        said = str(error.cause)
-        if said in ("cancelled", "Executor failed."):  # vLLM, whatever was under way or is asked then
-            said = f"a worker has died, see the log above ({said})"
-        return f"{type(error.cause).__name__}: {said}"
-    text = re.sub(r"\x1b\[\d+m", "", str(error))
-    # If it died while it was made, Ray gives all frames, and the error behind the last one.
-    return re.split(r'\n  File ".*\n(?: .*\n)*', text)[-1].strip()
-
-
 # ----- 5. The trainer ---------------------------------------------------------------------------------------
 
 
@@ -869,6 +598,7 @@ class Trainer(WeightSender):
 
     def __init__(self, config: Config, path: str):
         self.config, self.path, self.step, self.unfinished = config, path, 0, False
+        self.in_bf16 = config.trainer_device == "cuda"  # products; weights and optimizer are as they are
         super().__init__(self._load(config.resume or path), config.trainer_device)
         self.check_finite()
         if config.gradient_checkpointing:
@@ -880,7 +610,6 @@ class Trainer(WeightSender):
         self.optimizer = torch.optim.AdamW(
             self.model.parameters(), lr=config.learning_rate, weight_decay=0.0, fused=True
         )
-        torch.set_float32_matmul_precision("high" if config.matmul_precision == "tf32" else "highest")
         if config.resume:
             state = torch.load(config.resume / "trainer.pt", map_location=self.device, weights_only=True)
             self.optimizer.load_state_dict(state["optimizer"])
@@ -978,9 +707,8 @@ class Trainer(WeightSender):
         return {name: tensor.to(self.device) for name, tensor in batch.items()}
 
     def _logprobs(self, model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-        """`completion_logprobs` at the run's temperature, with products in `matmul_precision`."""
-        in_bf16 = self.config.matmul_precision == "bfloat16"
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=in_bf16):
+        """`completion_logprobs` at the run's temperature."""
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.in_bf16):
             return completion_logprobs(model, batch, self.config.temperature)
 
     @torch.no_grad()
@@ -988,11 +716,6 @@ class Trainer(WeightSender):
         """Some elements of every weight, rounded to BF16 as they travel."""
         weights = (weight.flatten() for weight in self.model.parameters())
         return torch.cat([weight[:: max(1, len(weight) // 1024)].bfloat16() for weight in weights])
-
-    def save_pretrained(self, folder: str | Path) -> None:
-        """Write model and tokenizer in Hugging Face format."""
-        self.model.save_pretrained(folder)
-        transformers.AutoTokenizer.from_pretrained(self.path).save_pretrained(folder)
 
     def save_checkpoint(self, output_dir: Path) -> tuple[int, Path]:
         """Write all that `--resume` needs to checkpoint-STEP, which appears when it is complete.
@@ -1005,7 +728,8 @@ class Trainer(WeightSender):
         self.check_finite()
         folder = output_dir / f"checkpoint-{self.step}"
         aside = folder.with_name(folder.name + ".incomplete")
-        self.save_pretrained(aside)
+        self.model.save_pretrained(aside)
+        transformers.AutoTokenizer.from_pretrained(self.path).save_pretrained(aside)
         torch.save({"optimizer": self.optimizer.state_dict(), "step": self.step}, aside / "trainer.pt")
         shutil.rmtree(folder, ignore_errors=True)
         aside.rename(folder)
@@ -1124,56 +848,14 @@ def split_by_tokens(rollouts: list[dict], limit: int) -> list[list[dict]]:
 ROLLOUT = dict(logprobs=0, flat_logprobs=True, detokenize=False)
 
 
-class MyLLM(LLM):
-    """vLLM with a version for its weights, which refuses to generate while they are incomplete (*torn*).
-
-    It knows updates by `WorkerExtension`'s methods, not those by vLLM's own. At the end of one the prefix
-    cache, which holds the old weights' keys and values, is emptied.
-    """
-
-    weights_version = 0
-    torn: str | None = None  # the worker method that will complete the update which has begun
-    asked: tuple[list[str], int] = (PROMPTS, 32)  # what `answer` was last asked: prompts, tokens
-
-    # The worker method that begins an update -> the one that completes it. `reset_weights` is vLLM's own.
-    UPDATES = {"update_weight": "check_weights_changed"}
-    UPDATES |= dict.fromkeys(["receive_weights", "zero_weights", "reset_weights"], "receive_weights")
+class RolloutLLM(MyLLM):
+    """`MyLLM`, made fast at what rollouts need: log-probabilities of sampled tokens, decoded at the end."""
 
     def __init__(self, *args, **kwargs):
         if kwargs.get("distributed_executor_backend") == "mp":
             fork_workers()
         output_processor.LogprobsProcessor = SampledLogprobs
         super().__init__(*args, **kwargs)
-
-    def __repr__(self) -> str:
-        """LLM's own asks the workers, and Ray would put the answer before every log line."""
-        return "MyLLM"
-
-    def collective_rpc(self, method, timeout=None, args=(), kwargs=None):
-        """Call a method of every worker; keeps account of updates."""
-        self.torn = self.UPDATES.get(method, self.torn)
-        results = super().collective_rpc(method, timeout, args, kwargs)
-        if method == self.torn:
-            if not self.reset_prefix_cache():
-                raise RuntimeError("vLLM refused to reset the prefix cache: requests are still running")
-            self.weights_version += 1
-            self.torn = None
-        return results
-
-    def _refuse_if_torn(self) -> None:
-        if self.torn:
-            update = f"the weight update after version {self.weights_version} has not been completed"
-            raise RuntimeError(f"refusing to generate: {update}; sync a complete set of weights first")
-
-    def _add_request(self, *args, **kwargs):
-        """Every way to ask an LLM comes through here: generate, chat, enqueue, beam_search, encode, ..."""
-        self._refuse_if_torn()
-        return super()._add_request(*args, **kwargs)
-
-    def _run_engine(self, *args, **kwargs):
-        """... and every way to have it done through here, such as `wait_for_completion` of earlier ones."""
-        self._refuse_if_torn()
-        return super()._run_engine(*args, **kwargs)
 
     def generate(self, *args, **kwargs):
         """LLM.generate; decodes each answer at its end if vLLM did not token by token.
@@ -1189,44 +871,6 @@ class MyLLM(LLM):
                 if not isinstance(answer.stop_reason, str):  # which vLLM has taken away
                     answer.text = answer.text or decode(tokenizer, output.prompt_token_ids, answer.token_ids)
         return outputs
-
-    def answer(self, prompts: list[str] | None = None, max_tokens: int = 32) -> list[dict]:
-        """Greedy answers: `prompt`, `text`, `token_ids`, `logprobs`. Without prompts: to the last ones."""
-        self.asked = (prompts, max_tokens) if prompts else self.asked
-        self.reset_prefix_cache()  # on GPUs the last bits depend on how much of a prompt was cached
-        params = SamplingParams(temperature=0, max_tokens=self.asked[1], **ROLLOUT)
-        answers = []
-        for output in self.generate(self.asked[0], params, use_tqdm=False):
-            tokens, logprobs = output.outputs[0].token_ids, output.outputs[0].logprobs.logprobs
-            said = {"text": output.outputs[0].text, "token_ids": list(tokens), "logprobs": list(logprobs)}
-            answers.append({"prompt": output.prompt, **said})
-        return answers
-
-    def observe(self, prompts: list[str] | None = None, max_tokens: int = 32) -> dict:
-        """`digests` of every stored tensor of every worker, by name; `answers` to the prompts; `repeatable`:
-        asked twice, does it say the same twice?
-        """
-        answers = self.answer(prompts, max_tokens)
-        return {"digests": self.digests(), "answers": answers, "repeatable": self.answer() == answers}
-
-    def differences(self, seen: dict) -> list[str]:
-        """Names of the tensors that are not as `observe` saw them; if all are, prompts with other answers."""
-        digests = self.digests()
-        names = sorted(digests.keys() | seen["digests"].keys())
-        different = [name for name in names if digests.get(name) != seen["digests"].get(name)]
-        if different or not seen["repeatable"]:
-            return different  # do not ask: wrong weights can leave NaN in the KV cache for ever
-        pairs = zip(self.answer(), seen["answers"], strict=True)
-        return [f"the answer to {old['prompt']!r}" for new, old in pairs if new != old]
-
-    def digests(self) -> dict[str, int]:
-        """Of every stored tensor of every worker."""
-        workers = enumerate(self.collective_rpc("stored_digests"))
-        return {f"{name} on worker {i}": digest for i, worker in workers for name, digest in worker.items()}
-
-    def get_weights_version(self) -> int:
-        """How many complete updates the weights have had; 0 means as loaded at start-up."""
-        return self.weights_version
 
     def shutdown(self) -> None:
         """Stop the engine's processes."""
@@ -1384,12 +1028,9 @@ def connect(config: Config, cleanup: contextlib.ExitStack) -> int:
     else:
         try:
             ray.init(address, **options)
-        except ConnectionError:  # Ray does not say why; a cluster that was started beside a token asks for it
-            ask = authentication_token_setup.maybe_enable_token_auth_if_token_available
-            if not ask(warn_if_disabled=False):
-                raise
-            print(f"Trying {address} again, with the token in ~/.ray (RAY_AUTH_MODE=token)")
-            ray.init(address, **options)
+        except ConnectionError as error:  # Ray does not say why
+            error.add_note("If it was started beside a token in ~/.ray, it asks for it: RAY_AUTH_MODE=token")
+            raise
     return int(ray.cluster_resources().get("GPU", 0))
 
 
@@ -1399,8 +1040,9 @@ def start(config: Config, path: str, device: str, cleanup: contextlib.ExitStack)
     first_ranks = range(1, config.world_size, config.tensor_parallel_size)
     weights = str(config.resume or path)  # those of the trainer
     engines = [start_engine(config, weights, device, cleanup, first_rank) for first_rank in first_ranks]
-    join_group(config, device, trainer, engines)
-    return trainer, engines, prove_fp8(engines, config)
+    join_group(trainer, engines, timeout_s=config.timeout_s)
+    wanted = config.quantization != "none"
+    return trainer, engines, prove_fp8(engines, expect_fp8=wanted, timeout_s=config.timeout_s)
 
 
 def start_trainer(config: Config, path: str, cleanup: contextlib.ExitStack):
@@ -1416,7 +1058,7 @@ def start_engine(config: Config, path: str, device: str, cleanup: contextlib.Exi
     bundles = [{"GPU": 1} if device == "cuda" else {"CPU": 1}] * config.tensor_parallel_size
     ranks = range(first_rank, first_rank + config.tensor_parallel_size)
     name = f"engine (rank {', '.join(map(str, ranks))})"
-    return start_actor(MyLLM, name, arguments, bundles, 0, config.timeout_s, cleanup)
+    return start_actor(RolloutLLM, name, arguments, bundles, 0, config.timeout_s, cleanup)
 
 
 def start_actor(
@@ -1431,58 +1073,21 @@ def start_actor(
     )
     options = dict(num_cpus=0, num_gpus=gpus, scheduling_strategy=placement)
     actor = ray.remote(kind).options(**options).remote(**arguments)
-    ACTORS[actor._actor_id] = name
-    cleanup.callback(stop_actor, actor)
+    ACTORS[name] = actor._actor_id
+    cleanup.callback(stop_actor, name, actor)
     return actor
 
 
-def stop_actor(actor) -> None:
+def stop_actor(name: str, actor) -> None:
     """Let vLLM stop its processes, if it is an engine; kill the actor in any case."""
-    name = ACTORS.pop(actor._actor_id)
+    if ACTORS.get(name) == actor._actor_id:
+        del ACTORS[name]
     try:
         if hasattr(actor, "shutdown"):
             ray.get(actor.shutdown.remote(), timeout=5)
     except ray.exceptions.RayError as error:  # a GetTimeoutError is one
         print(f"{name} did not shut down by itself ({type(error).__name__}): killed", file=sys.stderr)
     ray.kill(actor)
-
-
-def join_group(config: Config, device: str, trainer, engines: list) -> None:
-    """Wait until all have loaded, and make trainer (rank 0) and workers (engine by engine) one group."""
-    one_node = sum(node["Alive"] for node in ray.nodes()) == 1
-    rendezvous = trainer.open_rendezvous.remote("127.0.0.1" if one_node else None)
-    loaded = [rendezvous, *[llm.get_weights_version.remote() for llm in engines]]
-    (address, port), *_ = wait(loaded, 10 * config.timeout_s, "starting trainer and engine")
-    backend = "nccl" if device == config.trainer_device == "cuda" else "gloo"
-    # Half the limit: the ranks know more than the driver, so they speak first.
-    rest = (config.world_size, backend, config.timeout_s / 2)
-    joining = [trainer.init_weight_update_group.remote(address, port, *rest)]
-    for i, llm in enumerate(engines):
-        rank = 1 + i * config.tensor_parallel_size
-        joining += on_workers([llm], "init_weight_update_group", address, port, rank, *rest)
-    wait(joining, config.timeout_s, f"joining the {backend} group of {config.world_size}")
-
-
-def prove_fp8(engines: list, config: Config) -> list[dict]:
-    """Print and return what each worker holds. Raises ValueError if one has no FP8 layer and should have."""
-    ranks = sum(wait(on_workers(engines, "inspect_weights"), config.timeout_s, "inspecting the engine"), [])
-    for number, rank in enumerate(ranks, start=1):
-        line = "{fp8_linear_layers} linear layers in FP8, {fp8_gib:.4f} of {weights_gib:.4f} GiB of weights"
-        if rank["experts_gib"]:
-            line += " (of experts {experts_fp8_gib:.4f} of {experts_gib:.4f})"
-        line += ", in BF16 {bf16_weights_gib:.4f} GiB"
-        print(f"worker (rank {number}): {line.format(**rank)}")
-    for why, names in ranks[0]["not_fp8"].items():
-        print(f"  not in FP8: {why}: {some(names)}")
-    if config.quantization != "none":
-        if not all(rank["fp8_gib"] for rank in ranks):
-            found = f"--quantization {config.quantization}: a worker has no weight in FP8"
-            fits = "quantization to FP8, and shard dimensions that are multiples of 16"
-            raise ValueError(f"{found}. Expected {fits}; or type --quantization none")
-        if "routed experts" in ranks[0]["not_fp8"]:
-            print("The experts are not in FP8: torchao knows linear layers only. On GPUs vLLM's own schemes")
-            print("quantize them, too: --quantization fp8_per_channel")
-    return ranks
 
 
 # ----- 8. Before anything starts, and main ------------------------------------------------------------------
@@ -1557,8 +1162,6 @@ def resolve(config: Config, gpus: int) -> tuple[Config, str]:
         found = f"Found {gpus} GPU(s), need {needed}: {for_engines} for the engine (--num-engines x "
         found += f"--tensor-parallel-size) and {needed - for_engines} for the trainer"
         raise ValueError(f"{found}.\nWhat fits here: python {Path(sys.argv[0]).name} {' '.join(fits)}")
-    if config.matmul_precision == "auto":
-        config.matmul_precision = "bfloat16" if config.trainer_device == "cuda" else "float32"
     if config.learning_rate is None:
         config.learning_rate = 2e-3 if config.model == "tiny" else 1e-6
     if config.epochs is None:
@@ -1618,22 +1221,14 @@ def check_model(config: Config, path: str, prompts: list[str], device: str = "cu
         found = f"{len(long)} prompts that leave no room for --max-tokens {config.max_tokens}: {some(long)}"
         wanted = f"at most --max-model-len {config.max_model_len} in all; shorten them, or type"
         needed = max(lengths.values()) + config.max_tokens
-        fits = f"--max-model-len {needed}"
+        fits = f"--max-model-len {min(needed, longest or needed)}"
         if longest and needed > longest:
-            fits = f"--max-tokens {max(1, longest - max(lengths.values()))} --max-model-len {longest}"
+            fits = f"--max-tokens {max(1, longest - max(lengths.values()))} {fits}"
         raise ValueError(f"Found {found}. Expected {wanted} {fits}")
 
 
-TINY = dict(
-    vocab_size=3 + 256,
-    hidden_size=128,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    max_position_embeddings=512,
-    pad_token_id=0,
-    bos_token_id=1,
-    eos_token_id=2,
-)
+TINY = dict(vocab_size=3 + 256, hidden_size=128, num_hidden_layers=2, num_attention_heads=4)
+TINY |= dict(max_position_embeddings=512, pad_token_id=0, bos_token_id=1, eos_token_id=2)
 
 
 def build_tiny_model(folder: str, seed: int = 0) -> str:
@@ -1730,8 +1325,6 @@ def main(config: Config) -> dict:
             sync = prove_sync(trainer, engines, samples, config.max_tokens, timeout_s=config.timeout_s)
         except RuntimeError as error:
             raise RuntimeError(f"{config.model}: {error}") from error
-        found = f"{sync['tensors']} tensors and {sync['answers']} answers"
-        print(f"Proved: set to zero and synced by {sync['path']}, the engine is what it was: {found}")
         print(f"Ready after {time.time() - began:.1f} s", flush=True)
         rows = train(config, trainer, engines, prompts, first)
         return report(config, device, engines[0], ranks, sync, rows)

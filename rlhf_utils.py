@@ -1,272 +1,534 @@
-"""Full-precision weights go over the wire; an FP8 vLLM engine quantizes them on arrival.
+"""Weight sync for RL: a full-precision trainer, and vLLM engines that quantize its weights to FP8 on arrival.
 
-    trainer   rank 0       WeightSender      prepare_weights, agree_on_weights, send_weights
-    workers   ranks 1..TP  WorkerExtension                    agree_on_weights, receive_weights
+This file is the whole library: take it, and read part 1. A controller, such as rlhf_online_quant.py, has Ray
+handles of a trainer, which is a `WeightSender`, and of an engine, which is a `MyLLM`, or of several:
 
-A sync, as the driver asks for it (`sync_weights_to_quantized_engine` in rlhf_online_quant.py), when both ends
-have joined a group (`init_weight_update_group`):
+    join_group(trainer, engine)                             # one NCCL group; gloo if any rank is on a CPU
+    prove_fp8(engine)                                       # raises if a worker holds no weight in FP8
+    prove_sync(trainer, engine)                             # raises if syncs of this model are not right
+    for every step:
+        ...                                                 # the engine generates, the trainer learns
+        sync_weights_to_quantized_engine(trainer, engine)   # one broadcast of all weights
 
-    manifest = trainer.prepare_weights()                  # raises if there is NaN; None if agreed on already
-    if manifest:                                          # the first time, and after a change
-        manifest = workers.agree_on_weights(manifest)     # what would vLLM's loaders do with these weights?
-        trainer.agree_on_weights(manifest)
-    trainer.send_weights()  |  workers.receive_weights()  # at the same time
+    trainer   rank 0       WeightSender      prepare_weights  agree_on_weights  send_weights
+    workers   ranks 1..TP  WorkerExtension                    agree_on_weights  receive_weights
 
-Reading order, with the number of lines of each part. What parts 1 to 4 do, with the digests of part 6, is a
-complete, right sync, by sessions; part 5 makes it fast.
-
-    1. the group     117  who sends to whom
-    2. the session    80  how vLLM takes a whole new set of weights, and quantizes it
-    3. the two ends  467  WeightSender, WorkerExtension
-    4. the buckets   151  fixed memory for weights on their way, and digests of what came in
-    5. the replay    248  what a session would copy, learned once, done again without vLLM's loaders
-    6. bytes         161  digests, and rows quantized as torchao and vLLM do it; on GPUs by Triton kernels
-    7. the patches    43  what the workers change in torchao and vLLM, and until when
-
-Four rules decide the code:
-
-1. One reload session for a whole update, or a replay of the copies that it would make. Outside of a session,
-   `model.load_weights` rebuilds every layer that it touches from uninitialized memory.
-2. A worker never leaves a broadcast early (`to_the_end`). What fails while loading is raised after the last
-   bucket is in.
-3. All workers agree on errors (`agreed`). One reply too many in vLLM's executor answers the next call.
-4. Nobody waits for a broadcast without a limit (`wait_on_host`); whoever gives up says what it waited for.
-
-Whether all this is right for a model is not argued here but measured, at every start: `prove_sync` in
-rlhf_online_quant.py. vLLM is imported where it is used: the trainer's process starts without it.
+Weights take one of two paths into an engine. A *session* is vLLM's own reload: its loaders slice, fuse and
+quantize. A *replay* does again what a session would copy, recorded once, straight into the live FP8 tensors.
+The proof decides which of the two serves, alone. Three rules decide the code: a set of weights is one session
+or one replay, because outside of a session `model.load_weights` rebuilds layers from uninitialized memory; no
+worker leaves a broadcast early (`to_the_end`), and all agree on errors (`collective`); nobody waits for a
+broadcast without a limit (`wait_on_host`), and whoever gives up says what it waited for.
 """
 
 from __future__ import annotations
 
 import contextlib
 import functools
-import itertools
 import logging
 import math
 import re
 import socket
+import sys
+import threading
 import time
+import types
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from datetime import timedelta
 from typing import NamedTuple
 
+import ray
 import torch
 import torch.distributed as dist
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+from torch.utils._pytree import tree_leaves
 from torchao.quantization import Float8Tensor
+from torchao.quantization.quantize_.workflows.float8 import float8_tensor
 from transformers.core_model_loading import revert_weight_conversion
+from triton.language import constexpr
+from vllm import LLM, SamplingParams
+from vllm.config import set_current_vllm_config
+from vllm.distributed import get_world_group
+from vllm.distributed.device_communicators.pynccl import PyNcclCommunicator
+from vllm.distributed.device_communicators.pynccl_wrapper import NCCLLibrary
+from vllm.model_executor.kernels.linear.scaled_mm import cutlass
+from vllm.model_executor.layers import utils as layer_utils
+from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import UnquantizedFusedMoEMethod
+from vllm.model_executor.layers.quantization import torchao as vllm_torchao
+from vllm.model_executor.model_loader import utils as loading
+from vllm.model_executor.model_loader.reload import layerwise
+from vllm.utils.nccl import unpinned_nccl_env
+from vllm.utils.torch_utils import set_default_torch_dtype
 
 logger = logging.getLogger(__name__)
 BUCKET_BYTES = 256 * 2**20
 Manifest = list[list]  # [[name, dtype name such as "bfloat16", shape], ...] in the order of sending
 NamedTensors = Iterator[tuple[str, Tensor]]
+NOT_AGREED = "no weights have been agreed on: call prepare_weights and agree_on_weights first"
+PROMPTS = ["Hello, my name is", "The president of the United States is"]
+PROMPTS += ["The capital of France is", "The future of AI is"]
 
 
-# ----- 1. The group: rank 0 is the trainer, ranks 1..TP are the engine's workers --------------------------
+# ----- 1. The controller's calls, and the engine that they drive --------------------------------------------
+ACTORS: dict[str, ray.ActorID] = {}  # of those that have joined a group, by their names in messages
+SYNCING = threading.Lock()  # held while a sync runs
 
 
-class GlooGroup:
-    """Broadcasts over TCP, for CPU tensors and, through host memory, for CUDA tensors."""
+def join_group(train_model, quantized_llm, *, backend: str | None = None, timeout_s: float = 30.0) -> None:
+    """Wait until all have loaded; trainer (rank 0) and workers (engine by engine) become one group.
 
-    def __init__(self, store: dist.Store, rank: int, world_size: int, address: str, timeout_s: float):
-        self.rank, self.timeout_s = rank, timeout_s
-        options = dist.ProcessGroupGloo._Options()
-        options._devices = [dist.ProcessGroupGloo.create_device(hostname=address)]
-        options._timeout = timedelta(seconds=timeout_s)
-        self.gloo = dist.ProcessGroupGloo(dist.PrefixStore("weights", store), rank, world_size, options)
-
-    def broadcast(self, tensor: Tensor, src: int, stream: object = None) -> None:
-        """Send `tensor` (contiguous, any dtype) from rank `src` to that of every other rank; blocks."""
-        options = dist.BroadcastOptions()
-        options.rootRank = src
-        data = as_bytes(tensor)
-        host = data.cpu()  # `data` itself if that is on the CPU
-        self.gloo.broadcast([host], options).wait()
-        data.copy_(host)
-
-    def destroy(self) -> None:
-        """As NCCL's: end what has been begun. Here nothing outlives its call."""
-
-
-def listen(address: str, port: int = 0) -> socket.socket:
-    """A listening socket on an IPv4 or IPv6 address or host name; port 0 takes a free one."""
-    family = socket.getaddrinfo(address, port, type=socket.SOCK_STREAM)[0][0]
-    return socket.create_server((address, port), family=family)
-
-
-def stateless_init_process_group(
-    master_address: str,
-    master_port: int,
-    rank: int,
-    world_size: int,
-    device: torch.device,
-    backend: str | None = None,
-    timeout_s: float = 60.0,
-    listen_socket: socket.socket | None = None,
-):
-    """Join the weight-update group and return an object with `broadcast(tensor, src, stream=None)`.
-
-    It leaves torch.distributed's default group alone, so it works inside a vLLM worker. Every rank must call
-    it; rank 0 serves the rendezvous, on `master_address` (IPv4, IPv6, name) only. Nothing is unpickled.
-
-    Args:
-        device: where this rank's tensors live; without `backend`, CUDA means NCCL and CPU means gloo.
-        backend: "nccl" or "gloo"; give it when the two ends differ (gloo is for a group with any CPU rank).
-        timeout_s: seconds to wait for the other ranks, and (in `Buckets`) for each broadcast.
-        listen_socket: rank 0 may bring a socket that listens already, so that nobody else can take the port.
-
-    Raises:
-        TimeoutError: which ranks did not arrive in time.
-        OSError: rank 0 cannot listen there (is the port taken?).
-        RuntimeError: NCCL is off or cannot be loaded (vLLM's communicator would then do nothing, silently).
+    `backend` is "nccl" or "gloo", by default NCCL where every rank has a GPU. Args, here and below:
+        train_model: handle of the trainer's actor; of a sharded trainer a list of all, the sender first.
+        quantized_llm: handle of the engine's actor, or a list of several.
+        timeout_s: seconds for each phase; ten times that where something loads or answers.
     """
-    device, timeout = torch.device(device), timedelta(seconds=timeout_s)
-    if device.type == "cuda" and device.index is None:
-        device = torch.device("cuda", torch.cuda.current_device())  # NCCL wants to know which
-    where = f"{master_address}:{master_port}"
-    options = {"wait_for_workers": False, "use_libuv": False}
-    if rank == 0:
-        options["master_listen_fd"] = (listen_socket or listen(master_address, master_port)).detach()
+    trainer, engines, rank = as_list(train_model)[0], as_list(quantized_llm), 1
+    one_node = sum(node["Alive"] for node in ray.nodes()) == 1
+    rendezvous = trainer.open_rendezvous.remote("127.0.0.1" if one_node else None)
+    loaded = [rendezvous, *[llm.get_workers.remote() for llm in engines]]
+    (address, port, device), *workers = wait(loaded, 10 * timeout_s, "starting trainer and engine")
+    on_gpus = {device, *(device for _, device in workers)} == {"cuda"}
+    backend, world_size = backend or ("nccl" if on_gpus else "gloo"), 1 + sum(count for count, _ in workers)
+    # Half the limit: the ranks know more than the controller, so they speak first.
+    rest = (world_size, backend, timeout_s / 2)
+    joining = [trainer.init_weight_update_group.remote(address, port, *rest)]
+    ACTORS["trainer (rank 0)"] = trainer._actor_id
+    for llm, (count, _) in zip(engines, workers, strict=True):
+        ACTORS[f"engine (rank {', '.join(map(str, range(rank, rank + count)))})"] = llm._actor_id
+        joining += on_workers([llm], "init_weight_update_group", address, port, rank, *rest)
+        rank += count
+    wait(joining, timeout_s, f"joining the {backend} group of {world_size}")
+
+
+def prove_fp8(quantized_llm, *, expect_fp8: bool = True, timeout_s: float = 30.0) -> list[dict]:
+    """Print and return what each worker holds (`inspect_weights`). Raises ValueError if nothing is in FP8."""
+    asked = on_workers(as_list(quantized_llm), "inspect_weights")
+    ranks = sum(wait(asked, timeout_s, "inspecting the engine"), [])
+    for number, rank in enumerate(ranks, start=1):
+        line = "{fp8_linear_layers} linear layers in FP8, {fp8_gib:.4f} of {weights_gib:.4f} GiB of weights"
+        print(f"worker (rank {number}): {line.format(**rank)}, in BF16 {rank['bf16_weights_gib']:.4f} GiB")
+    for kind, names in ranks[0]["not_fp8"].items():
+        print(f"  not in FP8: {kind}: {some(names)}")
+    if expect_fp8 and not all(rank["fp8_gib"] for rank in ranks):
+        fits = "a --quantization to FP8, and shards whose dimensions are multiples of 16"
+        raise ValueError(f"a worker has no weight in FP8; expected {fits}; or type --quantization none")
+    if expect_fp8 and "RoutedExperts" in ranks[0]["not_fp8"]:
+        print("torchao leaves experts in BF16; --quantization fp8_per_channel, on GPUs, does not")
+    return ranks
+
+
+@contextlib.contextmanager
+def one_at_a_time() -> Iterator[None]:
+    """Refuse a sync, instead of letting it wait, while another is running."""
+    if not SYNCING.acquire(blocking=False):
+        raise RuntimeError("refusing to sync: another weight sync is running; ask again when it has ended")
     try:
-        store = dist.TCPStore(master_address, master_port, None, rank == 0, timeout, **options)
-    except dist.DistNetworkError as error:
-        raise TimeoutError(f"rank {rank} found no rank 0 at {where} in {timeout_s:g} s") from error
-    store.set(f"joined/{rank}", "")
+        yield
+    finally:
+        SYNCING.release()
+
+
+@one_at_a_time()
+def sync_weights_to_quantized_engine(
+    train_model, quantized_llm, *, bucket_bytes: int = BUCKET_BYTES, timeout_s: float = 30.0
+) -> dict:
+    """Bring engines to the trainer's weights: broadcast, quantization on arrival, digests, cache reset.
+
+    Returns `path` ("replay" or "session"), `bytes` on the wire, `seconds` from the call to the reset prefix
+    cache, `sender_s` of the broadcast, `gb_per_s` (1e9). Raises what `wait` does: what is wrong with which
+    weight on which rank, who died or is silent. If a broadcast does not end well, the engine is *torn*.
+    """
+    trainers, engines, start = as_list(train_model), as_list(quantized_llm), time.perf_counter()
+    find_agreement(trainers, engines, bucket_bytes, timeout_s)
+    return bring_weights(trainers, engines, timeout_s, start=start)
+
+
+# Moves of the proof: what is set to zero, whose weights come (the trainer's own or others), by which path.
+REPLAYS = [("stored", "own", "replay"), ("", "others", "replay"), ("all", "others", "session")]
+REPLAYS += [("", "own", "replay")]
+SESSIONS = [("all", "own", "session"), ("", "others", "session"), ("", "own", "session")]
+
+
+@one_at_a_time()
+def prove_sync(
+    train_model, quantized_llm, prompts=PROMPTS, max_tokens=32, *, bucket_bytes=BUCKET_BYTES, timeout_s=30.0
+) -> dict:
+    """Prove, before the first step, that syncs make an engine what vLLM's own loading makes it, or raise.
+
+    Trainer and engines have started from the same checkpoint. Its weights, and others that the trainer makes
+    of them on their way (`Buckets.send`), come in turn. Each time either are there, all that the engine's
+    model reaches (`Reached`, by digests) and its greedy answers to `prompts` must be the same; with its own,
+    as at the start. So a replay forgets nothing that is made from weights, and nothing of a session stands in
+    a replay's way. If replays fail, sessions are to serve, and prove the same of themselves.
+
+    Returns what a sync does, of the last one; `because` (why no replay); how many `tensors` and `answers`
+    were compared, how many tensors `changed` with the weights; `proof_s` (seconds); the answers `before`.
+    """
+    trainers, engines, start = as_list(train_model), as_list(quantized_llm), time.perf_counter()
+    if any(wait([llm.get_weights_version.remote() for llm in engines], timeout_s, "reading the version")):
+        raise RuntimeError("prove_sync needs a cold start, and an engine has been updated: start it anew")
+    seen = {"own": observe(engines, timeout_s, prompts, max_tokens)}
+
+    def go_through(moves: list[tuple[str, str, str]]) -> dict:
+        seen.pop("others", None)
+        for zero, weights, path in moves:
+            if zero:
+                wait(on_workers(engines, "zero_weights", zero), timeout_s, "setting weights to zero")
+            sync = bring_weights(trainers, engines, timeout_s, weights == "others", path == "session")
+            if weights not in seen:
+                seen[weights] = observe(engines, timeout_s)
+            elif different := differences(engines, seen[weights], timeout_s):
+                raise RuntimeError(f"after a {path} these are not as they were before: {some(different)}")
+        return sync
+
+    because = find_agreement(trainers, engines, bucket_bytes, timeout_s)
     try:
-        store.wait([f"joined/{other}" for other in range(world_size)], timeout)
-    except dist.DistStoreError as error:
-        missing = [other for other in range(world_size) if not store.check([f"joined/{other}"])]
-        waited = f"rank {rank} waited {timeout_s:g} s at {where} in vain for ranks {missing}"
-        raise TimeoutError(waited) from error
-    if (backend or ("nccl" if device.type == "cuda" else "gloo")) == "gloo":
-        with socket.create_connection((master_address, master_port), timeout_s) as probe:
-            own_address = probe.getsockname()[0]  # the address by which this rank reaches rank 0
-        return GlooGroup(store, rank, world_size, own_address, timeout_s)
-
-    from vllm.distributed.device_communicators.pynccl import PyNcclCommunicator
-    from vllm.distributed.device_communicators.pynccl_wrapper import NCCLLibrary
-    from vllm.utils.nccl import unpinned_nccl_env
-
-    if rank == 0:
-        store.set("nccl_id", bytes(NCCLLibrary().ncclGetUniqueId().internal))
-    with unpinned_nccl_env():  # the settings that vLLM pins for its workers are not the trainer's
-        group = PyNcclCommunicator.from_unique_id_bytes(store.get("nccl_id"), rank, world_size, device)
-    if group.disabled:
-        why = "NCCL is disabled in vLLM (is VLLM_DISABLE_PYNCCL set?), weights cannot flow"
-        raise RuntimeError(f"rank {rank}: {why}")
-    group.store, group.timeout_s = store, timeout_s  # the other ranks may still be reading the store
-    return group
-
-
-def broadcast(group, tensor: Tensor, what: str, stream=None) -> None:
-    """Broadcast from rank 0; an error of gloo's, which waits here, says where it happened."""
-    at = f"rank {group.rank}, {what}"
-    if getattr(group, "disabled", False):  # vLLM's communicator would do nothing, silently
-        raise ConnectionError(f"{at}: this group was given up after an error; join a new one")
+        sync = None if because else go_through(REPLAYS)
+    except RuntimeError as error:  # a death, a ConnectionError, says nothing of the model
+        because = str(error)
+        wait(on_workers(engines, "give_up_replays", because), timeout_s, "settling on sessions")
+        print(f"Weight syncs are reload sessions, because {because}")
     try:
-        group.broadcast(tensor, src=0, stream=stream)
+        sync = go_through(SESSIONS) if because else sync
     except RuntimeError as error:
-        raise ConnectionError(f"{at}: {error}") from error
+        wait(on_workers(engines, "zero_weights"), timeout_s, "setting wrong weights to zero")  # torn
+        raise RuntimeError(f"this model cannot be synced: {error}. No replay, because {because}") from error
+    own, others = ([engine["digests"] for engine in seen[weights]] for weights in ("own", "others"))
+    found = {
+        "verified": True,
+        "because": because,
+        "tensors": sum(map(len, own)),
+        "changed": sum(one[name] != other.get(name) for one, other in zip(own, others) for name in one),
+        "answers": sum(len(engine["answers"]) for engine in seen["own"] if engine["repeatable"]),
+        "proof_s": time.perf_counter() - start,
+        "before": seen["own"][0]["answers"],
+    }
+    if not found["changed"]:
+        raise RuntimeError("this proves nothing: other weights have changed no tensor of the engine's")
+    line = "Proved by {path} in {proof_s:.1f} s: set to zero and synced, and again behind other weights, the "
+    line += "engine is what it was: {tensors} tensors ({changed} follow the weights), {answers} answers"
+    print(line.format(**sync | found))
+    return sync | found
 
 
-def wait_on_host(event, group, what: str) -> None:
-    """Until a broadcast has ended; aborts and raises TimeoutError, where NCCL would wait for ever."""
-    deadline = time.monotonic() + group.timeout_s
-    while not event.query():
-        if time.monotonic() > deadline:
-            group.destroy()  # NCCL's kernels would keep the GPU busy for ever
-            raise TimeoutError(f"rank {group.rank}, {what}: no progress for {group.timeout_s:g} s")
-        time.sleep(1e-4)
+def find_agreement(trainers: list, engines: list, bucket_bytes: int, timeout_s: float) -> str | None:
+    """Check the trainer's weights; agree on them if they are new. Returns why not by replays, if known."""
+    preparing = [trainer.prepare_weights.remote(bucket_bytes) for trainer in trainers]
+    manifest = wait(preparing, timeout_s, "checking the trainer's weights")[0]
+    if manifest is None:
+        return None
+    asked, doing = on_workers(engines, "agree_on_weights", manifest, bucket_bytes), "agreeing on the weights"
+    manifests, reasons = zip(*sum(wait(asked, timeout_s, doing), []), strict=True)
+    if any(manifest != manifests[0] for manifest in manifests):
+        raise RuntimeError("the workers want the same weights in other dtypes: start all engines alike")
+    wait([trainers[0].agree_on_weights.remote(manifests[0], bucket_bytes)], timeout_s, doing)
+    because = "; ".join(sorted(set(filter(None, reasons)))) or None
+    how = f"reload sessions, because {because}" if because else "replays of what vLLM would copy"
+    print(f"Agreed on {len(manifest)} weights; weight syncs are {how}")
+    return because
 
 
-# ----- 2. The session: vLLM's own way to load a whole new set of weights into a running model -------------
+def bring_weights(trainers, engines, timeout_s: float, others=False, by_session=False, start=None) -> dict:
+    """One broadcast of all weights, or of others made from them; returns what a sync reports."""
+    start = start or time.perf_counter()
+    sending = [trainer.send_weights.remote(others) for trainer in trainers]
+    receiving = on_workers(engines, "receive_weights", by_session)
+    patience_s = timeout_s / 2 + 2  # a rank whose peer has died knows by then in which bucket that was
+    (size, sender_s), *results = wait([*sending, *receiving], timeout_s, "broadcasting weights", patience_s)
+    path = "session" if "session" in sum(results[len(trainers) - 1 :], []) else "replay"
+    seconds = time.perf_counter() - start
+    return dict(bytes=size, path=path, sender_s=sender_s, seconds=seconds, gb_per_s=size / seconds / 1e9)
 
 
-class ReloadSession:
-    """One update of a whole vLLM model in place: open, `load` every weight once (in any calls), close.
+def observe(engines: list, timeout_s: float, prompts=None, max_tokens=32, seen=None) -> list[dict]:
+    """`MyLLM.observe` of every engine; without `prompts` they are asked what they were asked last."""
+    pairs = zip(engines, seen or [None] * len(engines), strict=True)
+    calls = [llm.observe.remote(prompts, max_tokens, one) for llm, one in pairs]
+    found = wait(calls, 10 * timeout_s, "reading the engine's tensors and answers")
+    if prompts and not all(engine["repeatable"] for engine in found):
+        print("This engine does not answer the same twice: only its tensors are compared")
+    return found
 
-    vLLM's loaders slice, fuse and quantize. The tensors keep their addresses, as captured CUDA graphs need.
-    Close one that failed, too: the model holds no valid weights then, but can be reloaded.
+
+def differences(engines: list, seen: list[dict], timeout_s: float) -> list[str]:
+    """Names of the tensors that are not as `seen`; if all are, prompts that are answered differently."""
+    found = []
+    for i, (now, then) in enumerate(zip(observe(engines, timeout_s, seen=seen), seen, strict=True)):
+        names = sorted(now["digests"].keys() | then["digests"].keys())
+        wrong = [name for name in names if now["digests"].get(name) != then["digests"].get(name)]
+        if not wrong and then["repeatable"]:
+            pairs = zip(now["answers"], then["answers"], strict=True)
+            wrong = [f"the answer to {old['prompt']!r}" for new, old in pairs if new != old]
+        found += [f"{what} (engine {i})" for what in wrong]
+    return found
+
+
+def as_list(handles) -> list:
+    """One handle, or a list of them."""
+    return handles if isinstance(handles, list) else [handles]
+
+
+def on_workers(engines: list, method: str, *args) -> list:
+    """Handles of calls of a method of every worker of every engine."""
+    return [llm.collective_rpc.remote(method, args=args) for llm in engines]
+
+
+def some(names: list[str]) -> str:
+    """Names for a message, not too many of them."""
+    return ", ".join(names[:6]) + (f" and {len(names) - 6} more" if len(names) > 6 else "")
+
+
+def wait(refs: list, timeout_s: float, doing: str, patience_s: float = 0.0) -> list:
+    """`ray.get(refs)` with a limit, whose one error names all actors that failed, died or are silent.
+
+    Raises RuntimeError; ConnectionError if one died; TimeoutError. After a failure others have 4 more
+    seconds, and `patience_s` from the start on, because what fails first is not always the cause.
     """
+    start, pending, results, failures, died = time.monotonic(), list(refs), {}, [], False
+    deadline, next_sign = start + timeout_s, start + 10
+    names = {actor: name for name, actor in ACTORS.items()}
+    who = {ref: names.get(ref.task_id().actor_id(), "Ray, or an actor in no group") for ref in refs}
+    while pending and (left := deadline - time.monotonic()) > 0:
+        done, pending = ray.wait(pending, timeout=min(2.0, left))
+        for ref in done:
+            try:
+                results[ref] = ray.get(ref)
+            except ray.exceptions.RayError as error:
+                failures.append(f"{who[ref]}: {cause_of(error)}")
+                died = died or not isinstance(error, ray.exceptions.RayTaskError)
+        if not done and not failures:  # an actor that nothing is asked of at the moment may have died as well
+            states = {name: ray._private.state.actors(actor.hex())["State"] for name, actor in ACTORS.items()}
+            failures = [f"{name} has died" for name, state in states.items() if state == "DEAD"]
+            died = bool(failures)
+        if failures:
+            deadline = min(deadline, max(time.monotonic() + 4, start + patience_s))
+        elif time.monotonic() > next_sign:
+            next_sign += 10
+            print(f"... {doing}: {time.monotonic() - start:.0f} s", file=sys.stderr, flush=True)
+    if pending:
+        waited_s = time.monotonic() - start
+        silent = f"no answer from {', '.join(who[ref] for ref in pending)} in {waited_s:.0f} s"
+        if not failures:
+            raise TimeoutError(f"{doing}: {silent}; --timeout-s (timeout_s) sets the limit")
+        failures.append(silent)
+    if failures:
+        raise (ConnectionError if died else RuntimeError)(f"{doing}: {'; '.join(failures)}")
+    return [results[ref] for ref in refs]
 
-    def __init__(self, model: torch.nn.Module, model_config):
-        from vllm.model_executor.model_loader.reload import initialize_layerwise_reload
 
-        self.model, self.model_config = model, model_config
-        self.loaded, self.is_open = set(), True
-        for module in model.modules():  # on the CPU a session would meet what the first load has left behind
-            kernel = getattr(getattr(module, "quant_method", None), "moe_kernel", None)
-            if kernel is not None and module.w13_weight.is_cpu:
-                module.quant_method.moe_kernel = None  # vLLM packs experts only where there is no kernel yet
-        initialize_layerwise_reload(model)
+def cause_of(error: Exception) -> str:
+    """What an actor raised, or why it died, without the frames that led there."""
+    if isinstance(error, ray.exceptions.RayTaskError):
+        said = str(error.cause)
+        if said in ("cancelled", "Executor failed."):  # vLLM, whatever was under way or is asked then
+            said = f"a worker has died, see the log above ({said})"
+        return f"{type(error.cause).__name__}: {said}"
+    text = re.sub(r"\x1b\[\d+m", "", str(error))
+    # If it died while it was made, Ray gives all frames, and the error behind the last one.
+    return re.split(r'\n  File ".*\n(?: .*\n)*', text)[-1].strip()
 
-    def load(self, weights: NamedTensors) -> None:
-        """Give checkpoint tensors (full shapes, any dtype) to vLLM's loaders; an error names the weight."""
-        at = "the first weight"
 
-        def watched() -> NamedTensors:
-            """The weights, noting which one the loader has asked for."""
-            nonlocal at
-            for name, weight in weights:
-                at = f"{name} {list(weight.shape)}"
-                yield name, weight
+class MyLLM(LLM):
+    """vLLM that counts updates of its weights by `WorkerExtension`, and refuses to generate while one is not
+    complete (*torn*). At its end it empties the prefix cache, which holds old keys and values."""
 
+    weights_version = 0
+    torn: str | None = None  # the worker method that will complete the update which has begun
+    asked: tuple[list[str], int] = (PROMPTS, 32)  # what `answer` was last asked: prompts, tokens
+    repeatable = True  # asked twice, it says the same twice
+    working_memory: set[str] = set()  # names of tensors that change without an update
+
+    # The worker method that begins an update -> the one that completes it. `reset_weights` is vLLM's own.
+    UPDATES = {"update_weight": "check_weights_changed"}
+    UPDATES |= dict.fromkeys(["receive_weights", "zero_weights", "reset_weights"], "receive_weights")
+
+    def __repr__(self) -> str:
+        """LLM's own asks the workers, and Ray would put the answer before every log line."""
+        return "MyLLM"
+
+    def collective_rpc(self, method, timeout=None, args=(), kwargs=None):
+        """Call a method of every worker; keeps account of updates."""
+        self.torn = self.UPDATES.get(method, self.torn)
+        results = super().collective_rpc(method, timeout, args, kwargs)
+        if method == self.torn:
+            if not self.reset_prefix_cache():
+                raise RuntimeError("vLLM refused to reset the prefix cache: requests are still running")
+            self.weights_version += 1
+            self.torn = None
+        return results
+
+    def _refuse_if_torn(self) -> None:
+        if self.torn:
+            update = f"the weight update after version {self.weights_version} has not been completed"
+            raise RuntimeError(f"refusing to generate: {update}; sync a complete set of weights first")
+
+    def _add_request(self, *args, **kwargs):
+        """Every way to ask an LLM comes through here: generate, chat, enqueue, beam_search, encode, ..."""
+        self._refuse_if_torn()
+        return super()._add_request(*args, **kwargs)
+
+    def _run_engine(self, *args, **kwargs):
+        """... and every way to have it done through here. What an error leaves would block all updates."""
+        self._refuse_if_torn()
         try:
-            self.loaded |= self.model.load_weights(watched()) or set()
-        except (ConnectionError, TimeoutError):  # the wire, not the loader
+            return super()._run_engine(*args, **kwargs)
+        except BaseException:
+            left = list(self.llm_engine.output_processor.request_states)
+            self.llm_engine.abort_request(left, internal=True)
             raise
-        except Exception as error:
-            raise RuntimeError(f"vLLM's loader failed at {at}: {type(error).__name__}: {error}") from error
 
-    def close(self) -> None:
-        """Let vLLM finish what it has, and mend what it leaves."""
-        from vllm.model_executor.model_loader.reload import finalize_layerwise_reload
+    def answer(self, prompts: list[str] | None = None, max_tokens: int = 32) -> list[dict]:
+        """Greedy answers: `prompt`, `text`, `token_ids`, `logprobs`. Without prompts: to the last ones."""
+        self.asked = (prompts, max_tokens) if prompts else self.asked
+        self.reset_prefix_cache()  # on GPUs the last bits depend on how much of a prompt was cached
+        params = SamplingParams(temperature=0, max_tokens=self.asked[1], logprobs=0, flat_logprobs=True)
+        answers = []
+        for output in self.generate(self.asked[0], params, use_tqdm=False):
+            said = output.outputs[0]
+            numbers = {"token_ids": list(said.token_ids), "logprobs": list(said.logprobs.logprobs)}
+            answers.append({"prompt": output.prompt, "text": said.text, **numbers})
+        return answers
 
-        self.is_open = False
-        # It warns of layers without weights in any checkpoint, such as tied heads.
-        logging.getLogger("vllm.model_executor.model_loader.reload.layerwise").setLevel(logging.ERROR)
-        finalize_layerwise_reload(self.model, self.model_config)
-        repair_zero_rows(self.model.parameters())
+    def observe(self, prompts=None, max_tokens: int = 32, seen: dict | None = None) -> dict:
+        """`digests` of what the workers' models reach, by name; `answers`; `repeatable`: asked twice, it says
+        the same. With prompts it does ask twice, and looks for what changes without an update."""
+        looks, answers = [self.digests()], []
+        if seen and looks[0] != seen["digests"]:  # do not ask: wrong weights leave NaN in KV caches for ever
+            return {"digests": looks[0]}
+        for _ in range(2 if prompts else 1):
+            answers.append(self.answer(prompts, max_tokens))
+            looks.append(self.digests())
+        if prompts:
+            self.repeatable, names = answers[0] == answers[1], set().union(*looks)
+            self.working_memory = {name for name in names if len({look.get(name) for look in looks}) > 1}
+        return {"digests": self.digests(), "answers": answers[-1], "repeatable": self.repeatable}
 
-    def stale(self) -> list[str]:
-        """Names of the parameters that got no weight, by vLLM's own account."""
-        return sorted({name for name, _ in self.model.named_parameters()} - self.loaded)
+    def digests(self) -> dict[str, int]:
+        """Of all tensors that the workers' models reach, working memory aside."""
+        workers = enumerate(self.collective_rpc("reached_digests"))
+        named = {f"{name} on worker {i}": digest for i, found in workers for name, digest in found.items()}
+        return {name: digest for name, digest in named.items() if name not in self.working_memory}
+
+    def get_weights_version(self) -> int:
+        """How many complete updates the weights have had; 0 means as loaded at start-up."""
+        return self.weights_version
+
+    def get_workers(self) -> tuple[int, str]:
+        """How many workers this engine has, and the type of their device ("cuda", "cpu")."""
+        config = self.llm_engine.vllm_config
+        return config.parallel_config.world_size, config.device_config.device_type
 
 
-def repair_zero_rows(parameters: Iterable[Tensor]) -> None:
-    """Give FP8 blocks (PerRow: rows) whose scale is 0 zero bytes and scale 1, in place.
+# ----- 2. Both ends -----------------------------------------------------------------------------------------
+class WeightSender:
+    """The trainer's end, to inherit from or to hold: rank 0 of the group, and the twin of `WorkerExtension`.
 
-    torchao 0.18 divides an all-zero row (or one so small that amax / 448 underflows) by its scale of 0: NaN.
+    Of a Hugging Face model weights travel as `save_pretrained` would write them. They may change, move and be
+    replaced between syncs. `device` is where the buckets are to be. A sharded trainer has an actor for each
+    rank and overrides `weights` to gather them; with FSDP2 (parameters; a buffer is no `DTensor`) by
+
+        return ((name, weight.full_tensor()) for name, weight in super().weights())
+
+    All ranks call `prepare_weights` and `send_weights`, which gather; the one that is in the group sends.
     """
-    for weight in parameters:
-        if isinstance(weight, Float8Tensor) and (dead := weight.scale == 0).any():  # one for each block
-            mask = dead
-            for dimension, size in enumerate(weight.block_size):
-                mask = mask.repeat_interleave(size, dimension).narrow(dimension, 0, weight.shape[dimension])
-            weight.qdata.view(torch.uint8).masked_fill_(mask, 0)
-            weight.scale.masked_fill_(dead, 1.0)
 
+    def __init__(self, model: torch.nn.Module, device: torch.device | str):
+        self.model, self.device = model, torch.device(device)
+        self.group: object | None = None
+        self.listening: socket.socket | None = None  # from `open_rendezvous` to `init_weight_update_group`
+        self.looked: tuple | None = None  # by `scan_weights`: manifest, names of what is not finite, versions
+        self.prepared: tuple[Manifest, int] | None = None  # what there is, and the bucket size
+        self.buckets: Buckets | None = None  # for what is prepared; None until both ends have agreed
+        self.views = {}  # of the model's tensors: see `checkpoint_weights`
 
-# ----- 3. The two ends ------------------------------------------------------------------------------------
+    def weights(self) -> NamedTensors:
+        """Yield (name, full tensor) of every weight, always in the same order. To be overridden."""
+        return checkpoint_weights(self.model, self.views)
+
+    def open_rendezvous(self, address: str | None) -> tuple[str, int, str]:
+        """Listen on `address` (None: this node's own) and a free port; returns both, and "cuda" or "cpu"."""
+        address = address or ray.util.get_node_ip_address()
+        self.listening = listen(address)
+        return address, self.listening.getsockname()[1], self.device.type
+
+    def init_weight_update_group(self, master_address, master_port, world_size, backend=None, timeout_s=60.0):
+        """Join as rank 0, beside the workers' method of the same name; by the socket held before, if any."""
+        listening, self.listening, self.buckets = self.listening, None, None
+        self.group = stateless_init_process_group(
+            master_address, master_port, 0, world_size, self.device, backend, timeout_s, listening
+        )
+
+    @torch.no_grad()
+    def scan_weights(self) -> None:
+        """Look for NaN. After `optimizer.step()`, which has to wait anyway, it delays no sync. If weights are
+        written to later, it is done again; but torch does not count what is written to `weight.data`."""
+        manifest, peaks = [], {}
+        for name, weight in self.weights():
+            manifest.append([name, str(weight.dtype).removeprefix("torch."), list(weight.shape)])
+            if weight.is_floating_point():
+                peaks[name] = torch.linalg.vector_norm(weight, math.inf).bfloat16()
+        finite = torch.stack(list(peaks.values())).isfinite().tolist()
+        wrong = [name for name, is_finite in zip(peaks, finite) if not is_finite]
+        self.looked = manifest, wrong, self._versions()
+
+    def _versions(self) -> list[tuple] | None:
+        """Others as soon as a weight is written to or replaced. None: DTensors do not tell."""
+        tensors = [*self.model.parameters(), *self.model.buffers()]
+        if any(map(is_traceable_wrapper_subclass, tensors)):
+            return None
+        return [(tensor.data_ptr(), tensor._version) for tensor in tensors]
+
+    def check_finite(self) -> Manifest:
+        """The manifest of all weights. Raises ValueError, with names, if one is NaN, or infinite in BF16."""
+        if self.looked is None or self.looked[2] is None or self.looked[2] != self._versions():
+            self.scan_weights()
+        (manifest, wrong, _), self.looked = self.looked, None
+        if wrong:
+            what = f"{len(wrong)} weights hold NaN or infinity and were not sent: {some(wrong)}"
+            raise ValueError(f"{what}. Go on from an earlier checkpoint with a lower learning rate")
+        return manifest
+
+    def prepare_weights(self, bucket_bytes: int = BUCKET_BYTES) -> Manifest | None:
+        """Check all weights, before a byte moves. Returns their manifest; None if it is the one agreed on."""
+        manifest = self.check_finite()
+        if self.buckets is not None and self.prepared == (manifest, bucket_bytes):
+            return None
+        self.prepared, self.buckets = (manifest, bucket_bytes), None
+        return manifest
+
+    def agree_on_weights(self, manifest: Manifest, bucket_bytes: int = BUCKET_BYTES) -> None:
+        """Get ready to send what `prepare_weights` has listed, in the dtypes of `manifest`."""
+        self.buckets = None  # its memory is free before new buckets take theirs
+        self.buckets = Buckets(manifest, bucket_bytes, self.group, self.device)
+
+    @torch.no_grad()
+    def send_weights(self, others: bool = False) -> tuple[int, float] | None:
+        """Broadcast all buckets and their digests, beside the workers' `receive_weights`. Returns bytes and
+        seconds; None on a rank that is not in the group."""
+        start = time.perf_counter()
+        with to_the_end(self.weights()) as weights:  # all ranks of a sharded trainer gather all weights
+            if self.group is None:
+                return None
+            if self.buckets is None:
+                raise RuntimeError(NOT_AGREED)
+            self.buckets.send(weights, others)
+        return self.buckets.nbytes, time.perf_counter() - start
 
 
 def checkpoint_weights(model: torch.nn.Module, known: dict | None = None) -> NamedTensors:
-    """Names and tensors of what `save_pretrained` would write, layer by layer; a tied weight once.
-
-    vLLM's loaders are made for the file. Inside a Hugging Face model experts may be fused, and names differ.
-    Most are views of the model's tensors; a dictionary, `known`, remembers which for the next time.
-    """
-    ignored = getattr(model, "_keys_to_ignore_on_save", None) or ()
-    seen, weights = set(), {}
+    """Names and tensors of what `save_pretrained` would write, for which vLLM's loaders are made; a tied one
+    once. In the model names may be others, and experts fused: most are views, which `known` remembers."""
+    ignored, first = getattr(model, "_keys_to_ignore_on_save", None) or (), {}
     for name, tensor in model.state_dict(keep_vars=True).items():
-        if id(tensor) not in seen and name not in ignored:
-            seen.add(id(tensor))
-            weights[name] = tensor
+        if name not in ignored and tensor.numel():
+            first.setdefault(id(tensor), (name, tensor))
+    weights = dict(first.values())
     if getattr(model, "_weight_conversions", None) == []:  # `from_pretrained` had nothing to convert
         yield from weights.items()
         return
@@ -286,13 +548,11 @@ def checkpoint_weights(model: torch.nn.Module, known: dict | None = None) -> Nam
 
 
 def saved_views(model: torch.nn.Module, layer: dict[str, Tensor]) -> dict[str, tuple] | None:
-    """Where in a layer's tensors lies what `save_pretrained` makes of them.
-
-    Returns name -> (name of the layer's tensor, size, stride, offset to it); None if something is computed.
-    """
+    """Where in a layer's tensors lies what `save_pretrained` makes of them, by name: a tensor's name, size,
+    stride and offset to it. None if something is computed."""
     if any(map(is_traceable_wrapper_subclass, layer.values())):  # DTensors have no strides of their own
         return None
-    with NoCopies():
+    with Instead(Tensor.contiguous, lambda tensor, **_: tensor):  # parts of a tensor stay parts of it
         saved = revert_weight_conversion(model, layer)
     sources, views = {storage(tensor): name for name, tensor in layer.items()}, {}
     for name, tensor in saved.items():
@@ -304,125 +564,20 @@ def saved_views(model: torch.nn.Module, layer: dict[str, Tensor]) -> dict[str, t
     return views
 
 
-class NoCopies(TorchFunctionMode):
-    """While active, `contiguous` returns what it is given: parts of a tensor stay parts of it."""
+class Instead(TorchFunctionMode):
+    """While active, torch calls another function instead of one of its own."""
+
+    def __init__(self, plain, other):
+        super().__init__()
+        self.plain, self.other = plain, other
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
-        return args[0] if function is Tensor.contiguous else function(*args, **kwargs or {})
+        return (self.other if function is self.plain else function)(*args, **kwargs or {})
 
 
 def storage(tensor: Tensor) -> int:
     """What views of one tensor have in common."""
     return tensor.untyped_storage()._cdata
-
-
-class WeightSender:
-    """The trainer's end, to inherit from or to hold: rank 0 of the group, and the twin of `WorkerExtension`.
-
-    Weights may change, move and be replaced between syncs. A sharded trainer has an actor for each rank, and
-    overrides `weights` to gather them; with FSDP2 (parameters; a buffer is no `DTensor`) by
-
-        return ((name, weight.full_tensor()) for name, weight in super().weights())
-
-    All ranks call `prepare_weights` and `send_weights`; the one that has joined the group sends. Weights are
-    gathered twice a sync: to be checked for NaN, and to be sent.
-
-    Args:
-        model: any module; of a Hugging Face model the weights travel as `save_pretrained` would write them.
-        device: where the buckets are to be.
-    """
-
-    def __init__(self, model: torch.nn.Module, device: torch.device | str):
-        self.model, self.device = model, torch.device(device)
-        self.group: object | None = None
-        self.scanned: tuple[Manifest, list[str]] | None = None  # what there is, and which of it is not finite
-        self.prepared: tuple[Manifest, int] | None = None  # ... and the bucket size
-        self.buckets: Buckets | None = None  # for what is prepared; None until both ends have agreed
-        self.views = {}  # of the model's tensors: see `checkpoint_weights`
-
-    def weights(self) -> NamedTensors:
-        """Yield (name, full tensor) of every weight, always in the same order. To be overridden."""
-        return checkpoint_weights(self.model, self.views)
-
-    def _not_empty(self) -> NamedTensors:
-        return ((name, weight) for name, weight in self.weights() if weight.numel())
-
-    def open_rendezvous(self, address: str | None) -> tuple[str, int]:
-        """Hold a listening socket on `address` (None: this node's own) and a free port; returns both."""
-        if address is None:
-            import ray
-
-            address = ray.util.get_node_ip_address()
-        self.listen_socket = listen(address)
-        return address, self.listen_socket.getsockname()[1]
-
-    def init_weight_update_group(
-        self, master_address: str, master_port: int, world_size: int, backend=None, timeout_s=60.0
-    ) -> None:
-        """Join as rank 0, after `open_rendezvous` and beside the workers' method of the same name."""
-        self.buckets = None
-        self.group = stateless_init_process_group(
-            master_address, master_port, 0, world_size, self.device, backend, timeout_s, self.listen_socket
-        )
-
-    @torch.no_grad()
-    def scan_weights(self) -> None:
-        """Look at every weight. After `optimizer.step()`, which has to wait anyway, it delays no sync."""
-        manifest, names, peaks, batch, size = [], [], [], [], 0
-        for name, weight in self._not_empty():
-            manifest.append([name, dtype_name(weight.dtype), list(weight.shape)])
-            if weight.is_floating_point():
-                names.append(name)
-                batch.append(weight)
-                size += weight.nbytes
-            if size >= BUCKET_BYTES:  # gathered weights are not to pile up
-                peaks, batch, size = [*peaks, *torch._foreach_norm(batch, ord=math.inf)], [], 0
-        if batch:
-            peaks += torch._foreach_norm(batch, ord=math.inf)
-        largest = torch.empty(len(peaks), dtype=torch.bfloat16, device=self.device)
-        torch._foreach_copy_(list(largest.unbind()), peaks)
-        wrong = [name for name, finite in zip(names, largest.isfinite().tolist(), strict=True) if not finite]
-        self.scanned = manifest, wrong
-
-    def check_finite(self) -> Manifest:
-        """The manifest of all weights. Raises ValueError, with names, if one is NaN, or infinite in BF16."""
-        if self.scanned is None:
-            self.scan_weights()
-        (manifest, wrong), self.scanned = self.scanned, None
-        if wrong:
-            raise ValueError(
-                f"{len(wrong)} weights hold NaN or infinity and were not sent: {', '.join(wrong[:8])}. Go on "
-                "from an earlier checkpoint with a lower learning rate"
-            )
-        return manifest
-
-    def prepare_weights(self, bucket_bytes: int = BUCKET_BYTES) -> Manifest | None:
-        """Check all weights, before a byte moves. Returns their manifest; None if it is the one agreed on."""
-        manifest = self.check_finite()
-        if self.buckets is not None and self.prepared == (manifest, bucket_bytes):
-            return None
-        self.prepared, self.buckets = (manifest, bucket_bytes), None
-        return manifest
-
-    def agree_on_weights(self, manifest: Manifest, bucket_bytes: int = BUCKET_BYTES) -> None:
-        """Get ready to send what `prepare_weights` has listed, in the dtypes of `manifest`."""
-        self.buckets = None  # its memory is free before new buckets take theirs
-        self.buckets = Buckets(manifest, bucket_bytes, self.group, self.device)
-
-    @torch.no_grad()
-    def send_weights(self) -> dict | None:
-        """Broadcast every bucket, then the digests of what was sent, beside the workers' `receive_weights`.
-
-        Returns `bytes`, `buckets` and `seconds`; None on a rank that is not in the group.
-        """
-        start = time.perf_counter()
-        with to_the_end(self._not_empty()) as weights:  # all ranks of a sharded trainer gather all weights
-            if self.group is None:
-                return None
-            self.buckets.send(weights)
-        buckets = self.buckets.buckets
-        sent = sum(piece.nbytes for _, pieces in buckets for piece, _ in pieces)
-        return {"bytes": sent, "buckets": len(buckets), "seconds": time.perf_counter() - start}
 
 
 @contextlib.contextmanager
@@ -435,20 +590,12 @@ def to_the_end(items: Iterator) -> Iterator[Iterator]:
             pass
 
 
-def agreed(method):
-    """Decorator for worker methods: all workers run it, all learn of any error, and the last one raises it.
-
-    vLLM's executor reads replies in rank order and stops at the first error; a reply behind it would stay in
-    the queue and answer the next call. The last worker has none behind it.
-    """
+def collective(method):
+    """Decorator for worker methods: all workers run it, all learn of any error, and the last one raises it:
+    vLLM's executor reads replies in rank order up to an error; one behind it would answer the next call."""
 
     @functools.wraps(method)
     def call(self, *args, **kwargs):
-        """The method, under the worker's config; then every worker says whether it has failed."""
-        from vllm.config import set_current_vllm_config
-        from vllm.distributed import get_world_group
-        from vllm.utils.torch_utils import set_default_torch_dtype
-
         group, error, result = get_world_group(), None, None
         try:  # as it is while vLLM loads a model: some loaders make tensors, some models build others
             with set_current_vllm_config(self.vllm_config), set_default_torch_dtype(self.model_config.dtype):
@@ -476,217 +623,166 @@ def agreed(method):
 class WorkerExtension:
     """The engine's end: `worker_extension_cls="rlhf_utils.WorkerExtension"` adds it to vLLM's workers.
 
-    Called by name, `llm.collective_rpc("method", args=(...))`. Two ways to bring new weights:
-      - `agree_on_weights` once, then `receive_weights`: everything in one call, against a `WeightSender`;
-      - `update_weight(name, dtype_name, shape)` beside the broadcast of each, then `check_weights_changed()`.
-
-    An update that fails leaves weights that are no version of anything, and **a plain `vllm.LLM` would go on
-    generating with them**. `MyLLM` in rlhf_online_quant.py refuses to until an update was complete.
+    Called by name, `llm.collective_rpc("method", args=(...))`. New weights come by `agree_on_weights`, once,
+    and `receive_weights`; or, one by one and all of them, by `update_weight`, then `check_weights_changed`.
     """
 
     weight_group = None
     manifest: Manifest | None = None  # of the last complete set of weights: names and shapes stay
     buckets: Buckets | None = None  # None until both ends have agreed
-    replay: Replay | None = None  # None: updates are reload sessions
-    never_replay: str | None = None  # why there will be none, whatever both ends agree on
-    unproven: dict[str, int] | None = None  # what was stored before the first replay, until one was compared
+    replay: Replay | None = None  # None: updates are sessions
+    no_replay: str | None = None  # why there will be none, whatever both ends agree on
     session: ReloadSession | None = None  # that `update_weight` has opened, until an update was complete
     last_seen: dict[str, int] | None = None  # what was stored when `check_weights_changed` was last asked
+    at_start: Reached | None = None  # what the model reached before anything was brought
 
     def __new__(cls, *args, **kwargs):
         """The first thing that happens in a worker, before there is a model."""
         patch_libraries()
         return super().__new__(cls)
 
-    @agreed
+    @collective
     def init_weight_update_group(
-        self,
-        master_address: str,
-        master_port: int,
-        rank_offset: int,
-        world_size: int,
-        backend=None,
-        timeout_s=60.0,
+        self, master_address, master_port, rank_offset, world_size, backend=None, timeout_s=60.0
     ) -> None:
         """Join the trainer's group as rank `rank_offset` + this worker's rank."""
-        self.buckets = self.replay = None
-        repair_zero_rows(self.get_model().parameters())  # of the first load
-        self.last_seen = self.last_seen or digests_of(self.get_model())
+        self.buckets = self.replay = self.weight_group = None
+        self.last_seen = self.last_seen or self._reached().digests(stored=True)
+        rank = rank_offset + self.rank
         self.weight_group = stateless_init_process_group(
-            master_address, master_port, rank_offset + self.rank, world_size, self.device, backend, timeout_s
+            master_address, master_port, rank, world_size, self.device, backend, timeout_s
         )
 
-    @agreed
-    def agree_on_weights(self, manifest: Manifest, bucket_bytes=BUCKET_BYTES) -> tuple[Manifest, str | None]:
-        """Get ready to receive these weights. Returns them in the dtypes in which they have to travel, and
-        why updates will be reload sessions (None: they will be replays).
+    def _reached(self) -> Reached:
+        """What the model reaches now, without KV caches, which are large and never from weights."""
+        return Reached(self.get_model(), self.model_runner.kv_caches)
 
-        Raises one ValueError with all that is wrong if names or shapes differ from the last complete set's.
-        """
+    def _open_session(self) -> ReloadSession:
+        """A new session; one that `update_weight` has left open ends."""
+        self._close_session()
+        self.at_start = self.at_start or self._reached()
+        return ReloadSession(self.get_model(), self.model_config, self.at_start, self._reached)
+
+    def _close_session(self) -> None:
+        if self.session is not None and self.session.is_open:
+            self.session.close()
+
+    @collective
+    def agree_on_weights(self, manifest: Manifest, bucket_bytes=BUCKET_BYTES) -> tuple[Manifest, str | None]:
+        """Get ready to receive these weights. Returns them in the dtypes in which they are to travel, and why
+        by sessions (None: by replays). Raises ValueError if they differ from the last complete set."""
         if self.manifest is not None:
             check_manifest(manifest, self.manifest)
         self.buckets = self.replay = None  # frees their memory for the new buckets
-        because, copies = self.never_replay, {}
-        if because is None:
-            try:
-                copies = record_copies(self.get_model(), manifest)
-            except CannotReplay as reason:
-                because = str(reason)
-        self.buckets = Buckets(wire_manifest(manifest, copies), bucket_bytes, self.weight_group, self.device)
-        if because is None:
-            because = self._bind_replay(copies)
-        return self.buckets.manifest, because
-
-    def _bind_replay(self, copies: dict[str, list[Copy]]) -> str | None:
-        """Replay into the engine's tensors where they are now; returns why not, if that cannot be."""
-        self.replay, self.unproven = None, digests_of(self.get_model())
+        because, copies = self.no_replay, {}
         try:
-            self.replay = Replay(self.get_model(), copies, self.buckets)
-            return None
+            copies = {} if because else record_copies(self._open_session(), manifest)
         except CannotReplay as reason:
-            return str(reason)
+            because = str(reason)
+        wire = wire_manifest(manifest, copies)
+        self.buckets = Buckets(wire, bucket_bytes, self.weight_group, self.device)
+        try:
+            self.replay = None if because else Replay(self.get_model(), copies, self.buckets)
+        except CannotReplay as reason:
+            because = str(reason)
+        return wire, because
 
-    @agreed
-    def receive_weights(self, by_session: bool = False) -> dict:
-        """Receive a complete set of weights as agreed on, by replay if there is one; blocks.
+    @collective
+    def give_up_replays(self, because: str) -> None:
+        """Updates are sessions from now on."""
+        self.no_replay, self.replay = because, None
 
-        Returns `path` ("replay" or "session") and `compare`, true of the first replay that has changed what
-        is stored: `sync_weights_to_quantized_engine` repeats that sync by a session and compares.
-        """
+    @collective
+    def receive_weights(self, by_session: bool = False) -> str:
+        """Receive a complete set of weights as agreed on; blocks. Returns the path, "replay" or "session"."""
         if self.buckets is None:
-            raise RuntimeError("no weights have been agreed on with this trainer: call agree_on_weights")
-        model = self.get_model()
+            raise RuntimeError(NOT_AGREED)
+        by_session = by_session or self.replay is None
         with to_the_end(self.buckets.receive()) as numbers:
-            if self.replay is not None and self.replay.addresses() != self.replay.bound_to:
-                logger.warning("the engine's tensors have moved; replays write to where they are now")
-                self._bind_replay(self.replay.copies)
-            if self.session is not None and self.session.is_open:
-                self.session.close()
-            replaying = self.replay is not None and not by_session
-            if replaying:
+            self._close_session()
+            if by_session:
+                with contextlib.closing(self._open_session()) as session:
+                    session.load(self.buckets.put_together(numbers))
+            else:
+                self.at_start.put_back()  # what others may have moved or made anew
                 for number in numbers:
                     self.replay(number)
-            else:
-                with contextlib.closing(ReloadSession(model, self.model_config)) as session:
-                    session.load(self.buckets.put_together(numbers))
         self.manifest, self.session = self.buckets.manifest, None
-        compare = replaying and self.unproven is not None and digests_of(model) != self.unproven
-        return {"path": "replay" if replaying else "session", "compare": compare}
+        return "session" if by_session else "replay"
 
-    @agreed
-    def settle_path(self, because_not: str | None = None) -> None:
-        """End the comparisons: replay from now on or, with a reason against it, never again."""
-        self.unproven = None
-        if because_not is not None:
-            self.never_replay, self.replay = because_not, None
-
-    @agreed
+    @collective
     def update_weight(self, name: str, dtype_name: str, shape: list[int]) -> None:
         """Receive one weight that rank 0 broadcasts now. The first call opens the update."""
         weight = torch.empty(tuple(shape), dtype=getattr(torch, dtype_name), device=self.device)
         broadcast(self.weight_group, weight, name)  # before any check: rank 0 is already sending
         if self.session is None or not self.session.is_open:
-            self.session = ReloadSession(self.get_model(), self.model_config)
+            self.session = self._open_session()
         try:
             self.session.load(iter([(name, weight)]))
         except Exception:
             self.session.close()
             raise
 
-    @agreed
+    @collective
     def check_weights_changed(self) -> bool:
-        """End the update that `update_weight` began, if any; has a stored byte changed since the last call?
-
-        The first time: since this worker joined a group. Raises ValueError if a parameter got no weight.
-        """
+        """End the update that `update_weight` began, if any; has a stored byte changed since the last call
+        (or since this worker joined a group)? Raises ValueError if the update was not complete."""
         if self.session is not None:
             if not self.session.is_open:
                 raise ValueError("an `update_weight` has failed: send all weights again")
+            missing = self.session.missing()
             self.session.close()
-            if stale := self.session.stale():
-                names = ", ".join(stale)
-                raise ValueError(f"{len(stale)} engine parameters got no weight and are stale: {names}")
+            if missing:
+                raise ValueError(f"{len(missing)} parameters got no weight and are stale: {some(missing)}")
             self.session = None
-        before, self.last_seen = self.last_seen, digests_of(self.get_model())
+        before, self.last_seen = self.last_seen, self._reached().digests(stored=True)
         return self.last_seen != before
 
-    @agreed
-    def stored_digests(self) -> dict[str, int]:
-        """A 64-bit digest of every tensor that this worker's model stores, by name."""
-        return digests_of(self.get_model())
+    @collective
+    def reached_digests(self) -> dict[str, int]:
+        """Of every tensor that this worker's model reaches, by name."""
+        return self._reached().digests()
 
-    @agreed
-    def zero_weights(self) -> None:
-        """Set every byte that comes from weights to zero, so that what the next sync forgets will show.
+    @collective
+    def zero_weights(self, which: str = "all") -> None:
+        """Set to zero what loading has written, so that what the next sync forgets will show: "stored", which
+        are parameters and buffers; or "all", also what hangs elsewhere, and which no replay makes again."""
+        reached, before = self._reached(), self.get_model().digests_before_loading
+        after = reached.digests()
+        for name, tensor in reached.tensors.items():
+            written = name in reached.parameters or after[name] != before.get(name)
+            if written and (name in reached.stored or which == "all" and tensor.is_floating_point()):
+                tensor.zero_()
 
-        These are all parameters; the buffers whose last name is that of a weight that travels; and those that
-        were not there before the first load, since vLLM has derived them.
-        """
-        from vllm.model_executor.model_loader.reload.meta import SKIP_LOAD_TENSORS
-
-        model, travels = self.get_model(), {name.rpartition(".")[2] for name, _, _ in self.buckets.manifest}
-        for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-            layer, leaf = owner(model, name)
-            constants = before_loading(layer)[1].keys() | SKIP_LOAD_TENSORS  # as cosines of rotary embeddings
-            if leaf in travels or leaf not in constants:
-                for part in plain_tensors(name, tensor).values():
-                    part.data.zero_()
-
-    @agreed
+    @collective
     def inspect_weights(self) -> dict:
-        """Account for every parameter; repairs zero rows of the first load.
-
-        Sizes in GiB of this shard: `weights_gib`, of which `fp8_gib` (scales included); `bf16_weights_gib`,
-        had all stayed BF16; `experts_gib` and `experts_fp8_gib`, those of routed experts. Counts of tensors:
-        `fp8_linear_layers`. And `not_fp8`, names and shapes of weights (not biases) by why they are not.
-        """
-        from vllm.model_executor.layers.fused_moe import RoutedExperts
-
-        model, not_fp8, layers = self.get_model(), {}, 0
-        names = ("weights_gib", "bf16_weights_gib", "fp8_gib", "experts_gib", "experts_fp8_gib")
-        gib = dict.fromkeys(names, 0.0)
-        repair_zero_rows(model.parameters())
+        """GiB of this shard: `weights_gib`, of them `fp8_gib` with scales; `bf16_weights_gib`, if all were
+        BF16. `fp8_linear_layers` counts tensors, `not_fp8` names and shapes of weights by kind of layer."""
+        model, layers, not_fp8 = self.get_model(), 0, {}
+        gib = dict.fromkeys(("weights_gib", "fp8_gib", "bf16_weights_gib"), 0.0)
         for name, weight in model.named_parameters():
-            layer, leaf = owner(model, name)
-            before, is_scale = before_loading(layer)[0].get(leaf, weight), "weight_scale" in leaf
-            parts = plain_tensors(name, weight).values()
-            loaded = 0 if is_scale else 2 * before.numel()
-            stored = sum(part.nbytes for part in parts)
-            of_expert = isinstance(layer, RoutedExperts)
-            in_fp8 = is_scale or any(part.dtype == torch.float8_e4m3fn for part in parts)
-            gib["weights_gib"] += stored / 2**30
-            gib["bf16_weights_gib"] += loaded / 2**30
-            if of_expert:
-                gib["experts_gib"] += stored / 2**30
-            if in_fp8:
-                gib["fp8_gib"] += stored / 2**30
-                if of_expert:
-                    gib["experts_fp8_gib"] += stored / 2**30
-                elif not is_scale:
+            path, _, leaf = name.rpartition(".")
+            layer = model.get_submodule(path)
+            is_scale, parts = "weight_scale" in leaf, [weight]
+            if is_traceable_wrapper_subclass(weight):  # torchao's
+                parts = [getattr(weight, part) for part in weight.__tensor_flatten__()[0]]
+            loaded = layerwise.get_layerwise_info(layer).restore_metadata[0].get(leaf, weight)
+            size = sum(part.nbytes for part in parts) / 2**30
+            gib["weights_gib"] += size
+            if not is_scale:
+                gib["bf16_weights_gib"] += 2 * loaded.numel() / 2**30
+            if is_scale or any(part.dtype == torch.float8_e4m3fn for part in parts):
+                gib["fp8_gib"] += size
+                if leaf == "weight":  # experts have others
                     layers += 1
-            elif before.ndim > 1 and "bias" not in leaf:
-                not_fp8.setdefault(why_not_fp8(layer, before.shape), []).append(
-                    f"{name} {list(before.shape)}"
-                )
+            elif loaded.ndim > 1 and "bias" not in leaf:
+                not_fp8.setdefault(type(layer).__name__, []).append(f"{name} {list(loaded.shape)}")
         return {"rank": self.rank, "fp8_linear_layers": layers, "not_fp8": not_fp8, **gib}
-
-
-def why_not_fp8(layer: torch.nn.Module, shape: torch.Size) -> str:
-    """In a few words, for a weight that an FP8 engine stores otherwise."""
-    from vllm.model_executor.layers.fused_moe import RoutedExperts
-    from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
-
-    if isinstance(layer, RoutedExperts):
-        return "routed experts"
-    if isinstance(layer, (VocabParallelEmbedding, torch.nn.Embedding)):
-        return "embeddings and heads"
-    return "sizes that are no multiples of 16" if any(n % 16 for n in shape) else "not in the scheme"
 
 
 def check_manifest(manifest: Manifest, expected: Manifest) -> None:
     """Raise one ValueError that lists every missing, unexpected, duplicate or misshapen weight."""
-    found = {name: list(shape) for name, _, shape in manifest}
-    known = {name: list(shape) for name, _, shape in expected}
+    found, known = ({name: list(shape) for name, _, shape in each} for each in (manifest, expected))
     counts = Counter(name for name, _, _ in manifest)
     problems = [f"duplicate: {name}" for name, count in counts.items() if count > 1]
     problems += [f"unexpected: {name} {shape}" for name, shape in found.items() if name not in known]
@@ -695,28 +791,255 @@ def check_manifest(manifest: Manifest, expected: Manifest) -> None:
         if known.get(name, shape) != shape:
             problems.append(f"misshapen: {name} is {shape}, the engine's model has {known[name]}")
     if problems:
-        raise ValueError(
-            f"{len(problems)} weights do not fit the engine's model; send a model of the architecture and "
-            "shapes that the engine was started with:\n  " + "\n  ".join(problems)
-        )
+        what = f"{len(problems)} weights do not fit the engine's model; send one of the same architecture and"
+        raise ValueError("\n  ".join([f"{what} shapes as the engine was started with:", *problems]))
 
 
-def owner(model: torch.nn.Module, name: str) -> tuple[torch.nn.Module, str]:
-    """The layer that has a tensor, and the tensor's name there."""
-    path, _, leaf = name.rpartition(".")
-    return model.get_submodule(path), leaf
+# ----- 3. The session, and all that a model reaches ---------------------------------------------------------
+class ReloadSession:
+    """vLLM's own way to load a whole new set of weights into a running model: open, `load` each once, close.
+
+    Then all is where it was `at_start`, also what vLLM makes anew, such as kernels with tables of scales.
+    Close one that failed, too: the model holds no valid weights then, but can be reloaded.
+    """
+
+    def __init__(self, model: torch.nn.Module, model_config, at_start: Reached, look):
+        self.model, self.model_config, self.at_start, self.look = model, model_config, at_start, look
+        self.parameters = [name for name, _ in model.named_parameters()]  # a tied one by its first name
+        self.came, self.loaded, self.is_open = set(), set(), True
+        layerwise.initialize_layerwise_reload(model)
+
+    def load(self, weights: NamedTensors) -> None:
+        """Give checkpoint tensors (full shapes, any dtype) to vLLM's loaders; an error names the weight."""
+        at = "the first weight"
+
+        def watched() -> NamedTensors:
+            nonlocal at
+            for name, weight in weights:
+                at = f"{name} {list(weight.shape)}"
+                if name in self.came:
+                    raise ValueError("it came twice in one update")
+                self.came.add(name)
+                yield name, weight
+
+        try:
+            self.loaded |= self.model.load_weights(watched()) or set()
+        except (ConnectionError, TimeoutError):  # the wire, not the loader
+            raise
+        except Exception as error:
+            raise RuntimeError(f"vLLM's loader failed at {at}: {type(error).__name__}: {error}") from error
+
+    def missing(self) -> list[str]:
+        """Parameters that got no weight, or not all of their parts, by vLLM's account. Ask before `close`."""
+        found, came = [], {tuple(name.split(".")[-5:]) for name in self.came}  # prefixes may differ
+        packed = getattr(self.model, "packed_modules_mapping", {})
+        for name in self.parameters:
+            path, _, leaf = name.rpartition(".")
+            layer = self.model.get_submodule(path)
+            info = layerwise.get_layerwise_info(layer)
+            if leaf not in layer._parameters or not info.can_load():  # vLLM makes it; its layer is complete
+                continue
+            calls = [call.arguments.values() for tensor, call in info.loaded_weights if tensor == leaf]
+            # A part has its name or number; what comes whole may fill less than all, the rest is padding.
+            in_parts = any(type(value) in (str, int, tuple) for arguments in calls for value in arguments)
+            path, _, fused = path.rpartition(".")
+            parts = [f"{path}.{part}.{leaf}" for part in packed.get(fused, [])]
+            lacks = [part for part in parts if tuple(part.split(".")[-5:]) not in came]
+            if not calls and name not in self.loaded:
+                found.append(name)
+            elif in_parts and info.load_numel < info.load_numel_total and (lacks or not parts):
+                found.append(f"{name} (without {some(lacks) or 'all of its parts'})")
+        return found
+
+    def close(self, with_values: bool = True) -> None:
+        """Let vLLM finish what it has; then everything takes its place again."""
+        self.is_open, now = False, None
+        layerwise.logger.setLevel(logging.ERROR)  # it warns of layers without weights, such as tied heads
+        try:
+            layerwise.finalize_layerwise_reload(self.model, self.model_config)
+            now = self.look() if with_values else None
+        finally:
+            for layer in self.model.modules():
+                layerwise.get_layerwise_info(layer).reset()
+            self.at_start.put_back(now)
 
 
-def before_loading(layer: torch.nn.Module) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """A layer's parameters and buffers as vLLM's loaders expect them: unquantized, on the meta device."""
-    from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
+class Reached:
+    """All tensors that a model reaches, by name, and the places by which it does.
 
-    return get_layerwise_info(layer).restore_metadata
+    A module reaches its parameters and buffers and, by its other attributes, objects (quant methods, kernels,
+    their configs, closures, lists) that have tensors of their own: scales, strides, copies in another form.
+    Left out are objects of FOREIGN packages, and the tensors `without`.
+    """
+
+    FOREIGN = ("torch.", "transformers.", "vllm.config", "vllm.compilation", "vllm.distributed")
+
+    def __init__(self, model: torch.nn.Module, without: object = ()):
+        self.tensors: dict[str, Tensor] = {}  # others, which keep the memory
+        self.places: list[tuple] = []  # holder, key, a tensor or what leads to one, the tensor's memory
+        self._without = {storage(tensor) for tensor in tree_leaves(without)}
+        self._memory: dict[int, Tensor] = {}  # by the id of a tensor
+        modules = list(model.named_modules())
+        self._seen = {id(module): (module, False) for _, module in modules}  # and: does it lead to a tensor?
+        names = []  # of parameters; and of buffers; and of all
+        for content in ("_parameters", "_buffers", "__dict__"):
+            for name, module in modules:
+                self._visit(name, getattr(module, content))
+            names.append(set(self.tensors))
+        self.parameters, self.stored, _ = names
+        del self._seen
+
+    def _visit(self, name: str, value: object) -> bool:
+        """Note what is behind a value; does it lead to a tensor?"""
+        if id(value) in self._seen:
+            return self._seen[id(value)][1]
+        self._seen[id(value)] = value, False  # until it is known; and nothing else gets this id
+        leads = isinstance(value, Tensor) and not is_traceable_wrapper_subclass(value)  # torchao's: its parts
+        if leads:
+            if value.is_meta or isinstance(value, FakeTensor) or storage(value) in self._without:
+                return False
+            self.tensors[name] = self._memory[id(value)] = value.data
+        holder = inside(value)
+        for key, held in list(holder.items() if isinstance(holder, dict) else enumerate(holder)):
+            if self._visit(f"{name}.{key}".lstrip("."), held):
+                self.places.append((holder, key, held, self._memory.get(id(held))))
+                leads = True
+        self._seen[id(value)] = value, leads
+        return leads
+
+    def digests(self, stored: bool = False) -> dict[str, int]:
+        """A 64-bit digest of every tensor, or of parameters and buffers alone, by name."""
+        names = [name for name in self.tensors if name in self.stored or not stored]
+        found = [digest(self.tensors[name]) for name in names]
+        return dict(zip(names, torch.stack([one.to(found[0].device) for one in found]).tolist()))
+
+    @torch.no_grad()
+    def put_back(self, now: Reached | None = None) -> None:
+        """All takes its place again, with the values that there are `now` or, if that is None, with its own.
+        Raises RuntimeError if something is missing now, or has another form."""
+        lost = []
+        for name, memory in self.tensors.items() if now else ():
+            new = now.tensors.get(name)
+            if new is None or (new.shape, new.dtype) != (memory.shape, memory.dtype):
+                lost.append(name)
+            elif new.data_ptr() != memory.data_ptr():
+                memory.copy_(new)
+        for holder, key, value, memory in self.places:
+            holder[key] = value
+            if memory is not None and value.data_ptr() != memory.data_ptr():
+                value.data = memory
+        if lost:
+            raise RuntimeError(f"a reload leaves no {some(lost)}, or in another form than at the start")
 
 
-# ----- 4. The buckets: both ends make the same plan from the same manifest --------------------------------
+def inside(value: object) -> dict | list:
+    """What an object holds, in the very dictionary or list that it has for it, if it has one."""
+    if isinstance(value, (dict, list, tuple)):
+        return list(value) if isinstance(value, tuple) else value
+    if isinstance(value, types.MethodType):
+        return [value.__self__]
+    if isinstance(value, functools.partial):
+        return [value.func, value.args, value.keywords]
+    if isinstance(value, types.FunctionType):
+        return [cell.cell_contents for cell in value.__closure__ or () if cell != types.CellType()]
+    foreign = type(value).__module__.startswith(Reached.FOREIGN) and not isinstance(value, Tensor)
+    is_code = isinstance(value, (type, types.ModuleType))
+    return {} if foreign or is_code or not hasattr(value, "__dict__") else vars(value)
 
 
+# ----- 4. The group: rank 0 is the trainer, ranks 1..TP are the engine's workers ----------------------------
+class GlooGroup:
+    """Broadcasts over TCP, for CPU tensors and, through host memory, for CUDA tensors."""
+
+    def __init__(self, store: dist.Store, rank: int, world_size: int, address: str, timeout_s: float):
+        self.rank, self.timeout_s = rank, timeout_s
+        options = dist.ProcessGroupGloo._Options()
+        options._devices = [dist.ProcessGroupGloo.create_device(hostname=address)]
+        options._timeout = timedelta(seconds=timeout_s)
+        self.gloo = dist.ProcessGroupGloo(dist.PrefixStore("weights", store), rank, world_size, options)
+
+    def broadcast(self, tensor: Tensor, src: int, stream: object = None) -> None:
+        """Send `tensor` (contiguous, any dtype) from rank `src` to that of every other rank; blocks."""
+        data = tensor.detach().view(-1).view(torch.uint8)
+        host = data.cpu()  # `data` itself if that is on the CPU
+        self.gloo.broadcast(host, src).wait()
+        data.copy_(host)
+
+
+def listen(address: str, port: int = 0) -> socket.socket:
+    """A listening socket on an IPv4 or IPv6 address or host name; port 0 takes a free one."""
+    family = socket.getaddrinfo(address, port, type=socket.SOCK_STREAM)[0][0]
+    return socket.create_server((address, port), family=family)
+
+
+def stateless_init_process_group(
+    master_address, master_port, rank, world_size, device, backend=None, timeout_s=60.0, listen_socket=None
+):
+    """Join the weight-update group and return an object with `broadcast(tensor, src, stream=None)`.
+
+    It leaves torch.distributed's default group alone. Every rank must call it; rank 0 serves the rendezvous,
+    on `master_address` (IPv4, IPv6, name) alone, by `listen_socket` if it has one. Nothing is unpickled.
+
+    `device` is where this rank's tensors live. `backend` is "nccl" or, if any rank is on a CPU, "gloo"; by
+    default as `device` is. `timeout_s` is for the other ranks to come, and (in `Buckets`) for each broadcast.
+    Raises TimeoutError (which ranks did not come), OSError (the port is taken), RuntimeError (no NCCL).
+    """
+    device, timeout = torch.device(device), timedelta(seconds=timeout_s)
+    if device.type == "cuda" and device.index is None:
+        device = torch.device("cuda", torch.cuda.current_device())  # NCCL wants to know which
+    where, options = f"{master_address}:{master_port}", {"wait_for_workers": False, "use_libuv": False}
+    if rank == 0:
+        options["master_listen_fd"] = (listen_socket or listen(master_address, master_port)).detach()
+    try:
+        store = dist.TCPStore(master_address, master_port, None, rank == 0, timeout, **options)
+    except dist.DistNetworkError as error:
+        raise TimeoutError(f"rank {rank} found no rank 0 at {where} in {timeout_s:g} s") from error
+    store.set(f"joined/{rank}", "")
+    try:
+        store.wait([f"joined/{other}" for other in range(world_size)], timeout)
+    except dist.DistStoreError as error:
+        missing = [other for other in range(world_size) if not store.check([f"joined/{other}"])]
+        waited = f"rank {rank} waited {timeout_s:g} s at {where} in vain for ranks {missing}"
+        raise TimeoutError(waited) from error
+    if (backend or ("nccl" if device.type == "cuda" else "gloo")) == "gloo":
+        with socket.create_connection((master_address, master_port), timeout_s) as probe:
+            own_address = probe.getsockname()[0]  # the address by which this rank reaches rank 0
+        return GlooGroup(store, rank, world_size, own_address, timeout_s)
+    if rank == 0:
+        store.set("nccl_id", bytes(NCCLLibrary().ncclGetUniqueId().internal))
+    with unpinned_nccl_env():  # the settings that vLLM pins for its workers are not the trainer's
+        group = PyNcclCommunicator.from_unique_id_bytes(store.get("nccl_id"), rank, world_size, device)
+    if group.disabled:
+        why = "NCCL is disabled in vLLM (is VLLM_DISABLE_PYNCCL set?), weights cannot flow"
+        raise RuntimeError(f"rank {rank}: {why}")
+    group.store, group.timeout_s = store, timeout_s  # the other ranks may still be reading the store
+    return group
+
+
+def broadcast(group, tensor: Tensor, what: str, stream=None) -> None:
+    """Broadcast from rank 0; an error of gloo's, which waits here, says where it happened."""
+    if group is None:
+        raise RuntimeError(f"{what}: this rank has joined no group; call join_group first")
+    at = f"rank {group.rank}, {what}"
+    if getattr(group, "disabled", False):  # vLLM's communicator would do nothing, silently
+        raise ConnectionError(f"{at}: this group was given up after an error; join a new one")
+    try:
+        group.broadcast(tensor, src=0, stream=stream)
+    except RuntimeError as error:
+        raise ConnectionError(f"{at}: {error}") from error
+
+
+def wait_on_host(event, group, what: str) -> None:
+    """Until a broadcast has ended; aborts and raises TimeoutError, where NCCL would wait for ever."""
+    deadline = time.monotonic() + group.timeout_s
+    while not event.query():
+        if time.monotonic() > deadline:
+            group.destroy()  # NCCL's kernels would keep the GPU busy for ever
+            raise TimeoutError(f"rank {group.rank}, {what}: no progress for {group.timeout_s:g} s")
+        time.sleep(1e-4)
+
+
+# ----- 5. The buckets: both ends make the same plan from the same manifest ----------------------------------
 class Piece(NamedTuple):
     """Rows `row` to `end` of one weight in a bucket, and where they are (offset and size in bytes)."""
 
@@ -738,10 +1061,8 @@ def plan_buckets(manifest: Manifest, bucket_bytes: int = BUCKET_BYTES) -> list[t
     """Split a manifest into (size in bytes, pieces), filling each bucket; weights may be cut between rows.
 
     >>> plan = plan_buckets([["a", "bfloat16", [3]], ["b", "bfloat16", [5, 16]]], 128)
-    >>> [(piece.name, piece.row, piece.end, piece.offset) for piece in plan[0][1]]
-    [('a', 0, 3, 0), ('b', 0, 3, 16)]
-    >>> [(piece.name, piece.row, piece.end, piece.offset) for piece in plan[1][1]]
-    [('b', 3, 5, 0)]
+    >>> [[(piece.name, piece.row, piece.end, piece.offset) for piece in pieces] for _, pieces in plan]
+    [[('a', 0, 3, 0), ('b', 0, 3, 16)], [('b', 3, 5, 0)]]
     """
     buckets: list[tuple[int, list[Piece]]] = []
     for name, dtype_name, shape in manifest:
@@ -758,18 +1079,11 @@ def plan_buckets(manifest: Manifest, bucket_bytes: int = BUCKET_BYTES) -> list[t
     return buckets
 
 
-class Bucket(NamedTuple):
-    """Bytes (uint8), and the pieces in them, each with a view of its own."""
-
-    memory: Tensor
-    pieces: list[tuple[Piece, Tensor]]
-
-
 class Buckets:
     """Fixed memory for weights on their way: two buckets in turn; one travels while the other is worked on.
 
-    Both ends work on buckets in the current stream and broadcast in a stream of their own (on the CPU both
-    are nothing); the host waits for nothing until the end.
+    Both ends work on buckets in the current stream and broadcast in one of their own (on the CPU both are
+    nothing); the host waits for nothing until the end.
     """
 
     def __init__(self, manifest: Manifest, bucket_bytes: int, group, device: torch.device):
@@ -777,26 +1091,23 @@ class Buckets:
         plan = plan_buckets(manifest, bucket_bytes)
         largest = max(size for size, _ in plan)
         two = [torch.empty(largest, dtype=torch.uint8, device=device) for _ in plan[:2]]
-        self.buckets: list[Bucket] = []
+        self.buckets: list[tuple[Tensor, list[tuple[Piece, Tensor]]]] = []  # bytes; pieces, and views of them
+        self.names = []  # for messages
         for number, (size, pieces) in enumerate(plan):
             memory = two[number % 2][:size]
-            self.buckets.append(Bucket(memory, [(piece, piece.view(memory)) for piece in pieces]))
+            self.buckets.append((memory, [(piece, piece.view(memory)) for piece in pieces]))
+            ends = f"{pieces[0].name} .. {pieces[-1].name}"
+            self.names.append(f"bucket {number + 1} of {len(plan)} ({ends})")
+        self.names.append("the digests")
+        self.nbytes = sum(piece.nbytes for _, pieces in plan for piece in pieces)
         self.digests = torch.zeros(len(plan), dtype=torch.int64, device=device)
         self.streams = torch.get_device_module(device)
         self.wire = self.streams.Stream(priority=-1)
         self.events = []  # of the broadcasts of a sync: every bucket's, then that of the digests
 
-    def names(self, number: int) -> str:
-        """For messages: the bucket's number, its first and last weight."""
-        if number == len(self.buckets):
-            return "the digests"
-        pieces = self.buckets[number].pieces
-        first, last = pieces[0][0].name, pieces[-1][0].name
-        return f"bucket {number + 1} of {len(self.buckets)} ({first} .. {last})"
-
     def start(self, tensor: Tensor) -> None:
         """Broadcast the next bucket, or at last the digests, after all that the current stream has to do."""
-        what, event = self.names(len(self.events)), self.streams.Event()
+        what, event = self.names[len(self.events)], self.streams.Event()
         self.events.append(event)
         self.wire.wait_stream(self.streams.current_stream())
         with self.streams.stream(self.wire):
@@ -805,16 +1116,20 @@ class Buckets:
 
     def finish(self, number: int) -> None:
         """Wait until a broadcast has ended."""
-        wait_on_host(self.events[number], self.group, self.names(number))
+        wait_on_host(self.events[number], self.group, self.names[number])
 
-    def send(self, weights: NamedTensors) -> None:
-        """Rank 0: fill each bucket, cast to its dtypes, and broadcast it; digests come last."""
+    def send(self, weights: NamedTensors, others: bool = False) -> None:
+        """Rank 0: fill each bucket, cast to its dtypes, and broadcast it; digests come last.
+
+        Others are made in the buckets, w + roll(w, 1) / 16 + 2^-10 of each piece w of floating-point numbers:
+        bytes and scales of all FP8 rows change, zeros too, and a model stays sane.
+        """
         self.events, weight = [], None
         for number, (memory, pieces) in enumerate(self.buckets):
             if number > 1:
                 self.events[number - 2].wait()  # it had the same memory
             if number > 0:  # now, so that packing does not take the GPU just when the next broadcast starts
-                self.digests[number - 1] = digest(self.buckets[number - 1].memory)
+                self.digests[number - 1] = digest(self.buckets[number - 1][0])
             sources = []
             for piece, view in pieces:
                 if piece.row == 0:
@@ -825,6 +1140,9 @@ class Buckets:
                         raise ValueError(f"found {found}, expected {expected}: {why}")
                 sources.append(weight if view.shape == weight.shape else weight[piece.row : piece.end])
             torch._foreach_copy_([view for _, view in pieces], sources)
+            for _, view in pieces if others else ():
+                if view.is_floating_point():
+                    view.add_(view.roll(1).div_(16).add_(2**-10))
             self.start(memory)
         self.digests[-1] = digest(memory)
         self.start(self.digests)
@@ -832,11 +1150,8 @@ class Buckets:
             self.finish(number)
 
     def receive(self) -> Iterator[int]:
-        """Ranks 1..TP: yield the number of each bucket that has come in, then compare digests.
-
-        Run it to the end, even after an error: the sender sends all buckets, then the digests.
-        Raises ConnectionError if a bucket differs from what was sent; it names its first and last weight.
-        """
+        """Ranks 1..TP: yield the number of each bucket that has come in; to the end, even after an error.
+        Raises ConnectionError if a bucket is not what was sent, with its first and last weight."""
         self.events, sent = [], torch.empty_like(self.digests)
         coming = [*(memory for memory, _ in self.buckets), sent]
         self.start(coming[0])
@@ -849,7 +1164,7 @@ class Buckets:
             self.finish(number)
         if wrong := (sent != self.digests).nonzero().flatten().tolist():
             count = f"{len(wrong)} of {len(self.buckets)} buckets"
-            names = ", ".join(map(self.names, wrong))
+            names = ", ".join(self.names[number] for number in wrong)
             raise ConnectionError(f"{count} came in with other bytes than were sent: {names}")
 
     def put_together(self, numbers: Iterator[int]) -> NamedTensors:
@@ -857,7 +1172,7 @@ class Buckets:
         whole = None
         for number in numbers:
             self.finish(number)  # vLLM's loaders make the host wait in any case
-            for piece, view in self.buckets[number].pieces:
+            for piece, view in self.buckets[number][1]:
                 if piece.row == 0:
                     whole = torch.empty(piece.full_shape, dtype=piece.dtype, device=view.device)
                 (whole if view.shape == whole.shape else whole[piece.row : piece.end]).copy_(view)
@@ -865,99 +1180,53 @@ class Buckets:
                     yield piece.name, whole
 
 
-# ----- 5. The replay: what a session would copy, learned once, done again without vLLM's loaders ----------
-
-
+# ----- 6. The replay: what a session would copy, done again without vLLM's loaders --------------------------
 class CannotReplay(Exception):
-    """Why vLLM's loading of this model cannot be written down as copies. A reload session is used instead."""
+    """Why vLLM's loading of this model cannot be written down as copies. Sessions are used instead."""
 
 
 class Copy(NamedTuple):
-    """From a view of a received weight to one of an engine's tensor, of the same sizes; all on meta."""
+    """From a view of a received weight to one of an engine's tensor, of the same sizes."""
 
-    source: Tensor
+    source: Tensor  # on meta
     target: Tensor
     tensor: str
     loaded: Tensor  # what `target` is a view of: the tensor as vLLM's loaders see it, unquantized
 
 
-@contextlib.contextmanager
-def as_loaders_see_it(model: torch.nn.Module) -> Iterator[None]:
-    """Exchange every tensor of a vLLM model for the one that its loaders expect, on the meta device.
-
-    The live tensors are put aside and put back as they were, whatever the loaders have done meanwhile.
-    """
-    from vllm.model_executor.model_loader.reload.layerwise import _get_original_loader
-    from vllm.model_executor.model_loader.reload.meta import SKIP_TENSORS, to_meta_tensor
-    from vllm.model_executor.model_loader.reload.sanitize import restore_layer_refs
-
-    def on_meta(name: str, tensor: Tensor | None, layer: torch.nn.Module) -> Tensor | None:
-        """The tensor without memory, with the loader that it had at first."""
-        if tensor is None:  # a bias that a layer does not have
-            return None
-        tensor = restore_layer_refs(to_meta_tensor(tensor), layer)
-        if hasattr(tensor, "weight_loader"):
-            tensor.weight_loader = _get_original_loader(tensor)
-        return tensor
-
-    kept = [(layer, vars(layer).copy()) for layer in model.modules()]
-    try:
-        for layer, live in kept:
-            for kind, seen in zip(("_parameters", "_buffers"), before_loading(layer)):
-                others = {name: t for name, t in live[kind].items() if t is None or name in SKIP_TENSORS}
-                vars(layer)[kind] = {name: on_meta(name, t, layer) for name, t in (others | seen).items()}
-        model._do_torchao_reload = False  # or `load_weights` would open a session by itself
-        yield
-    finally:
-        for layer, live in kept:
-            vars(layer).clear()
-            vars(layer).update(live)
-
-
-class CopyRecorder(TorchFunctionMode):
-    """While active, no `copy_` is done; `copies` gets (target, source) instead."""
-
-    def __init__(self):
-        super().__init__()
-        self.copies: list[tuple[Tensor, Tensor]] = []
-
-    def __torch_function__(self, function, types, args=(), kwargs=None):
-        if function is not Tensor.copy_:
-            return function(*args, **kwargs or {})
-        self.copies.append(args[:2])
-        return args[0]
-
-
-def record_copies(model: torch.nn.Module, manifest: Manifest) -> dict[str, list[Copy]]:
-    """What a reload session would copy of each weight, learned from weights without memory.
-
-    The model stays as it is. Raises CannotReplay, with the reason, if the loaders do more than copy.
-    """
+def record_copies(session: ReloadSession, manifest: Manifest) -> dict[str, list[Copy]]:
+    """What a session would copy of each weight, learned in this one from weights without memory. It ends, and
+    the model is as it was. Raises CannotReplay, with the reason, if the loaders do more than copy."""
     weights = {}
     for name, dtype, shape in manifest:
         weights[name] = torch.empty(shape, dtype=getattr(torch, dtype), device="meta")
-    with as_loaders_see_it(model):
-        tensors = named_tensors(model)
-        try:
-            with CopyRecorder() as recorder:
-                model.load_weights(iter(weights.items()))
-        except Exception as error:  # of any kind: they are vLLM's loaders for hundreds of models
-            why = f"{type(error).__name__}: {error}"
-            raise CannotReplay(f"vLLM's loaders want to see the weights: {why}") from error
-        tensors |= named_tensors(model)  # loaders may register more
+    tensors, recorded = named_tensors(session.model), []
+    live = [(tensor, tensor.clone()) for tensor in tensors.values() if not tensor.is_meta]  # biases stay so
+    try:
+        with Instead(Tensor.copy_, lambda target, source, *_: recorded.append((target, source)) or target):
+            session.model.load_weights(iter(weights.items()))
+        tensors |= named_tensors(session.model)  # loaders may register more
+    except Exception as error:  # of any kind: they are vLLM's loaders for hundreds of models
+        why = f"{type(error).__name__}: {error}"
+        raise CannotReplay(f"vLLM's loaders want to see the weights: {why}") from error
+    finally:
+        for layer in session.model.modules():
+            layerwise.get_layerwise_info(layer).load_numel = 0  # as if nothing had come
+        session.close(with_values=False)
+        for tensor, values in live:
+            tensor.data.copy_(values)
 
     weight_at = {storage(weight): name for name, weight in weights.items()}
     tensor_at = {storage(tensor): name for name, tensor in tensors.items()}
     copies: dict[str, list[Copy]] = {}
-    for target, source in recorder.copies:
+    for target, source in recorded:
         weight, tensor = weight_at.get(storage(source)), tensor_at.get(storage(target))
         if weight and tensor:
             copy = Copy(source.expand(target.shape), target, tensor, tensors[tensor])
             copies.setdefault(weight, []).append(copy)
-        elif weight:
-            raise CannotReplay(f"vLLM's loaders do more with {weight} than copy it into the model")
-        elif tensor:
-            raise CannotReplay(f"what vLLM's loaders copy into {tensor} is computed, not a weight as it came")
+        elif weight or tensor:
+            what = f"from {weight or 'what they have computed'} into {tensor or 'what is not the model'}"
+            raise CannotReplay(f"vLLM's loaders do more than copy weights: they copy {what}")
     return copies
 
 
@@ -971,68 +1240,28 @@ def wire_manifest(manifest: Manifest, copies: dict[str, list[Copy]]) -> Manifest
     """Each weight in the dtype that it is copied into, if that is one and no wider; else as it is."""
     result = []
     for name, own, shape in manifest:
-        wanted = {copy.target.dtype for copy in copies.get(name, [])}
-        narrower = [dtype for dtype in wanted if dtype.itemsize <= getattr(torch, own).itemsize]
-        result.append([name, dtype_name(narrower[0]) if len(wanted) == len(narrower) == 1 else own, shape])
+        wanted = {str(copy.target.dtype).removeprefix("torch.") for copy in copies.get(name, [])}
+        fits = len(wanted) == 1 and getattr(torch, *wanted).itemsize <= getattr(torch, own).itemsize
+        result.append([name, wanted.pop() if fits else own, shape])
     return result
 
 
-class Stored(NamedTuple):
-    """How a tensor is stored in FP8 row by row, whatever its shape: (rows, columns) and (rows, 1)."""
-
-    qdata: Tensor
-    scale: Tensor
-    by_vllm: bool  # by vLLM's rule and not torchao's: see `Rows`
-
-
-def stored_by_rows(live: dict[str, Tensor], name: str, loaded: Tensor) -> Stored | None:
-    """By torchao's PerRow, or vLLM's `fp8_per_channel` (linear layers transposed, experts as they are)."""
-    tensor, by_vllm = live[name], not isinstance(live[name], Float8Tensor)
-    qdata, scale = (tensor, live.get(f"{name}_scale")) if by_vllm else (tensor.qdata, tensor.scale)
-    if scale is None or qdata.dtype != torch.float8_e4m3fn:
-        return None
-    qdata = (qdata if qdata.is_contiguous() else qdata.mT).detach()
-    shapes = qdata.shape, scale.shape
-    if shapes != (loaded.shape, (*loaded.shape[:-1], 1)):
-        return None
-    if not (qdata.is_contiguous() and scale.is_contiguous()):
-        return None
-    return Stored(qdata.flatten(0, -2), scale.detach().flatten(0, -2), by_vllm)
-
-
 class Replay:
-    """A session's copies without vLLM's loaders: rows are quantized straight into the live tensors.
-
-    Raises:
-        CannotReplay: a tensor is stored in another form than rows in FP8, or than it was loaded in.
-    """
+    """A session's copies without vLLM's loaders: rows are quantized straight into the live tensors. Raises
+    CannotReplay if a tensor is stored in another form than rows in FP8, or than it was loaded in."""
 
     def __init__(self, model: torch.nn.Module, copies: dict[str, list[Copy]], buckets: Buckets):
-        self.copies = copies
-        live, stored = named_tensors(model), {}
-        for copy in itertools.chain(*copies.values()):
-            name, loaded = copy.tensor, copy.loaded
-            if name not in live:
-                raise CannotReplay(f"vLLM has no {name} any more")
-            stored[name] = stored_by_rows(live, name, loaded)
-            plain = not is_traceable_wrapper_subclass(live[name])
-            same = (live[name].shape, live[name].dtype) == (loaded.shape, loaded.dtype)
-            if stored[name] is None and not (plain and same):
-                why = "neither as it loads it nor in FP8 by rows (the CPU packs, other schemes have blocks)"
-                raise CannotReplay(f"vLLM stores {name} {why}")
-        scales = [f"{name}_scale" for name, rows in stored.items() if rows and rows.by_vllm]
-        self.places = [owner(model, name) for name in sorted([*stored, *scales])]
-        self.bound_to = self.addresses()
+        live = named_tensors(model)
         self.on_gpu = buckets.digests.is_cuda
         self.graphs: dict[int, torch.cuda.CUDAGraph] = {}  # by bucket
         self.capturing = buckets.streams.Stream()
         self.steps = []  # for each bucket: what to quantize, and arguments of _foreach_copy_
         for _, pieces in buckets.buckets:
-            rows, plain = [], []
+            rows, plain = {}, []
             for piece, view in pieces:
                 for copy in copies.get(piece.name, []):
-                    bind(copy, piece, view, stored[copy.tensor] or live[copy.tensor], rows, plain)
-            self.steps.append((batches(rows), tuple(zip(*plain))))
+                    bind(copy, piece, view, live, rows, plain)
+            self.steps.append(([Rows(*item) for item in rows.items()], tuple(zip(*plain))))
 
     def __call__(self, number: int) -> None:
         """Bucket `number` is in its memory. Done once as written, then as a CUDA graph."""
@@ -1050,106 +1279,84 @@ class Replay:
 
     def _quantize_and_copy(self, number: int) -> None:
         to_quantize, to_copy = self.steps[number]
-        for batch in to_quantize:
-            quantize_rows(batch)
+        for rows in to_quantize:
+            rows.quantize()
         if to_copy:
             torch._foreach_copy_(*to_copy)
 
-    def addresses(self) -> list[tuple[int, ...]]:
-        """Where the tensors are now that are written to."""
-        tensors = (plain_tensors(leaf, getattr(layer, leaf)) for layer, leaf in self.places)
-        return [tuple(part.data_ptr() for part in parts.values()) for parts in tensors]
 
-
-def bind(
-    copy: Copy, piece: Piece, view: Tensor, stored: Stored | Tensor, rows: list[Rows], plain: list
-) -> None:
-    """Append what of a copy lies in a piece, as views of bucket and live tensor, to what a replay does.
-
-    That is `Rows` to `rows`, or (target, source) to `plain`.
-    """
+def bind(copy: Copy, piece: Piece, view: Tensor, live: dict[str, Tensor], rows: dict, plain: list) -> None:
+    """Add what a replay does with the part of a copy in a piece, as views of bucket and live tensor: to
+    `rows`, by kind (see `Rows`), or (target, source) to `plain`. Raises CannotReplay, with the reason."""
     source, target, width = copy.source, copy.target, math.prod(piece.full_shape[1:])
     if piece.end - piece.row < (piece.full_shape or [1])[0]:  # cut between buckets
-        first = source.storage_offset() // width
-        along = [d for d in range(source.ndim) if source.shape[d] > 1 and source.stride(d) % width == 0]
-        within = sum((source.shape[d] - 1) * source.stride(d) for d in range(source.ndim) if d not in along)
-        if len(along) > 1 or 0 in source.stride() or source.storage_offset() % width + within >= width:
+        first, within = divmod(source.storage_offset(), width)
+        across = [d for d in range(source.ndim) if source.shape[d] > 1 and source.stride(d) % width == 0]
+        within += sum((source.shape[d] - 1) * source.stride(d) for d in range(source.ndim) if d not in across)
+        if len(across) > 1 or 0 in source.stride() or within >= width:
             raise CannotReplay(f"the rows of {piece.name} are taken in an order that cannot be cut")
-        if along:
-            step = source.stride(along[0]) // width
+        if not across and not piece.row <= first < piece.end:
+            return  # a part of one row, which is in another bucket
+        for d in across:
+            step = source.stride(d) // width
             start = max(0, -((first - piece.row) // step))
-            end = min(source.shape[along[0]], -((first - piece.end) // step))
+            end = min(source.shape[d], -((first - piece.end) // step))
             if start >= end:
                 return
-            source, target = (tensor.narrow(along[0], start, end - start) for tensor in (source, target))
-        elif not piece.row <= first < piece.end:
-            return
+            source, target = (tensor.narrow(d, start, end - start) for tensor in (source, target))
     offset = view.storage_offset() + source.storage_offset() - piece.row * width
-    if isinstance(stored, Tensor):
-        if not stored.is_contiguous():
-            raise CannotReplay(f"vLLM stores {copy.tensor} in another order than it loads it")
-        source = view.as_strided(source.shape, source.stride(), offset)
-        offset = stored.storage_offset() + target.storage_offset()
-        plain.append((stored.data.as_strided(target.shape, target.stride(), offset), source))
+    source = view.as_strided(source.shape, source.stride(), offset)
+
+    stored, scale, loaded = live.get(copy.tensor), live.get(f"{copy.tensor}_scale"), copy.loaded
+    if stored is None:
+        raise CannotReplay(f"vLLM has no {copy.tensor} any more")
+    by_vllm = not isinstance(stored, Float8Tensor)
+    qdata, scale = (stored, scale) if by_vllm else (stored.qdata, stored.scale)
+    if by_vllm and (stored.shape, stored.dtype) == (loaded.shape, loaded.dtype) and stored.is_contiguous():
+        at = stored.storage_offset() + target.storage_offset()
+        plain.append((stored.data.as_strided(target.shape, target.stride(), at), source))
         return
-    columns = stored.qdata.shape[1]
+    qdata = qdata if qdata.is_contiguous() else qdata.mT  # as vLLM stores linear layers
+    by_rows = scale is not None and (qdata.shape, scale.shape) == (loaded.shape, (*loaded.shape[:-1], 1))
+    if not by_rows or qdata.dtype != torch.float8_e4m3fn or not qdata.is_contiguous():
+        why = "neither as it loads it nor in FP8 by rows (the CPU packs experts, other schemes have blocks)"
+        raise CannotReplay(f"vLLM stores {copy.tensor} {why}")
+    columns, whole = loaded.shape[-1], source
     first, beside = divmod(target.storage_offset(), columns)
-    if beside or target.shape[-1] != columns or not target.is_contiguous():
-        raise CannotReplay(f"the rows of {copy.tensor} do not come one after another and whole")
-    if view.dtype != torch.bfloat16 or source.ndim != 2 or source.stride(1) != 1:
-        raise CannotReplay(
-            f"{piece.name} travels as {view.dtype}, or is not taken by rows: no replay does that"
-        )
-    source = whole = view.as_strided(source.shape, source.stride(), offset)
-    if stored.by_vllm:  # the scale is made from all columns, also of those for other workers
+    taken_by_rows = view.dtype == torch.bfloat16 and source.ndim == 2 and source.stride(1) == 1
+    if not taken_by_rows or beside or target.shape[-1] != columns or not target.is_contiguous():
+        raise CannotReplay(f"{piece.name}, {view.dtype}, does not fill whole rows of {copy.tensor}")
+    if by_vllm:  # the scale is made from all columns, also of those for other workers
         length, step = piece.full_shape[-1], source.stride(0)
         before = copy.source.storage_offset() % length
         if step % length and len(source) > 1 or before + columns > length:
             raise CannotReplay(f"rows of {copy.tensor} are no parts of rows of {piece.name}")
         whole = view.as_strided((len(source), length), (step, 1), offset - before)
     span = slice(first, first + len(source))
-    rows.append(Rows(source, whole, stored.qdata[span], stored.scale[span], stored.by_vllm))
+    qdata, scale = qdata.detach().flatten(0, -2)[span], scale.detach().flatten(0, -2)[span]
+    tensors = (source, whole, qdata, scale)
+    if any(tensor.data_ptr() % 16 for tensor in tensors[:3]):
+        raise CannotReplay(f"rows of {copy.tensor} are at no multiples of 16 bytes")
+    rows.setdefault((*source.shape, source.stride(0), whole.shape[1], by_vllm), []).append(tensors)
 
 
-# ----- 6. Bytes: digests, and rows quantized as torchao and vLLM do it ------------------------------------
-
-
-def digests_of(model: torch.nn.Module) -> dict[str, int]:
-    """A 64-bit digest of every tensor that a vLLM model stores, by name: parameters (and parts), buffers."""
-    tensors = {}
-    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-        tensors |= plain_tensors(name, tensor)
-    digests = torch.stack([digest(tensor) for tensor in tensors.values()])
-    return dict(zip(tensors, digests.tolist(), strict=True))
-
-
-def plain_tensors(name: str, tensor: Tensor) -> dict[str, Tensor]:
-    """The tensors that hold the bytes, by name: torchao's bytes and scales, or any other tensor itself."""
-    if not is_traceable_wrapper_subclass(tensor):
-        return {name: tensor}
-    plain = {}
-    for part in tensor.__tensor_flatten__()[0]:
-        plain |= plain_tensors(f"{name}.{part}", getattr(tensor, part))
-    return plain
-
-
+# ----- 7. Bytes: digests, and rows quantized as torchao and vLLM do it --------------------------------------
 def digest(tensor: Tensor) -> Tensor:
     """64-bit checksum of a tensor's bytes, as an int64 scalar on its device: no copy to the host, no waiting.
 
-    The sum over i of (2i + 1) word_i modulo 2^64, of the bytes as 64-bit words. Any one changed word changes
-    it, and so do two swapped ones unless distance times difference is a multiple of 2^63. For accidents, not
-    attackers.
+    The sum over i of (2i + 1) word_i modulo 2^64: any one changed word changes it, and so do two swapped ones
+    unless distance times difference is a multiple of 2^63. For accidents, not attackers.
     """
-    data = as_bytes(tensor.contiguous())
+    data = tensor.detach().contiguous().view(-1).view(torch.uint8)
     if data.numel() % 8:
         data = torch.nn.functional.pad(data, (0, -data.numel() % 8))
     words = data.view(torch.int64)
-    if words.is_cuda:
-        total = torch.zeros((), dtype=torch.int64, device=words.device)
-        if words.numel():
-            digest_kernel[(triton.cdiv(words.numel(), 4096),)](words, words.numel(), total, 4096, num_warps=8)
-        return total
-    return (words * (2 * torch.arange(len(words)) + 1)).sum()
+    if not words.is_cuda:
+        return (words * (2 * torch.arange(len(words), device=words.device) + 1)).sum()
+    total = torch.zeros((), dtype=torch.int64, device=words.device)
+    if words.numel():
+        digest_kernel[(triton.cdiv(words.numel(), 4096),)](words, words.numel(), total, 4096, num_warps=8)
+    return total
 
 
 @triton.jit
@@ -1160,93 +1367,57 @@ def digest_kernel(words, count, total, BLOCK: tl.constexpr):
     tl.atomic_add(total, tl.sum(word * (2 * i + 1)))
 
 
-class Rows(NamedTuple):
-    """Rows of BF16 weights, and where they go as FP8 e4m3 bytes, with one FP32 scale for each.
+class Rows:
+    """Rows of BF16 weights of one kind, for one launch: a bucket may hold hundreds of matrices.
 
-    torchao 0.18's PerRow makes the scale from the columns that a worker gets, and rounds amax / 448 to BF16;
-    rows of zeros get zero bytes and scale 1 (see `repair_zero_rows`). vLLM 0.32's `fp8_per_channel` makes it
-    from whole rows, is not rounded, and at least 1 / (448 * 512).
+    They get FP8 e4m3 bytes and one FP32 scale each, bit-identical to torchao 0.18's PerRow, which makes it
+    from the columns that a worker gets and rounds amax / 448 to BF16 (zeros get scale 1); or to vLLM 0.32's
+    `fp8_per_channel`, which makes it from whole rows, without rounding, and at least 1 / (448 * 512).
+
+    `kind`: rows, columns, stride of a row, columns of a whole one, by vLLM? `tensors`, of each matrix: source
+    (rows, columns), whole (rows, all columns), bytes as source, scales (rows, 1); at multiples of 16 bytes.
     """
 
-    source: Tensor  # (rows, columns of this worker)
-    whole: Tensor  # (rows, columns) that the scale is made from
-    qdata: Tensor  # as `source`
-    scale: Tensor  # (rows, 1)
-    by_vllm: bool
+    def __init__(self, kind: tuple, tensors: list[tuple[Tensor, ...]]):
+        self.kind, self.tensors = kind, tensors
+        table = [[tensor.data_ptr() for tensor in each] for each in tensors]
+        self.addresses = torch.tensor(table, device=tensors[0][0].device)
 
-    @property
-    def alike(self) -> tuple:
-        """What is the same for all that one launch of the kernel quantizes."""
-        aligned = not any(tensor.data_ptr() % 16 for tensor in (self.source, self.whole, self.qdata))
-        return self.source.shape, self.source.stride(0), self.whole.shape[1], self.by_vllm, aligned
-
-
-class Batch(NamedTuple):
-    """Rows that are `alike`, as the experts of a layer are, and the addresses of their tensors, (n, 4)."""
-
-    rows: list[Rows]
-    addresses: Tensor
-
-
-def batches(rows: list[Rows]) -> list[Batch]:
-    """All rows, in as few batches as possible."""
-    groups: dict[tuple, list[Rows]] = {}
-    for some in rows:
-        groups.setdefault(some.alike, []).append(some)
-    result = []
-    for group in groups.values():
-        addresses = [[tensor.data_ptr() for tensor in some[:4]] for some in group]
-        result.append(Batch(group, torch.tensor(addresses, device=group[0].source.device)))
-    return result
-
-
-def quantize_rows(batch: Batch) -> None:
-    """Quantize, bit-identical to torchao's PerRow and vLLM's `fp8_per_channel` (see `Rows`)."""
-    if batch.addresses.is_cuda:
-        (count, columns), step, length, by_vllm, aligned = batch.rows[0].alike
-        block, whole_block = triton.next_power_of_2(columns), triton.next_power_of_2(length)
-        sizes = (step, columns, length, block, whole_block if length > columns else 0, by_vllm, aligned)
-        warps = min(16, max(1, whole_block // 1024))
-        quantize_rows_kernel[(count, len(batch.rows))](batch.addresses, *sizes, num_warps=warps)
-        return
-    for source, whole, qdata, scale, by_vllm in batch.rows:
-        limit = torch.finfo(qdata.dtype).max
-        amax_R1 = whole.abs().amax(dim=1, keepdim=True)
-        if by_vllm:
-            scale_R1 = (amax_R1.float() / limit).clamp(min=1 / (limit * 512))
-        else:
-            scale_R1 = (amax_R1 / limit).float()
-        dead_R1 = scale_R1 == 0
-        quotient_RC = (source.float() / scale_R1).clamp(-limit, limit)
-        qdata.copy_(quotient_RC.masked_fill(dead_R1, 0).to(qdata.dtype))
-        scale.copy_(scale_R1.masked_fill(dead_R1, 1))
+    def quantize(self) -> None:
+        """Source to bytes and scales."""
+        count, columns, step, length, by_vllm = self.kind
+        if self.addresses.is_cuda:
+            block, whole = triton.next_power_of_2(columns), triton.next_power_of_2(length)
+            sizes = (step, columns, length, block, whole if length > columns else 0, by_vllm)
+            warps = min(16, max(1, whole // 1024))
+            quantize_rows_kernel[(count, len(self.tensors))](self.addresses, *sizes, num_warps=warps)
+            return
+        for source, whole, qdata, scale in self.tensors:
+            limit, amax_R1 = torch.finfo(qdata.dtype).max, whole.abs().amax(dim=1, keepdim=True)
+            if by_vllm:
+                scale_R1 = (amax_R1.float() / limit).clamp(min=1 / (limit * 512))
+            else:
+                scale_R1 = (amax_R1 / limit).float()
+            dead_R1 = scale_R1 == 0
+            quotient_RC = (source.float() / scale_R1).clamp(-limit, limit)
+            qdata.copy_(quotient_RC.masked_fill(dead_R1, 0).to(qdata.dtype))
+            scale.copy_(scale_R1.masked_fill(dead_R1, 1))
 
 
 @triton.jit
 def quantize_rows_kernel(
-    addresses,
-    step,
-    columns,
-    length,
-    BLOCK: tl.constexpr,
-    WHOLE_BLOCK: tl.constexpr,  # 0: the worker has whole rows
-    BY_VLLM: tl.constexpr,
-    ALIGNED: tl.constexpr,  # all addresses are multiples of 16 bytes
+    addresses, step, columns, length, BLOCK: constexpr, WHOLE: constexpr, BY_VLLM: constexpr
 ):
     """One program a row, which stays in registers: it is read once (in part twice) and written once."""
     row, column, entry = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK), addresses + 4 * tl.program_id(1)
-    source = tl.load(entry).to(tl.pointer_type(tl.bfloat16))
-    whole = tl.load(entry + 1).to(tl.pointer_type(tl.bfloat16))
-    qdata = tl.load(entry + 2).to(tl.pointer_type(tl.float8e4nv))
+    source = tl.multiple_of(tl.load(entry).to(tl.pointer_type(tl.bfloat16)), 16)
+    whole = tl.multiple_of(tl.load(entry + 1).to(tl.pointer_type(tl.bfloat16)), 16)
+    qdata = tl.multiple_of(tl.load(entry + 2).to(tl.pointer_type(tl.float8e4nv)), 16)
     scale = tl.load(entry + 3).to(tl.pointer_type(tl.float32))
-    if ALIGNED:
-        source, whole = tl.multiple_of(source, 16), tl.multiple_of(whole, 16)
-        qdata = tl.multiple_of(qdata, 16)
-    inside = column < columns
-    x = tl.load(source + row * step + column, mask=inside, other=0.0).to(tl.float32)
+    x = tl.load(source + row * step + column, mask=column < columns, other=0.0).to(tl.float32)
     seen = x
-    if WHOLE_BLOCK > 0:
-        at = tl.arange(0, WHOLE_BLOCK)
+    if WHOLE > 0:  # the scale is not made from these columns alone
+        at = tl.arange(0, WHOLE)
         seen = tl.load(whole + row * step + at, mask=at < length, other=0.0).to(tl.float32)
     row_scale = tl.div_rn(tl.max(tl.abs(seen)), 448.0)
     if BY_VLLM:
@@ -1258,52 +1429,46 @@ def quantize_rows_kernel(
     dead = row_scale == 0.0
     quotient = tl.div_rn(x, tl.where(dead, 1.0, row_scale))
     quotient = tl.where(dead, 0.0, tl.clamp(quotient, -448.0, 448.0, propagate_nan=tl.PropagateNan.ALL))
-    tl.store(qdata + row * columns + column, quotient.to(tl.float8e4nv), mask=inside)
+    tl.store(qdata + row * columns + column, quotient.to(tl.float8e4nv), mask=column < columns)
     tl.store(scale + row, tl.where(dead, 1.0, row_scale))
 
 
-def as_bytes(tensor: Tensor) -> Tensor:
-    """A flat uint8 view of a contiguous tensor."""
-    return tensor.detach().view(-1).view(torch.uint8)
-
-
-def dtype_name(dtype: torch.dtype) -> str:
-    """torch.bfloat16 -> "bfloat16"."""
-    return str(dtype).removeprefix("torch.")
-
-
-# ----- 7. The patches -------------------------------------------------------------------------------------
-
-
+# ----- 8. The patches ---------------------------------------------------------------------------------------
 @functools.cache
 def patch_libraries() -> None:
-    """What a worker changes in torchao and vLLM, before it builds its model. Importing this module changes
-    nothing.
-    """
-    from torchao.quantization.quantize_.workflows.float8 import float8_tensor
-    from vllm.model_executor.kernels.linear.scaled_mm import cutlass
-    from vllm.model_executor.layers import utils
+    """What a worker changes in torchao and vLLM before it has a model. Importing this file does not."""
 
-    @torch.library.custom_op("rlhf_online_quant::fastest_scaled_mm", mutates_args=("out",))
-    def fastest_scaled_mm(
-        out: Tensor, a: Tensor, b: Tensor, a_scale: Tensor, b_scale: Tensor, bias: Tensor | None, fast: bool
-    ) -> None:
-        """An operator of its own, because a compiled model does not know the number of rows until it runs."""
-        if a.is_cuda and a.shape[0] <= 128:
-            torch.ops._C.cutlass_scaled_mm(out, a, b, a_scale, b_scale, bias)  # vLLM's
-        else:
-            options = dict(bias=bias, out_dtype=out.dtype, use_fast_accum=fast, out=out)
-            torch._scaled_mm(a, b, a_scale, b_scale, **options)
+    def watch_loading(model: torch.nn.Module, plain=loading.record_metadata_for_reloading) -> None:
+        plain(model)
+        model.digests_before_loading = Reached(model).digests()
+
+    # Why: called before loading, it tells `zero_weights` what that has written. Delete when: vLLM tells.
+    loading.record_metadata_for_reloading = watch_loading
+
+    plain_quantize = vllm_torchao.torchao_quantize_param_data
+    # Why: torchao 0.18 divides an all-zero row (or one whose amax / 448 underflows) by its scale of 0: NaN.
+    # Delete when: torchao gives such a row any scale but 0.
+    vllm_torchao.torchao_quantize_param_data = lambda *args: repair_zero_rows(plain_quantize(*args))
+
+    plain_setup = UnquantizedFusedMoEMethod._setup_kernel
+
+    def pack_again(self, layer, w13: Tensor, w2: Tensor) -> None:
+        self.moe_kernel = None if w13.is_cpu else self.moe_kernel
+        plain_setup(self, layer, w13, w2)
+
+    # Why: on the CPU vLLM packs experts only where there is no kernel yet. Delete when: a reload packs them.
+    UnquantizedFusedMoEMethod._setup_kernel = pack_again
 
     def scaled_mm(a, a_scale, b, b_scale, output_dtype, output_scale=None, bias=None, use_fast_accum=False):
-        """Activations (M, K) by weights (K, N), both FP8, with scales (M, 1) and (1, N); BF16 (M, N)."""
+        """Activations (M, K) by weights (K, N), both FP8, with scales (M, 1) and (1, N); (M, N)."""
+        if not a.is_cuda:
+            return torch._scaled_mm(a, b, a_scale, b_scale, bias=bias, out_dtype=output_dtype)
         output = a.new_empty(a.shape[0], b.shape[1], dtype=output_dtype)
-        fastest_scaled_mm(output, a, b, a_scale, b_scale, bias, use_fast_accum)
+        torch.ops._C.cutlass_scaled_mm(output, a, b, a_scale, b_scale, bias)
         return output
 
-    # Why: for a scale per row, cuBLAS takes one tile of 128 x 128, which leaves most of a GPU idle in a
-    # decoding step; vLLM's CUTLASS kernels are faster at up to 128 rows (`tests/bench_rollout.py` compares
-    # whole engines). Delete when: torch._scaled_mm is as fast at 1 to 128 rows.
+    # Why: for a scale per row cuBLAS takes tiles of 128 x 128, which leave most of a GPU idle in decoding;
+    # vLLM's kernels are faster. Delete when: torch._scaled_mm is as fast at 1 to 128 rows.
     float8_tensor.addmm_float8_unwrapped_inference = scaled_mm
 
     @Float8Tensor.implements(torch.ops.aten.empty_like.default)
@@ -1312,15 +1477,23 @@ def patch_libraries() -> None:
         # Delete when: torchao's Float8Tensor has `empty_like` (0.18 has not).
         return args[0]._apply_fn_to_data(lambda tensor: function(tensor, **kwargs))
 
-    def use_plain_linear(layer: torch.nn.Module, remove_weight: bool) -> None:
-        layer.cpu_linear = torch.nn.functional.linear
-
     # Why: on a CPU with AVX-512 vLLM computes with packed copies of BF16 weights, not all of which a session
     # makes anew (those of tied heads, biases and convolutions stay old); with AVX2 alone it packs nothing.
     # Delete when: a session makes all of them anew.
-    utils.dispatch_cpu_unquantized_gemm = use_plain_linear
+    plain_linear = {"cpu_linear": torch.nn.functional.linear}
+    layer_utils.dispatch_cpu_unquantized_gemm = lambda layer, remove_weight: vars(layer).update(plain_linear)
 
-    # Why: vLLM pads layers to multiples of 16 for this kernel and then sets their loader once more, which
-    # its own `set_weight_attrs` forbids ("Overwriting existing tensor attribute: weight_loader").
+    # Why: vLLM pads layers to multiples of 16, then sets their loaders once more, which its function forbids.
     # Delete when: an engine whose linear layer has 8 outputs starts with `fp8_per_channel`.
     cutlass.set_weight_attrs = lambda weight, attributes: vars(weight).update(attributes)
+
+
+def repair_zero_rows(weight: Tensor) -> Tensor:
+    """Give FP8 blocks (PerRow: rows) with scale 0 zero bytes and scale 1, in place; returns the weight."""
+    if isinstance(weight, Float8Tensor) and (dead := weight.scale == 0).any():  # one for each block
+        mask = dead
+        for dimension, size in enumerate(weight.block_size):
+            mask = mask.repeat_interleave(size, dimension).narrow(dimension, 0, weight.shape[dimension])
+        weight.qdata.view(torch.uint8).masked_fill_(mask, 0)
+        weight.scale.masked_fill_(dead, 1.0)
+    return weight

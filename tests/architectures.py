@@ -1,14 +1,16 @@
 """The sync of many architectures: one process that starts engines one after another, without a start of
 Python for each.
 
-    python tests/architectures.py 1 opt falcon opt@fp8_per_channel    # TP, names of ARCHITECTURES [@scheme]
+    python tests/architectures.py 1 opt falcon opt@fp8_per_channel@eager    # TP, NAME[@scheme[@eager]]
+    python tests/architectures.py 2:1,3 opt    # fresh engines after the second and the fourth set alone
 
-A tiny random model is written, trainer and engine start from it, the sync is proved, the weights change, and
-the engine follows; for names in FRESH it is then compared with a fresh engine from the saved checkpoint.
-Trainers and engines are those of local.py. Prints JSON."""
+A tiny random model is written, trainer and engine start from it, and the sync is proved. Then four other sets
+of weights come, one after another, each by another mechanism; each time the engine is compared with a fresh
+one from the trainer's checkpoint. Trainers and engines are those of local.py. Prints JSON."""
 
 import dataclasses
 import json
+import shutil
 import sys
 import tempfile
 
@@ -17,8 +19,8 @@ import transformers
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, set_seed
 
-from harness import driver
-from local import CONFIG, local_engine, local_pair
+from harness import DEVICE, driver, helper
+from local import CONFIG, Local, local_engine, local_pair
 from random_models import tokenizer_of
 
 SMALL = dict(
@@ -68,23 +70,31 @@ ARCHITECTURES = {
             topk_group=1,
         ),
     ),
+    "olmoe": ("OlmoeConfig", dict(num_experts=4, num_experts_per_tok=2, intermediate_size=128)),
+    "granite-moe": (
+        "GraniteMoeConfig",
+        dict(num_local_experts=4, num_experts_per_tok=2, intermediate_size=128),
+    ),
+    "deepseek-v3": (  # MLA, with the head sizes that vLLM's kernels have
+        "DeepseekV3Config",
+        MOE
+        | dict(
+            q_lora_rank=64,
+            kv_lora_rank=512,
+            qk_nope_head_dim=128,
+            qk_rope_head_dim=64,
+            v_head_dim=128,
+            num_key_value_heads=4,
+            first_k_dense_replace=1,
+            topk_method="noaux_tc",
+            n_routed_experts=4,
+            n_shared_experts=1,
+            n_group=1,
+            topk_group=1,
+        ),
+    ),
     "qwen-3-moe": ("Qwen3MoeConfig", MOE | dict(num_experts=4, head_dim=64)),
     "mamba-2": ("Mamba2Config", dict(num_heads=8, head_dim=64, state_size=16, n_groups=2, chunk_size=16)),
-}
-
-# One of each kind: a replay; sessions because of a transposed and a computed weight; a head with a bias;
-# vLLM's Transformers backend; experts; a convolution.
-FRESH = {
-    "opt",
-    "gpt2",
-    "falcon",
-    "phi-2",
-    "mamba-2",
-    "qwen-3-moe",
-    "mixtral",
-    "gemma-3",
-    "opt@fp8_per_channel",
-    "glm-4-moe",
 }
 
 
@@ -102,51 +112,98 @@ def build(folder, name: str, seed: int = 0, dtype=torch.bfloat16) -> str:
     return str(folder)
 
 
-def follow(name: str, tensor_parallel_size: int, folder: str) -> dict:
-    """Prove one architecture, change its weights, sync; what was found."""
-    scheme = name.partition("@")[2]
+# A session takes a replay's place where none serves.
+MECHANISMS = ["replay", "session", "update_weight", "replay"]
+
+
+def change(parameters: list[torch.Tensor], step: int) -> None:
+    """Other weights, each time."""
+    torch.manual_seed(100 + step)
+    with torch.no_grad():
+        for parameter in parameters:
+            parameter.add_(torch.randn_like(parameter), alpha=0.01)
+
+
+def bring(trainer: Local, engine: Local, mechanism: str, settings: dict) -> str:
+    """The trainer's weights, by one mechanism; returns the path that they took."""
+    if mechanism == "update_weight":
+        send_one_by_one(trainer, engine)
+        assert all(engine.target.collective_rpc("check_weights_changed"))
+        return "session"
+    helper.find_agreement([trainer], [engine], settings["bucket_bytes"], settings["timeout_s"])
+    by_session = mechanism == "session"
+    return helper.bring_weights([trainer], [engine], settings["timeout_s"], by_session=by_session)["path"]
+
+
+def send_one_by_one(
+    trainer: Local, engine: Local, leave_out: str = "nothing", twice: str = "nothing"
+) -> None:
+    """Weights as `update_weight` takes them; all, but for those whose names end so."""
+    for name, weight in [*trainer.target.weights()]:
+        weight = weight.detach().contiguous()
+        described = (name, str(weight.dtype).removeprefix("torch."), list(weight.shape))
+        for _ in range(0 if name.endswith(leave_out) else 2 if name.endswith(twice) else 1):
+            updating = engine.collective_rpc.remote("update_weight", args=described)
+            trainer.target.group.broadcast(weight, src=0)
+            updating.result()
+
+
+def follow(name: str, tensor_parallel_size: int, folder: str, fresh=(0, 1, 2, 3), **more) -> dict:
+    """Prove one architecture; then bring it other weights four times, each time by another mechanism, and
+    compare all that it reaches and says with fresh engines from the checkpoints of steps `fresh`. What was
+    found.
+    """
+    _, scheme, mode = [*name.split("@"), "", ""][:3]
     config = dataclasses.replace(CONFIG, tensor_parallel_size=tensor_parallel_size)
     config.quantization = scheme or config.quantization
-    old, new = build(f"{folder}/old", name), f"{folder}/new"
+    config.enforce_eager = mode == "eager"
+    old = build(f"{folder}/old", name)
     settings = dict(bucket_bytes=100_000, timeout_s=60)
-    asked = (["a"], 2) if scheme else (driver.PROMPTS, 8)  # the CPU's product for vLLM's schemes is slow
-    with local_pair(old, config) as (trainer, engine):
-        proof = driver.prove_sync(trainer, engine, *asked, **settings)
-        with torch.no_grad():
-            for parameter in trainer.target.model.parameters():
-                parameter.add_(torch.randn_like(parameter), alpha=0.01)
-        sync = driver.sync_weights_to_quantized_engine(trainer, engine, **settings)
-        trainer.target.save_pretrained(new)
-        in_file = {
-            name: (list(t.shape), str(t.dtype)) for name, t in load_file(f"{new}/model.safetensors").items()
-        }
-        travels = {name: (list(t.shape), str(t.dtype)) for name, t in trainer.target.weights()}
-        [synced] = driver.observe([engine], 60)
-    found = {
-        "proof": {key: proof[key] for key in ("verified", "path", "because", "tensors", "answers")},
-        "path": sync["path"],
-        "compared": sync["compared"],
-        "buckets": sync["sender"]["buckets"],
-        "as_in_file": travels == in_file,
-        "fp8": sum("weight_scale on " in name or ".qdata on " in name for name in synced["digests"]),
-    }
-    if name in FRESH:
-        with local_engine(new, config) as llm:
-            llm.collective_rpc("inspect_weights")
-            answers = llm.answer(*asked)
-            found["fresh"] = llm.digests() == synced["digests"] and answers == synced["answers"]
+    slow = scheme and DEVICE == "cpu"  # vLLM's product is
+    asked = (["a"], 2) if slow else (driver.PROMPTS, 8)
+    found, observed = {"paths": []}, []
+    with local_pair(old, config, **more) as (trainer, engine):
+        proof = helper.prove_sync(trainer, engine, *asked, **settings)
+        for step, mechanism in enumerate(MECHANISMS):
+            change(list(trainer.target.model.parameters()), step)
+            found["paths"].append(bring(trainer, engine, mechanism, settings))
+            trainer.target.model.save_pretrained(f"{folder}/{step}")
+            tokenizer_of(trainer.target.model.config.vocab_size).save_pretrained(f"{folder}/{step}")
+            observed.append(engine.target.observe())
+        in_file = load_file(f"{folder}/{step}/model.safetensors").items()
+        travels = {name: (list(t.shape), t.dtype) for name, t in trainer.target.weights()}
+        found["as_in_file"] = travels == {name: (list(t.shape), t.dtype) for name, t in in_file}
+        found["buckets"] = len(trainer.target.buckets.buckets)
+    found["proof"] = {key: value for key, value in proof.items() if key != "before"}
+    names = observed[-1]["digests"]
+    found["fp8"] = sum("weight_scale on " in name or ".qdata on " in name for name in names)
+    found["repeatable"] = observed[-1]["repeatable"]
+    found["wrong"] = []
+    for step in fresh:
+        seen = observed[step]
+        shutil.rmtree(old)
+        shutil.move(f"{folder}/{step}", old)  # one path, for which vLLM compiles once
+        with local_engine(old, config, **more) as llm:
+            answers, digests = llm.answer(*asked), llm.digests()
+        wrong = [key for key, value in seen["digests"].items() if digests.get(key) != value]
+        wrong += [
+            old["prompt"] for new, old in zip(answers, seen["answers"]) if new != old and seen["repeatable"]
+        ]
+        found["wrong"] += [f"{what} after {step + 1}, {MECHANISMS[step]}" for what in wrong]
     return found
 
 
-def main(tensor_parallel_size: int, names: list[str]) -> None:
+def main(tensor_parallel_size: int, names: list[str], fresh=(0, 1, 2, 3)) -> None:
     for name in names:
         with tempfile.TemporaryDirectory() as folder:
             try:
-                found = follow(name, tensor_parallel_size, folder)
+                found = follow(name, tensor_parallel_size, folder, fresh)
             except Exception as error:
                 found = {"error": f"{type(error).__name__}: {error}"}
         print("FOUND " + json.dumps({name: found}), flush=True)
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), sys.argv[2:] or list(ARCHITECTURES))
+    size, _, fresh = sys.argv[1].partition(":")
+    fresh = [int(step) for step in fresh.split(",")] if fresh else range(len(MECHANISMS))
+    main(int(size), sys.argv[2:] or list(ARCHITECTURES), fresh)

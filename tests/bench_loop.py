@@ -34,7 +34,7 @@ import tyro
 from vllm import SamplingParams
 from vllm.utils.network_utils import get_open_port
 
-from harness import connect, driver, mismatch_kl, sampled, write_result
+from harness import connect, driver, helper, mismatch_kl, sampled, write_result
 from random_models import build_random_model
 
 WARM_UP = 2
@@ -133,7 +133,7 @@ def measure(config: Benchmark, path: str, device: str, port: int | None) -> dict
     with contextlib.ExitStack() as stop:
         stop.enter_context(mock.patch.object(driver, "Trainer", MeasuredTrainer))
         trainer, engines, _ = driver.start(config, path, device, stop)
-        driver.prove_sync(trainer, engines, timeout_s=config.timeout_s)
+        helper.prove_sync(trainer, engines, timeout_s=config.timeout_s)
         if port:
             wait_for_server(port)  # its start would be measured, too
         for length in config.lengths:

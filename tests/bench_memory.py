@@ -14,8 +14,8 @@ import psutil
 import torch
 import tyro
 
-from harness import connect, driver, vllm_arguments
-from rlhf_utils import WorkerExtension, plain_tensors
+from harness import connect, driver, helper, vllm_arguments
+from rlhf_utils import Reached, WorkerExtension
 
 
 class Extension(WorkerExtension):
@@ -29,15 +29,10 @@ class Extension(WorkerExtension):
     def linear_gib(self) -> float:
         """Of linear layers alone, as stored; counted as `inspect_weights` counts all layers."""
         from vllm.model_executor.layers.linear import LinearBase
-        from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
 
-        stored = 0
-        for layer in (module for module in self.get_model().modules() if isinstance(module, LinearBase)):
-            before_loading = get_layerwise_info(layer).restore_metadata[0]
-            for name, weight in layer.named_parameters(recurse=False):
-                nbytes = sum(part.nbytes for part in plain_tensors(name, weight).values())
-                stored += nbytes or 2 * before_loading[name].numel()  # the CPU packs some out of sight
-        return stored / 2**30
+        layers = [module for module in self.get_model().modules() if isinstance(module, LinearBase)]
+        reached = [Reached(layer) for layer in layers]
+        return sum(one.tensors[name].nbytes for one in reached for name in one.parameters) / 2**30
 
     def peak_memory_gib(self) -> float:
         """Most that torch has allocated since the last call or vLLM's own reset; on the CPU resident now."""
@@ -70,12 +65,12 @@ def measure_inference_memory(
 
         def most(method: str) -> float:
             """Of all ranks."""
-            return max(sum(driver.wait(driver.on_workers(engines, method), config.timeout_s, method), []))
+            return max(sum(driver.wait(helper.on_workers(engines, method), config.timeout_s, method), []))
 
         memory = {"weights_gib": max(rank["weights_gib"] for rank in ranks)}
         memory |= {method: most(method) for method in ("linear_gib", "kv_cache_tokens")}
         memory["startup_gib"] = most("peak_memory_gib")
-        driver.sync_weights_to_quantized_engine(trainer, engines, timeout_s=config.timeout_s)
+        helper.sync_weights_to_quantized_engine(trainer, engines, timeout_s=config.timeout_s)
         memory["sync_gib"] = most("peak_memory_gib")
         driver.generate(engines, driver.PROMPTS, config)
         memory["generation_gib"] = most("peak_memory_gib")

@@ -30,8 +30,10 @@ from transformers import AutoModelForCausalLM
 from harness import (
     Extension,
     Remote,
+    account_for_fp8,
     connect,
     driver,
+    helper,
     mismatch_kl,
     prove,
     sampled,
@@ -41,7 +43,7 @@ from harness import (
     zero_and_sync,
 )
 from random_models import SHAPES, build_random_model, write_config
-from rlhf_utils import Buckets, WeightSender, agreed
+from rlhf_utils import Buckets, WeightSender, collective
 
 RAW, PUBLISHED, VLLM = (
     "raw broadcast",
@@ -83,8 +85,8 @@ def broadcast_raw(buckets: Buckets, repeats: int) -> list[float]:
         buckets.finish(0)
         start = time.perf_counter()
         buckets.events = []
-        for bucket in buckets.buckets:
-            buckets.start(bucket.memory)
+        for memory, _ in buckets.buckets:
+            buckets.start(memory)
         buckets.streams.synchronize()
         seconds.append(time.perf_counter() - start)
     return seconds[1:]
@@ -110,7 +112,7 @@ class BenchmarkExtension(Extension):
         self.weight_group.broadcast(weight, src=0)
         self.get_model().load_weights([(name, weight)])
 
-    @agreed
+    @collective
     def do_nothing(self) -> None:
         pass
 
@@ -190,8 +192,8 @@ def main(config: Benchmark) -> dict:
         with vllm_arguments(**own):
             trainer = driver.start_trainer(config, path, cleanup)
             actor = driver.start_engine(config, path, device, cleanup)
-            driver.join_group(config, device, trainer, [actor])
-        ranks = driver.prove_fp8([actor], config)
+            helper.join_group(trainer, [actor], timeout_s=config.timeout_s)
+        ranks = account_for_fp8([actor], config)
         startup_s = time.perf_counter() - start
         found = measure(config, device, trainer, actor)
         found |= {"startup_s": startup_s, "weights_gib": ranks[0]["weights_gib"]}
@@ -225,10 +227,12 @@ def measure_raw(config: Benchmark, trainer, actor) -> list[float]:
 def measure(config: Benchmark, device: str, trainer, actor) -> dict:
     """Every method: seconds, extra memory of both sides, and is the engine then as at its cold start?"""
     llm, rows, ask_trainer = Remote(actor), {}, functools.partial(on_trainer, config, trainer)
-    [cold] = driver.observe([actor], config.timeout_s, driver.PROMPTS, 16)
-    syncs: list[dict] = []
+    [cold] = helper.observe([actor], config.timeout_s, driver.PROMPTS, 16)
+    syncs, factors = [], [2.0, 0.5]
 
     def our_sync() -> float:
+        ask_trainer(scale_weights, factors[0])  # other weights each time
+        factors.reverse()
         ask_trainer(WeightSender.scan_weights)  # as the training step does it, before the sync
         syncs.append(sync(config, trainer, actor))
         return syncs[-1]["seconds"]
@@ -248,11 +252,13 @@ def measure(config: Benchmark, device: str, trainer, actor) -> dict:
         for _ in range(warm_up):
             run()
         if zero:
-            llm.collective_rpc("zero_weights")
+            llm.collective_rpc("zero_weights", args=("all" if method == SESSION else "stored",))
         before = memory_gib(False)
         seconds = [run() for _ in range(repeats)]
         extra = [peak - start for peak, start in zip(memory_gib(True), before)]
-        different = driver.differences([actor], [cold], config.timeout_s) if ours else digests_differ()
+        if factors[0] < 1:
+            our_sync()  # back to the weights of the start
+        different = helper.differences([actor], [cold], config.timeout_s) if ours else digests_differ()
         different = ["not compared"] if config.dummy else different
         rows[method] = {"seconds": statistics.median(seconds), "all_seconds": seconds, "extra_gib": extra}
         rows[method]["different"] = different
@@ -260,16 +266,14 @@ def measure(config: Benchmark, device: str, trainer, actor) -> dict:
 
     found = {}
     if config.dummy:
-        driver.agree_on_weights([trainer], [actor], config.bucket_mib * 2**20, config.timeout_s)
+        helper.find_agreement([trainer], [actor], config.bucket_mib * 2**20, config.timeout_s)
     else:
         proof = functools.partial(timed, lambda: syncs.append(prove(config, trainer, actor)))
         add(PROOF, proof, 1, warm_up=0, zero=False)
-        rollouts, precision = sampled(config, [actor]), config.matmul_precision
-        found["mismatch_kl"] = ask_trainer(mismatch_kl, rollouts, precision)
-        # Other weights, of which the program compares a replay with a session, and back.
-        ask_trainer(scale_weights, 2.0)
-        assert sync(config, trainer, actor)["compared"] == (syncs[-1]["path"] == "replay")
-        ask_trainer(scale_weights, 0.5)
+        rollouts = sampled(config, [actor])
+        found["mismatch_kl"] = ask_trainer(
+            mismatch_kl, rollouts, "bfloat16" if config.trainer_device == "cuda" else "float32"
+        )
     session = functools.partial(zero_and_sync, config, trainer, actor, by_session=True)
     add(SESSION, session, config.repeats)
     add(OURS, our_sync, config.repeats)
@@ -290,7 +294,8 @@ def measure(config: Benchmark, device: str, trainer, actor) -> dict:
         theirs = functools.partial(timed, ask_trainer, lambda trainer: trainer.vllm_sender.send_weights())
         add(VLLM, theirs, config.repeats, ours=False)
         our_sync()
-        different = [] if config.dummy else driver.differences([actor], [cold], config.timeout_s)
+        our_sync()
+        different = [] if config.dummy else helper.differences([actor], [cold], config.timeout_s)
         assert not different, f"a sync of ours must repair what the calls before it did: {different}"
     memory = ask_trainer(lambda trainer: {m.data_ptr(): m.nbytes for m, _ in trainer.buckets.buckets[:2]})
     buckets_gib = sum(memory.values()) / 2**30 if device == "cuda" else 0.0
@@ -300,7 +305,11 @@ def measure(config: Benchmark, device: str, trainer, actor) -> dict:
     for row in rows.values():
         row["gb_per_s"] = last["bytes"] / row["seconds"] / 1e9
         row["ratio"] = row["seconds"] / raw["seconds"]
-    found |= {"bytes": last["bytes"], "bucket_mib": config.bucket_mib, "buckets": last["sender"]["buckets"]}
+    found |= {
+        "bytes": last["bytes"],
+        "bucket_mib": config.bucket_mib,
+        "buckets": ask_trainer(lambda trainer: len(trainer.buckets.buckets)),
+    }
     return found | {
         "path": path,
         "tensors": len(cold["digests"]),

@@ -26,8 +26,8 @@ class Check(driver.Config):
 
     shape: str = "opt-125m"
     """A key of SHAPES in random_models.py."""
-    more_syncs: int = 10
-    """Repetitions for the median."""
+    more_syncs: int = 5
+    """How often the weights change to those of the start and back, by a replay each; sessions in between."""
     seed_loop: bool = False
     """Also run the seed's per-parameter loop, with the trainer's weights and with zeros."""
     fresh_gpus: str | None = None

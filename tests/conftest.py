@@ -9,7 +9,7 @@ import pytest
 
 os.environ["OMP_NUM_THREADS"] = "1"  # as Ray gives its actors: the number of threads changes the last bits
 
-from harness import DEVICE, Remote, connect, driver
+from harness import DEVICE, Remote, connect, driver, helper
 from random_models import build_random_model
 
 # Without a GPU the engine is not compiled but for one small function at TP > 1; finding a compiler takes each
@@ -54,8 +54,8 @@ def pair(config, models):
         trainer_only = contextlib.ExitStack()
         trainer = driver.start_trainer(config, new, trainer_only)
         actor = driver.start_engine(config, old, "cpu", cleanup)
-        driver.join_group(config, "cpu", trainer, [actor])
-        driver.prove_fp8([actor], config)
+        helper.join_group(trainer, [actor], timeout_s=config.timeout_s)
+        helper.prove_fp8([actor])
         pair = SimpleNamespace(trainer=trainer, actor=actor, llm=Remote(actor), old=old, new=new)
         pair.trainer_only = trainer_only  # a test may replace both
         yield pair

@@ -3,7 +3,6 @@ start.
 """
 
 import contextlib
-import dataclasses
 import json
 import os
 import signal
@@ -22,6 +21,7 @@ import transformers  # noqa: E402
 from vllm import LLM, SamplingParams  # noqa: E402
 
 import rlhf_online_quant as driver  # noqa: E402
+import rlhf_utils as helper  # noqa: E402
 from rlhf_utils import BUCKET_BYTES, WorkerExtension, stateless_init_process_group  # noqa: E402
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -159,7 +159,7 @@ def assert_same(synced: dict, fresh: dict) -> None:
 def sync(config: driver.Config, trainer, llm, **overrides) -> dict:
     """The driver's sync with a config's settings."""
     settings = dict(bucket_bytes=bucket_bytes(config), timeout_s=config.timeout_s)
-    return driver.sync_weights_to_quantized_engine(trainer, llm, **settings | overrides)
+    return helper.sync_weights_to_quantized_engine(trainer, llm, **settings | overrides)
 
 
 def bucket_bytes(config: driver.Config) -> int:
@@ -167,18 +167,25 @@ def bucket_bytes(config: driver.Config) -> int:
     return getattr(config, "bucket_mib", BUCKET_BYTES // 2**20) * 2**20
 
 
+def account_for_fp8(engines: list, config: driver.Config) -> list[dict]:
+    """As the driver asks for it."""
+    wanted = config.quantization != "none"
+    return helper.prove_fp8(engines, expect_fp8=wanted, timeout_s=config.timeout_s)
+
+
 def prove(config: driver.Config, trainer, llm) -> dict:
     """The driver's proof with a config's settings."""
-    return driver.prove_sync(
+    return helper.prove_sync(
         trainer, llm, bucket_bytes=bucket_bytes(config), timeout_s=config.timeout_s, max_tokens=16
     )
 
 
 def zero_and_sync(config: driver.Config, trainer, llm, by_session: bool = False) -> float:
     """A sync into an engine of zeros, so that what it skips would show; seconds."""
-    driver.wait(driver.on_workers([llm], "zero_weights"), config.timeout_s, "setting weights to zero")
+    which = "all" if by_session else "stored"
+    driver.wait(helper.on_workers([llm], "zero_weights", which), config.timeout_s, "setting weights to zero")
     start = time.perf_counter()
-    driver.broadcast_weights([trainer], [llm], config.timeout_s, by_session)
+    helper.bring_weights([trainer], [llm], config.timeout_s, by_session=by_session)
     return time.perf_counter() - start
 
 
@@ -201,8 +208,8 @@ def sync_versus_cold_start(
     """Trainer and engine start from checkpoint `old` and are proved; the trainer takes `new`; compare with an
     engine of it.
 
-    Needs a running Ray. `then(llm, new)` is called at the end. Returns measurements, some medians of
-    `more_syncs`.
+    Needs a running Ray. `more_syncs` times the weights change to `old` and back. `then(llm, new)` is called
+    at the end. Returns measurements, some of them medians.
     """
     result, start = {}, time.perf_counter()
     with contextlib.ExitStack() as cleanup:
@@ -210,25 +217,35 @@ def sync_versus_cold_start(
         with vllm_arguments(worker_extension_cls="harness.Extension"):
             actor = driver.start_engine(config, old, device, cleanup)
         fresh = cleanup.enter_context(fresh_engine(config, new, device, visible_gpus))
-        driver.join_group(config, device, trainer, [actor])
-        result["ranks"] = driver.prove_fp8([actor], config)
+        helper.join_group(trainer, [actor], timeout_s=config.timeout_s)
+        result["ranks"] = account_for_fp8([actor], config)
         result["startup_s"] = time.perf_counter() - start
         result["proof"] = prove(config, trainer, actor)
         result["proof_s"] = time.perf_counter() - start - result["startup_s"]
         llm = Remote(actor)
-        before = generate(llm)
-        driver.wait([trainer.__ray_call__.remote(load_weights, new)], 10 * config.timeout_s, "loading")
-        result["sync"] = sync(config, trainer, actor)
+
+        def bring(folder: str) -> dict:
+            loading = trainer.__ray_call__.remote(load_weights, folder)
+            driver.wait([loading], 10 * config.timeout_s, "loading")
+            return sync(config, trainer, actor)
+
+        before = observe(llm)
+        result["sync"] = bring(new)
         synced = observe(llm)
-        assert synced["outputs"] != before
+        assert synced["outputs"] != before["outputs"]
         zero_and_sync(config, trainer, actor)
         assert observe(llm) == synced
-        again = [sync(config, trainer, actor) for _ in range(more_syncs)]
-        if again:
+        again = []
+        for _ in range(more_syncs):  # other weights each time, and a session between
+            again.append(bring(old))
+            assert observe(llm) == before
+            zero_and_sync(config, trainer, actor, by_session=True)
+            again.append(bring(new))
             assert observe(llm) == synced
+        if again:
             result["path"] = again[-1]["path"]
             result["again_s"] = statistics.median(s["seconds"] for s in again)
-            result["sender_s"] = statistics.median(s["sender"]["seconds"] for s in again)
+            result["sender_s"] = statistics.median(s["sender_s"] for s in again)
         result["session_s"] = zero_and_sync(config, trainer, actor, by_session=True)
         assert observe(llm) == synced
         if then is not None:
@@ -253,11 +270,14 @@ def sync_versus_cold_start(
 @torch.no_grad()
 def mismatch_kl(trainer: driver.Trainer, rollouts: list[dict], precision: str) -> float:
     """In the trainer: the engine's mismatch in nats per token, with products in that precision."""
-    usual = trainer.config
-    trainer.config = dataclasses.replace(usual, matmul_precision=precision)
-    batches = [trainer._pad(part) for part in driver.split_by_tokens(rollouts, usual.tokens_per_microbatch)]
+    usual, trainer.in_bf16, limit = (
+        trainer.in_bf16,
+        precision == "bfloat16",
+        trainer.config.tokens_per_microbatch,
+    )
+    batches = [trainer._pad(part) for part in driver.split_by_tokens(rollouts, limit)]
     ours = [trainer._logprobs(trainer.model, batch)[batch["mask_BT"]] for batch in batches]
-    trainer.config = usual
+    trainer.in_bf16 = usual
     engine = [batch["engine_BT"][batch["mask_BT"]] for batch in batches]
     return driver.measure_mismatch(torch.cat(ours), torch.cat(engine))["mismatch_kl"]
 
@@ -333,5 +353,4 @@ def seed_demonstration(
 
 if __name__ == "__main__":  # fresh_engine's process
     engine = LLM(**json.loads(sys.argv[1]))
-    engine.collective_rpc("inspect_weights")  # repairs zero rows, which an engine of ours does at its start
     print("\n" + json.dumps(observe(engine)))

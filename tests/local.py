@@ -5,6 +5,7 @@ The sync, its proof, vLLM, torchao and gloo are the real ones; `Local` stands in
 
 import concurrent.futures
 import contextlib
+import functools
 import gc
 import os
 import pickle
@@ -17,13 +18,25 @@ import torch
 from vllm import LLM
 from vllm.model_executor.models import registry
 from vllm.model_executor.models.transformers import base
-from vllm.v1.worker.cpu_worker import CPUWorker
 
-from harness import driver
+from harness import DEVICE, account_for_fp8, driver, helper
+
+if DEVICE == "cuda":
+    from vllm.v1.worker.gpu_worker import Worker
+else:
+    from vllm.platforms.cpu import CpuPlatform
+    from vllm.v1.worker.cpu_worker import CPUWorker as Worker
+
+    register_kernels = functools.cache(CpuPlatform.register_triton_kernel_overrides)
 
 CONFIG = driver.Config(
-    trainer_device="cpu", tensor_parallel_size=1, learning_rate=1e-3, quantization="fp8-weight-only"
+    trainer_device=DEVICE, tensor_parallel_size=1, learning_rate=1e-3, quantization="fp8-weight-only"
 )
+# A gigabyte of KV cache takes 1 s to fill with zeros and to give back; on GPUs engines share the memory.
+SMALL = {"cpu": dict(num_gpu_blocks_override=256), "cuda": dict(kv_cache_memory_bytes=2**28)}[DEVICE]
+if DEVICE == "cuda":
+    SMALL |= dict(distributed_executor_backend="uni", gpu_memory_utilization=0.02)
+    SMALL |= dict(compilation_config={"cudagraph_capture_sizes": [1, 2, 4]})
 
 
 class Local:
@@ -31,6 +44,7 @@ class Local:
 
     def __init__(self, name: str, target):
         self.name, self.target, self.pool = name, target, concurrent.futures.ThreadPoolExecutor(1)
+        self._actor_id = name
 
     def run(self, function: Callable, *args):
         """Ray's `__ray_call__`: a copy of the function, as if it had travelled to another process."""
@@ -63,51 +77,60 @@ def wait(refs: list, timeout_s: float, doing: str, patience_s: float = 0.0) -> l
 
 
 @contextlib.contextmanager
-def local_engine(path: str, config: driver.Config, kind: type[LLM] = driver.MyLLM, **more) -> Iterator[LLM]:
+def local_engine(
+    path: str, config: driver.Config, kind: type[LLM] = driver.RolloutLLM, **more
+) -> Iterator[LLM]:
     """An engine in this process."""
     os.environ |= driver.actor_environment()
     with contextlib.ExitStack() as cleanup:
         cleanup.callback(torch.set_default_dtype, torch.get_default_dtype())  # an error may leave vLLM's
         # vLLM looks at the class of each model in a process of its own: 5 s each, unless it is in a cache.
         cleanup.enter_context(mock.patch.object(registry, "_run_in_subprocess", lambda look: look()))
-        # It collects garbage nine times for each engine, among all that has been imported: 2 s.
-        cleanup.enter_context(mock.patch.object(gc, "collect", lambda *_: 0))
-        # Nothing is compiled; and what vLLM has decorated for that, transformers could not build again.
-        cleanup.enter_context(mock.patch.object(base, "support_torch_compile", lambda **_: lambda cls: cls))
-        cleanup.callback(setattr, CPUWorker, "__bases__", CPUWorker.__bases__)  # vLLM adds the extension
-        # A gigabyte of KV cache takes 1 s to fill with zeros and to give back.
-        small = dict(num_gpu_blocks_override=256)
-        llm = kind(**driver.engine_arguments(config, path, "cpu") | small | more)
+        if DEVICE == "cpu":
+            # It collects garbage nine times for each engine, among all that has been imported: 2 s.
+            cleanup.enter_context(mock.patch.object(gc, "collect", lambda *_: 0))
+            # Nothing is compiled; and what vLLM has decorated for that, transformers could not build again.
+            plain = mock.patch.object(base, "support_torch_compile", lambda **_: lambda cls: cls)
+            cleanup.enter_context(plain)
+            # Its kernels for the CPU are registered once, not for each engine: 0.3 s.
+            once = dict(register_triton_kernel_overrides=lambda *_: register_kernels())
+            cleanup.enter_context(mock.patch.multiple(CpuPlatform, **once))
+        else:
+            cleanup.callback(torch.cuda.empty_cache)
+            cleanup.callback(gc.collect)
+        cleanup.callback(setattr, Worker, "__bases__", Worker.__bases__)  # vLLM adds the extension
+        llm = kind(**driver.engine_arguments(config, path, DEVICE) | SMALL | more)
         cleanup.callback(llm.llm_engine.engine_core.shutdown)
         yield llm
 
 
 @contextlib.contextmanager
-def local_actors() -> Iterator[None]:
-    """Meanwhile the driver's trainer and engines start in this process, without Ray."""
+def local_actors(**more) -> Iterator[None]:
+    """Meanwhile the driver's trainer and engines (with more arguments) start in this process, without Ray."""
 
     def start_trainer(config, path, cleanup):
         return Local("trainer (rank 0)", driver.Trainer(config, path))
 
     def start_engine(config, path, device, cleanup, first_rank=1):
-        return Local(f"engine (rank {first_rank})", cleanup.enter_context(local_engine(path, config)))
+        return Local(f"engine (rank {first_rank})", cleanup.enter_context(local_engine(path, config, **more)))
 
     parts = dict(wait=wait, start_trainer=start_trainer, start_engine=start_engine, connect=lambda *_: 0)
     one_node = mock.patch.object(ray, "nodes", lambda: [{"Alive": True}])
-    with mock.patch.multiple(driver, **parts), one_node, contextlib.ExitStack() as cleanup:
+    in_helper = mock.patch.multiple(helper, wait=wait, ACTORS={})
+    with mock.patch.multiple(driver, **parts), in_helper, one_node, contextlib.ExitStack() as cleanup:
         # `main` sets its own.
         cleanup.callback(signal.signal, signal.SIGTERM, signal.getsignal(signal.SIGTERM))
         yield
 
 
 @contextlib.contextmanager
-def local_pair(path: str, config: driver.Config) -> Iterator[tuple[Local, Local]]:
+def local_pair(path: str, config: driver.Config, **more) -> Iterator[tuple[Local, Local]]:
     """Handles of a trainer and an engine in this process, in one gloo group."""
-    with local_actors(), contextlib.ExitStack() as cleanup:
+    with local_actors(**more), contextlib.ExitStack() as cleanup:
         trainer = driver.start_trainer(config, path, cleanup)
-        engine = driver.start_engine(config, path, "cpu", cleanup)
-        driver.join_group(config, "cpu", trainer, [engine])
-        driver.prove_fp8([engine], config)
+        engine = driver.start_engine(config, path, DEVICE, cleanup)
+        helper.join_group(trainer, [engine], backend="gloo", timeout_s=config.timeout_s)
+        account_for_fp8([engine], config)
         yield trainer, engine
 
 

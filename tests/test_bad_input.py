@@ -2,13 +2,11 @@
 engine.
 """
 
-import contextlib
 import dataclasses
 import functools
 import inspect
 import json
 import math
-import os
 import shutil
 import signal
 import socket
@@ -78,9 +76,9 @@ def test_wrong_kinds(flags, capsys):
             "--resume nowhere: expected checkpoint-N of an earlier run. Found: FileNotFoundError: ",
         ),
         (dict(track="wandb"), "--track wandb: not installed here; pip install wandb"),
-        (dict(reward="nosuch"), "--reward nosuch: expected backwards, letters, arithmetic, or"),
+        (dict(reward="nosuch"), "--reward nosuch: expected backwards, letters, or"),
         (dict(reward="nosuch"), "Found: ModuleNotFoundError: No module named 'nosuch'"),
-        (dict(reward="math:pi"), "--reward math:pi: expected backwards, letters, arithmetic, or"),
+        (dict(reward="math:pi"), "--reward math:pi: expected backwards, letters, or"),
         (dict(reward="math:pi"), "Found: TypeError: a float, not a function"),
         (
             dict(quantization="nosuch"),
@@ -139,29 +137,19 @@ def test_a_cluster_that_is_not_there(address, capsys):
     assert time.monotonic() - began < 10
 
 
-def test_a_cluster_that_asks_for_the_token_gets_it(monkeypatch):
+def test_a_cluster_that_refuses_says_what_it_may_want(monkeypatch, capsys):
     """Ray shows the token in ~/.ray to a cluster that it finds, not to one whose address it is given."""
-    asked = []
 
     def init(address, **_):
-        asked.append((address, os.environ.get("RAY_AUTH_MODE")))
-        if len(asked) == 1:
-            raise ConnectionError("Failed to connect to Ray cluster")
+        raise ConnectionError("Failed to connect to Ray cluster")
 
-    def show_token(warn_if_disabled):
-        monkeypatch.setenv("RAY_AUTH_MODE", "token")
-        return True
-
-    monkeypatch.delenv("RAY_AUTH_MODE", raising=False)
     monkeypatch.setattr(ray, "init", init)
     monkeypatch.setattr(ray, "shutdown", lambda: None)
-    monkeypatch.setattr(ray, "cluster_resources", lambda: {"GPU": 2.0})
-    token = driver.authentication_token_setup
-    monkeypatch.setattr(token, "maybe_enable_token_auth_if_token_available", show_token)
-    with socket.create_server(("127.0.0.1", 0)) as cluster, contextlib.ExitStack() as cleanup:
-        address = f"127.0.0.1:{cluster.getsockname()[1]}"
-        assert driver.connect(driver.Config(ray_address=address), cleanup) == 2
-    assert asked == [(address, None), (address, "token")]
+    with socket.create_server(("127.0.0.1", 0)) as cluster, pytest.raises(SystemExit) as end:
+        driver.main(driver.Config(ray_address=f"127.0.0.1:{cluster.getsockname()[1]}"))
+    printed = capsys.readouterr().err
+    assert end.value.code == 1 and "FAILED: Failed to connect to Ray cluster\n" in printed
+    assert "a token in ~/.ray, it asks for it: RAY_AUTH_MODE=token" in printed
 
 
 def test_ctrl_c_is_one_line(capsys):
@@ -410,7 +398,7 @@ def test_a_reward_module_may_fail_in_any_way(tmp_path, monkeypatch):
         Path(f"broken_{number}.py").write_text(code)
         message = refused(driver.load_reward, f"broken_{number}:f")
         assert message.startswith(
-            f"--reward broken_{number}:f: expected backwards, letters, arithmetic, or module:function"
+            f"--reward broken_{number}:f: expected backwards, letters, or module:function"
         )
 
 
@@ -477,24 +465,17 @@ def test_what_is_masked_has_no_gradient():
         "advantages_B1": torch.tensor([[1.0]]),
         "mask_BT": torch.tensor([[True, False]]),
     }
-    for correction in ("token-truncate", "sequence-mask", "none"):
-        settings = dataclasses.replace(CONFIG, kl_coef=0.1, correction=correction)
-        loss, _ = driver.compute_ppo_loss(logprobs_BT, batch, settings)
-        [gradient] = torch.autograd.grad(loss, logprobs_BT)
-        assert loss == -1 and gradient.tolist() == [[-1.0, 0.0]]
+    loss, _ = driver.compute_ppo_loss(logprobs_BT, batch, dataclasses.replace(CONFIG, kl_coef=0.1))
+    [gradient] = torch.autograd.grad(loss, logprobs_BT)
+    assert loss == -1 and gradient.tolist() == [[-1.0, 0.0]]
 
 
-def test_a_step_that_bfloat16_swallows_is_said(path, capsys):
-    shares = {}
-    for dtype in ("bfloat16", "float32"):
-        config = dataclasses.replace(CONFIG, trainer_dtype=dtype, learning_rate=1e-6, quantization="none")
-        metrics = {"step": 0, "staleness": 0, **driver.Trainer(config, path).train_step([ROLLOUT])}
-        shares[dtype] = metrics["weights_changed"]
-        driver.warn_of(metrics | {"mismatch_kl": math.nan}, config, 0)
-        printed = capsys.readouterr().out
-        assert "WARNING: mismatch KL above 0.005" in printed, "NaN compares false with everything"
-        assert (f"this step changed {shares[dtype]:.1%} of the weights" in printed) == (dtype == "bfloat16")
-    assert shares["bfloat16"] < 0.1
+def test_a_step_that_bfloat16_swallows_shows(path):
+    shares = []
+    for learning_rate in (1e-6, 1e-2):
+        config = dataclasses.replace(CONFIG, trainer_dtype="bfloat16", learning_rate=learning_rate)
+        shares.append(driver.Trainer(config, path).train_step([ROLLOUT])["weights_changed"])
+    assert shares[0] < 0.1 and shares[1] > 0.5
 
 
 # ----- Files ------------------------------------------------------------------------------------------------

@@ -32,6 +32,7 @@ from harness import (
     act_before_bucket,
     driver,
     generate,
+    helper,
     observe,
     sync,
     vllm_arguments,
@@ -66,7 +67,7 @@ def start(config, models, cleanup, shape: str = SHAPE):
     trainer_only, new = cleanup.enter_context(contextlib.ExitStack()), models(shape)[1]
     trainer = driver.start_trainer(config, new, trainer_only)
     actor = start_engine(config, models, cleanup, shape)
-    driver.join_group(config, DEVICE, trainer, [actor])
+    helper.join_group(trainer, [actor], timeout_s=config.timeout_s)
     return SimpleNamespace(
         trainer=trainer, trainer_only=trainer_only, actor=actor, llm=Remote(actor), new=new
     )
@@ -111,14 +112,14 @@ def as_it_was(pair):
         trainer.model.load_state_dict(trainer.kept)
         trainer.optimizer.state.clear()
         trainer.optimizer.param_groups[0]["lr"], trainer.step = trainer.kept_rate, trainer.kept_step
-        trainer.scanned = None
+        trainer.looked = None
 
     on(pair.trainer, keep)
     try:
         yield
     finally:
         on(pair.trainer, restore)
-        driver.sync_weights_to_quantized_engine(pair.trainer, pair.actor)
+        helper.sync_weights_to_quantized_engine(pair.trainer, pair.actor)
 
 
 def assert_as_by_session(config, pair) -> None:
@@ -151,7 +152,7 @@ def test_trainer_dies_before_and_during_a_broadcast(quick, mortal, request):
     request.addfinalizer(lambda: [trainer_only.close() for _, trainer_only in spares])
 
     def join() -> None:
-        driver.join_group(quick, DEVICE, pair.trainer, [pair.actor])
+        helper.join_group(pair.trainer, [pair.actor], timeout_s=quick.timeout_s)
         sync(quick, pair.trainer, pair.actor, bucket_bytes=BUCKET_BYTES)
 
     def next_trainer() -> None:
@@ -161,7 +162,7 @@ def test_trainer_dies_before_and_during_a_broadcast(quick, mortal, request):
 
     join()
     expected = observe(pair.llm)
-    generating = pair.actor.__ray_call__.remote(lambda _: time.sleep(8))
+    generating = pair.actor.__ray_call__.remote(lambda _: time.sleep(5))
     ray.kill(pair.trainer)  # after a sync, before the next; nothing is asked of it now
     began = time.monotonic()
     with pytest.raises(ConnectionError, match=r"generating: trainer \(rank 0\) has died") as caught:
@@ -191,12 +192,12 @@ def sync_with_a_dying_worker(config, pair, how: int) -> list[int]:
     else:
         message = failing_sync(config, pair)
         assert re.search(r"rank 0, bucket [4-8] of 8 \(.*\.(weight|bias) \.\. .*\.(weight|bias)\)", message)
-    assert driver.ACTORS[pair.actor._actor_id] in message
+    assert any(name in message for name, actor in driver.ACTORS.items() if actor == pair.actor._actor_id)
     if how == signal.SIGSTOP and len(workers) > 1:
         assert "Ranks 1 failed" in message, "of those that live, the engine names who does not"
     if how == signal.SIGKILL:
         with pytest.raises(RuntimeError, match=r"asking: engine \(rank .*a worker has died"):
-            driver.wait(driver.on_workers([pair.actor], "get_pid"), 10, "asking")
+            driver.wait(helper.on_workers([pair.actor], "get_pid"), 10, "asking")
     return workers
 
 
@@ -212,7 +213,7 @@ def test_worker_dies_or_stalls_in_a_sync(quick, models, request):
         for how, stack in stacks.items():
             if DEVICE == "cpu":
                 pair = SimpleNamespace(trainer=shared.trainer, actor=actors[how])
-                driver.join_group(quick, DEVICE, pair.trainer, [pair.actor])
+                helper.join_group(pair.trainer, [pair.actor], timeout_s=quick.timeout_s)
             else:
                 pair = start(quick, models, stack)
             workers = sync_with_a_dying_worker(quick, pair, how)
@@ -222,7 +223,7 @@ def test_worker_dies_or_stalls_in_a_sync(quick, models, request):
                 assert time.monotonic() < deadline, [psutil.Process(pid) for pid in left]
                 time.sleep(0.2)
     if DEVICE == "cpu":
-        driver.join_group(quick, DEVICE, shared.trainer, [shared.actor])
+        helper.join_group(shared.trainer, [shared.actor], timeout_s=quick.timeout_s)
         sync(quick, shared.trainer, shared.actor)
 
 
@@ -294,7 +295,7 @@ def test_strangers_and_taken_ports(tmp_path):
 
 def test_weights_that_are_not_finite_are_not_sent(quick, pair):
     """An optimizer step that overflows; the engine goes on with what it had."""
-    driver.join_group(quick, "cpu", pair.trainer, [pair.actor])
+    helper.join_group(pair.trainer, [pair.actor], timeout_s=quick.timeout_s)
     sync(quick, pair.trainer, pair.actor)
     before = observe(pair.llm)
 
@@ -319,7 +320,7 @@ def test_weights_that_are_not_finite_are_not_sent(quick, pair):
 
 def test_a_changed_model_is_refused_with_every_difference(quick, pair):
     """Renamed, missing, added, reshaped, all between two syncs; not a byte moves."""
-    driver.join_group(quick, "cpu", pair.trainer, [pair.actor])
+    helper.join_group(pair.trainer, [pair.actor], timeout_s=quick.timeout_s)
     sync(quick, pair.trainer, pair.actor)
     before = observe(pair.llm)
 
@@ -380,7 +381,7 @@ def test_failed_loads_and_resets_leave_a_torn_engine_until_a_sync_succeeds(quick
         on(pair.actor, mend_loader)
         assert sync(config, pair.trainer, pair.actor, bucket_bytes=BUCKET_BYTES)["path"] == "session"
         expected = observe(pair.llm)
-        driver.join_group(config, "cpu", pair.trainer, [pair.actor])  # both ends agree anew
+        helper.join_group(pair.trainer, [pair.actor], timeout_s=config.timeout_s)  # both ends agree anew
         assert sync(config, pair.trainer, pair.actor, bucket_bytes=BUCKET_BYTES)["path"] == "replay"
         for break_it, mend_it, message in (
             (break_replay, mend_replay, "receive_weights failed. engine rank 0:"),
@@ -403,7 +404,7 @@ def test_failed_loads_and_resets_leave_a_torn_engine_until_a_sync_succeeds(quick
 
 def test_generation_and_syncs_asked_for_during_a_sync(quick, pair):
     """The driver's functions refuse; a call to the actor itself waits, and sees the complete new weights."""
-    driver.join_group(quick, "cpu", pair.trainer, [pair.actor])
+    helper.join_group(pair.trainer, [pair.actor], timeout_s=quick.timeout_s)
     sync(quick, pair.trainer, pair.actor)
     expected, results = observe(pair.llm)["outputs"], []
     on(pair.trainer, act_before_bucket, 0, None, signal.SIGCONT)  # a signal that does nothing, and 0.4 s
@@ -423,7 +424,7 @@ def test_generation_and_syncs_asked_for_during_a_sync(quick, pair):
 
 def test_two_hundred_syncs_do_not_drift(quick, pair):
     """Neither memory nor handles nor time; and the last is as exact as the first."""
-    driver.join_group(quick, "cpu", pair.trainer, [pair.actor])
+    helper.join_group(pair.trainer, [pair.actor], timeout_s=quick.timeout_s)
     sync(quick, pair.trainer, pair.actor)
 
     def move(trainer) -> None:
@@ -440,9 +441,7 @@ def test_two_hundred_syncs_do_not_drift(quick, pair):
         for i in range(200):
             on(pair.trainer, move)
             result = sync(quick, pair.trainer, pair.actor)
-            assert result["path"] == ("session" if result["compared"] else "replay") and result[
-                "compared"
-            ] <= (i == 0)
+            assert result["path"] == "replay"
             times.append(result["seconds"])
             before = usage() if i == 49 else before
         after = usage()
@@ -490,7 +489,7 @@ def test_what_was_learned_is_saved_when_a_run_dies(quick, pair, tmp_path, capfd,
         (tmp_path / "metrics.jsonl").symlink_to("/dev/full")
     else:
         monkeypatch.setattr(driver, "load_reward", lambda name: reward)
-    driver.join_group(config, "cpu", pair.trainer, [pair.actor])
+    helper.join_group(pair.trainer, [pair.actor], timeout_s=config.timeout_s)
     with as_it_was(pair), pytest.raises(SystemExit) as end, driver.one_message():
         on(pair.trainer, lambda trainer: setattr(trainer, "step", 0))
         driver.train(config, pair.trainer, [pair.actor], PROMPTS[:2])

@@ -52,27 +52,10 @@ def test_ppo_clips_only_what_would_go_too_far():
 def test_token_truncation():
     """Trainer / engine is 4 (cut to C = 2) and 0.5; the gradient of each token is scaled by it."""
     terms = batch([[0.4, 0.4]], [[0.1, 0.8]], [1.0], [[1, 1]])
-    loss, gradient, metrics = loss_and_gradient([[0.4, 0.4]], terms, correction="token-truncate")
+    loss, gradient, metrics = loss_and_gradient([[0.4, 0.4]], terms)
     assert (
         loss == pytest.approx(-2.5) and gradient == [pytest.approx([-2, -0.5])] and metrics["corrected"] == 1
     )
-
-
-def test_sequence_mask():
-    """Products of the ratios: 1.5 x 1 = 1.5 weighs the first answer; 4 x 1 > C drops the second; padding has
-    no say.
-    """
-    terms = batch(
-        [[0.6, 0.4, 0.9], [0.4, 0.4, 0.9]], [[0.4, 0.4, 0.1], [0.1, 0.4, 0.1]], [1.0, 1.0], [[1, 1, 0]] * 2
-    )
-    loss, gradient, metrics = loss_and_gradient(
-        [[0.6, 0.4, 0.9], [0.4, 0.4, 0.9]], terms, correction="sequence-mask"
-    )
-    assert loss == pytest.approx(-3.0) and metrics["corrected"] == 2
-    assert gradient == [pytest.approx([-1.5, -1.5, 0]), [0, 0, 0]]
-    assert loss_and_gradient([[0.6, 0.4, 0.9], [0.4, 0.4, 0.9]], terms, correction="none")[
-        0
-    ] == pytest.approx(-4.0)
 
 
 def test_reference_kl_pulls_back():
@@ -211,7 +194,8 @@ def test_products_in_bfloat16_leave_weights_and_gradients_in_float32(path, rollo
     """Master weights, gradients and AdamW's state; and the products do differ."""
     seen = {}
     for precision in ("float32", "bfloat16"):
-        trainer = driver.Trainer(dataclasses.replace(CONFIG, matmul_precision=precision), path)
+        trainer = driver.Trainer(CONFIG, path)
+        trainer.in_bf16 = precision == "bfloat16"  # as on GPUs
         trainer.model.get_input_embeddings().weight.register_hook(lambda grad: dtypes.append(grad.dtype))
         dtypes = []
         seen[precision] = trainer.train_step(rollouts)["mismatch_kl"]
@@ -252,13 +236,6 @@ def output(prompt: str, *texts: str):
 
 def test_shipped_rewards():
     assert driver.compute_rewards([output("", "ab1X", "")]) == [[0.5, 0.0]]
-    asked = "Question: What is 20 + 22? Answer:"
-    assert driver.compute_rewards(
-        [output(asked, " 42.", "It is 42, not 41", "41 42", "?")], driver.arithmetic
-    ) == [[1, 1, 0, 0]]
-    [prompt] = driver.prompts_of_step(driver.Config(reward="arithmetic", prompts_per_step=1), [], 3)
-    total = sum(int(word) for word in prompt.replace("?", "").split() if word.isdigit())
-    assert driver.arithmetic([prompt], [str(total)]) == [1.0]
 
 
 def test_backwards_can_only_be_earned_by_reading():
@@ -326,6 +303,6 @@ def test_load_reward(tmp_path, monkeypatch):
     ]
     for name in ("nothing", "my_rewards:no", "no_such_module:f"):
         with pytest.raises(
-            ValueError, match=f"--reward {name}: expected backwards, letters, arithmetic, or module:function"
+            ValueError, match=f"--reward {name}: expected backwards, letters, or module:function"
         ):
             driver.load_reward(name)

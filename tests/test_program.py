@@ -1,5 +1,6 @@
 """The whole program in a process of its own: what it prints, writes and leaves behind."""
 
+import concurrent.futures
 import json
 import multiprocessing
 import os
@@ -81,20 +82,54 @@ class Program:
             time.sleep(0.5)
 
 
-def run(*flags: str, cwd: Path, as_typed: bool = False) -> tuple[dict, list[dict], str]:
+def end_of(program: Program, folder: Path) -> tuple[dict, list[dict], str]:
     """Summary, metrics and output of a run that ends well and leaves nothing behind."""
-    program = Program(*flags, cwd=cwd, as_typed=as_typed)
     assert program.wait(600) == 0, program.printed()[-5000:]
     program.assert_nothing_left()
-    summary = json.loads((cwd / "outputs" / "summary.json").read_text())
-    return summary, driver.read_metrics(cwd / "outputs"), program.printed()
+    summary = json.loads((folder / "outputs" / "summary.json").read_text())
+    return summary, driver.read_metrics(folder / "outputs"), program.printed()
 
 
 @pytest.fixture(scope="session")
-def default_run(tmp_path_factory):
-    """A newcomer's command, from another directory (and a checkpoint half way)."""
+def default_program(tmp_path_factory):
+    """A newcomer's command, from another directory (and a checkpoint half way), and that directory."""
     folder = tmp_path_factory.mktemp("default")
-    return folder, *run("--save-every", "10", cwd=folder, as_typed=True)
+    return Program("--save-every", "10", cwd=folder, as_typed=True), folder
+
+
+@pytest.fixture(scope="session")
+def default_run(default_program):
+    """The directory; what is there at the end."""
+    program, folder = default_program
+    return folder, *end_of(program, folder)
+
+
+def test_two_unquantized_engines_on_two_nodes_show_no_mismatch(default_program, tmp_path):
+    """The control, with weights that stay as they are: what FP8 shows is quantization and not a broken sync.
+
+    Not at temperature 1, so that both sides must mean the distribution that is sampled from. Each engine has
+    a bundle of its own, both are in one group; actors on another node find the modules; nothing stays
+    reserved. (Meanwhile the default run goes on.)
+    """
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
+    try:
+        cluster.add_node(num_cpus=2)
+        flags = ["--ray-address", cluster.address, "--num-engines", "2", "--tensor-parallel-size", "1"]
+        control = ["--quantization", "none", "--learning-rate", "0", "--temperature", "0.7", "--steps", "2"]
+        summary, rows, printed = end_of(Program(*flags, *control, cwd=tmp_path), tmp_path)
+        assert summary["world_size"] == 3 and len(summary["ranks"]) == 2 and "worker (rank 2):" in printed
+        assert summary["fp8_linear_layers"] == 0 and summary["sync"]["path"] == "replay"
+        assert summary["sync"]["tensors"] == 2 * 40 and summary["sync"]["answers"] == 200
+        assert len(rows) == 2 and rows[-1]["weights_version"] == 6
+        assert all(row["mismatch_kl"] < 1e-4 for row in rows)
+        look = "import ray, sys; ray.init(sys.argv[1]); groups = ray.util.placement_group_table().values(); "
+        look += "print([group['state'] for group in groups])"
+        states = subprocess.run(
+            [sys.executable, "-c", look, cluster.address], capture_output=True, text=True, check=True
+        )
+        assert eval(states.stdout) == ["REMOVED"] * 3
+    finally:
+        cluster.shutdown()
 
 
 def test_default_run(default_run):
@@ -104,14 +139,15 @@ def test_default_run(default_run):
     assert summary["quantization"] == "fp8-weight-only"
     assert summary["fp8_linear_layers"] == 8
     assert 0 < summary["fp8_gib"] < summary["weights_gib"] < summary["bf16_weights_gib"]
-    assert summary["experts_gib"] == summary["experts_fp8_gib"] == 0
-    assert summary["ranks"][1]["not_fp8"].keys() == {"embeddings and heads"}
-    assert summary["weights_version"] == 22  # the proof, the comparison with a session, one for each step
+    assert summary["ranks"][1]["not_fp8"].keys() == {
+        "VocabParallelEmbedding",
+        "OPTLearnedPositionalEmbedding",
+    }
+    assert summary["weights_version"] == 24  # four of the proof, one for each step
     sync = summary["sync"]
     assert sync["verified"] is True and sync["path"] == "replay" and sync["because"] is None
-    assert (
-        sync["tensors"] == 2 * 44 and sync["answers"] == 100
-    )  # parameters, 8 scales, and buffers, of 2 workers
+    # 44 parameters (8 with scales) and buffers of each worker, and copies of two scales in both attentions.
+    assert sync["tensors"] == 2 * 48 > sync["changed"] >= 2 * 36 and sync["answers"] == 100
     assert sync["gb_per_s"] == pytest.approx(sync["bytes"] / sync["seconds"] / 1e9)
     layer = (
         4 * (128 * 128 + 128) + (128 * 256 + 256) + (256 * 128 + 128) + 2 * 2 * 128
@@ -121,9 +157,11 @@ def test_default_run(default_run):
     assert set(summary["versions"]) == {"python", "torch", "vllm", "torchao", "ray", "transformers"}
     assert "No GPU found: the same processes on the CPU" in printed
     assert "worker (rank 2): 8 linear layers in FP8, 0." in printed
-    assert (
-        "Proved: set to zero and synced by replay, the engine is what it was: 88 tensors and 100" in printed
+    said = f"the engine is what it was: 96 tensors ({sync['changed']} follow the weights), 100 answers"
+    assert re.search(
+        r"Proved by replay in \d+\.\d s: set to zero and synced, and again behind other", printed
     )
+    assert said in printed
     curves = imread(folder / "outputs" / "curves.png")
     assert curves.shape[1] > curves.shape[0] > 100 and curves.std() > 0
 
@@ -137,14 +175,13 @@ def test_it_learns(default_run):
     assert before < 0.5 and after >= 0.9 and len(summary["samples"]) == 100
     assert f"Words without a mistake: {before:.0%} before training, {after:.0%} after" in printed
     assert rows[0]["mismatch_kl"] > 1e-4, "FP8's noise, which the control below does not have"
-    assert all(row["mismatch_kl"] < driver.USUAL_KL["fp8"] for row in rows)
+    assert all(row["mismatch_kl"] < 0.05 for row in rows)
     assert (
         all(0.9 < row["effective_sample_size"] <= 1 for row in rows) and rows[0]["effective_sample_size"] < 1
     )
     assert any(row["ppo_clipped"] > 0 for row in rows), "in the second epoch the policy has moved"
     assert all(row["staleness"] == 0 for row in rows)
     assert len(re.findall(r"^step +\d+ \| reward .* tokens/s .* GB/s\) .* GiB$", printed, re.MULTILINE)) == 20
-    assert "WARNING: mismatch" not in printed
 
 
 def test_a_first_run_is_short_and_quiet(default_run):
@@ -185,7 +222,7 @@ def test_resumed_run_gives_the_same_curve(default_run, tmp_path):
 
 
 def test_overlapped_steps_learn_from_weights_one_step_old(tmp_path, capsys):
-    """Every version is known; the batch of a run's first step is fresh, as a resumed run says."""
+    """Every version is known; the batch of a run's first step is fresh, also of a resumed one."""
     # 20 x 16 prompts are more than vLLM takes in at a time; none may be cut in two.
     settings = dict(overlap=True, prompts_per_step=20, tensor_parallel_size=1, output_dir=tmp_path)
     with local_actors():
@@ -195,10 +232,9 @@ def test_overlapped_steps_learn_from_weights_one_step_old(tmp_path, capsys):
         driver.main(driver.Config(steps=5, resume=tmp_path / "checkpoint-3", **settings))
     rows = driver.read_metrics(tmp_path)
     assert [(row["step"], row["staleness"]) for row in rows] == [(0, 0), (2, 1), (3, 0), (4, 1)]
-    assert [row["sampled_version"] for row in rows] == [1, 3, 1, 1]  # the first sync of a run makes two
+    assert [row["sampled_version"] for row in rows] == [4, 5, 4, 4]  # a proof syncs four times
     assert rows[0]["mismatch_kl"] < rows[1]["mismatch_kl"], "there is a step between"
     printed = capsys.readouterr().out
-    assert "the first batch is sampled by the resumed weights" in printed
     assert "metrics.jsonl: lacks the steps 1, in or before which a run failed" in printed
 
 
@@ -222,34 +258,6 @@ def test_checkpoint_is_a_model_for_others(default_run):
         assert expected == generated[0]
 
 
-def test_two_unquantized_engines_on_two_nodes_show_no_mismatch(tmp_path):
-    """The control, with weights that stay as they are: what FP8 shows is quantization and not a broken sync.
-
-    Not at temperature 1, so that both sides must mean the distribution that is sampled from. Each engine has
-    a bundle of its own, both are in one group; actors on another node find the modules; nothing stays
-    reserved.
-    """
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
-    try:
-        cluster.add_node(num_cpus=2)
-        flags = ["--ray-address", cluster.address, "--num-engines", "2", "--tensor-parallel-size", "1"]
-        control = ["--quantization", "none", "--learning-rate", "0", "--temperature", "0.7", "--steps", "2"]
-        summary, rows, printed = run(*flags, *control, cwd=tmp_path)
-        assert summary["world_size"] == 3 and len(summary["ranks"]) == 2 and "worker (rank 2):" in printed
-        assert summary["fp8_linear_layers"] == 0 and summary["sync"]["path"] == "replay"
-        assert summary["sync"]["tensors"] == 2 * 36 and summary["sync"]["answers"] == 200
-        assert len(rows) == 2 and rows[-1]["weights_version"] == 3
-        assert all(row["mismatch_kl"] < 1e-4 for row in rows)
-        look = "import ray, sys; ray.init(sys.argv[1]); groups = ray.util.placement_group_table().values(); "
-        look += "print([group['state'] for group in groups])"
-        states = subprocess.run(
-            [sys.executable, "-c", look, cluster.address], capture_output=True, text=True, check=True
-        )
-        assert eval(states.stdout) == ["REMOVED"] * 3
-    finally:
-        cluster.shutdown()
-
-
 def signal_actor(program: Program, name: str, how: int) -> None:
     """Send a signal to an actor's process as soon as there is one."""
     deadline = time.monotonic() + 60
@@ -259,20 +267,26 @@ def signal_actor(program: Program, name: str, how: int) -> None:
     os.kill(found[0], how)
 
 
-@pytest.mark.parametrize(
-    ("after", "to_actor", "to_driver"),
-    [
-        ("Starting Ray, trainer", None, signal.SIGINT),
-        ("worker (rank 1)", None, signal.SIGTERM),
-        ("step    0", ("ray::MyLLM", signal.SIGKILL), None),
-        # What is stopped cannot see the end.
-        ("worker (rank 2)", ("VLLM::Worker_TP1", signal.SIGSTOP), signal.SIGKILL),
-    ],
-)
-def test_nothing_is_left_behind(tmp_path, after, to_actor, to_driver):
+ENDS = [
+    ("Starting Ray, trainer", None, signal.SIGINT),
+    ("worker (rank 1)", None, signal.SIGTERM),
+    ("step    0", ("ray::RolloutLLM", signal.SIGKILL), None),
+    # What is stopped cannot see the end.
+    ("worker (rank 2)", ("VLLM::Worker_TP1", signal.SIGSTOP), signal.SIGKILL),
+]
+
+
+def test_nothing_is_left_behind(tmp_path_factory):
     """Ctrl-C, a termination, a killed actor or driver ends the program with an error and takes every process
-    along.
+    along. Three programs run at a time.
     """
+    with concurrent.futures.ThreadPoolExecutor(3) as pool:
+        folders = [tmp_path_factory.mktemp("end") for _ in ENDS]
+        assert len([*pool.map(end, folders, *zip(*ENDS))]) == 4
+
+
+def end(tmp_path: Path, after: str, to_actor: tuple[str, int] | None, to_driver: int | None) -> None:
+    """Signals to an actor, the driver or both as soon as the program has printed something."""
     flags = ["--reward", "letters", "--max-tokens", "400"] if to_driver else ["--steps", "1000", "--overlap"]
     if not to_actor:
         flags += ["--tensor-parallel-size", "1"]
@@ -285,7 +299,7 @@ def test_nothing_is_left_behind(tmp_path, after, to_actor, to_driver):
             time.sleep(1)
             os.kill(program.process.pid, to_driver)
         began = time.monotonic()
-        assert program.wait(30)
+        assert program.wait(60), program.printed()
         program.assert_nothing_left()
         print(
             f"FAULT {to_actor} {to_driver!r} after {after!r}: all gone {time.monotonic() - began:.1f} s later"

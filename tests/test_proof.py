@@ -1,20 +1,17 @@
 """What the proof and the comparison of the second sync must catch, with engines in this process."""
 
-import json
-import subprocess
-import sys
-
 import pytest
 import torch
 from vllm import SamplingParams
 from vllm.config import set_current_vllm_config
 from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
+from vllm.utils.network_utils import get_open_port
 
 import rlhf_utils
-from architectures import ARCHITECTURES, build
-from harness import HERE, driver
+from architectures import ARCHITECTURES, bring, build, send_one_by_one
+from harness import driver, helper
 from local import CONFIG, Local, local_actors, local_engine, local_pair, wait, worker
-from rlhf_utils import ReloadSession, Replay, digests_of, record_copies
+from rlhf_utils import Reached, ReloadSession, Replay, record_copies
 
 SETTINGS = dict(bucket_bytes=100_000, timeout_s=60)
 NORM = "model.norm.weight"
@@ -48,7 +45,7 @@ def double_a_scale(replay: Replay) -> None:
     def quantize_and_copy(number: int) -> None:
         plain(number)
         if number == first:
-            replay.steps[number][0][0].rows[0].scale[0] *= 2
+            replay.steps[number][0][0].tensors[0][3][0] *= 2
 
     replay._quantize_and_copy = quantize_and_copy
 
@@ -63,8 +60,8 @@ def test_a_falsified_replay_is_caught_and_sessions_serve(llama, monkeypatch, cap
 
     monkeypatch.setattr(Replay, "__init__", init)
     with local_pair(llama, CONFIG) as (trainer, engine):
-        cold = driver.observe([engine], 60, driver.PROMPTS, 8)
-        proof = driver.prove_sync(trainer, engine, max_tokens=8, **SETTINGS)
+        cold = helper.observe([engine], 60, driver.PROMPTS, 8)
+        proof = helper.prove_sync(trainer, engine, max_tokens=8, **SETTINGS)
         assert proof["verified"] and proof["path"] == "session"
         assert (
             f"{named} on worker 0 (engine 0)" in proof["because"]
@@ -74,53 +71,138 @@ def test_a_falsified_replay_is_caught_and_sessions_serve(llama, monkeypatch, cap
             "Weight syncs are reload sessions, because after a replay these are not as they were"
             in capsys.readouterr().out
         )
-        assert not driver.differences([engine], cold, 60)
+        assert not helper.differences([engine], cold, 60)
         change(trainer)
-        assert driver.sync_weights_to_quantized_engine(trainer, engine, **SETTINGS)["path"] == "session"
-        assert driver.differences([engine], cold, 60), "other weights have come"
+        assert helper.sync_weights_to_quantized_engine(trainer, engine, **SETTINGS)["path"] == "session"
+        assert helper.differences([engine], cold, 60), "other weights have come"
+
+
+class Table:
+    """What a kernel computes with."""
+
+    def __init__(self, weight: torch.Tensor):
+        self.values = weight.detach().clone()
 
 
 class Derive(QuantizeMethodBase):
-    """Keeps a function of the loaded weight elsewhere, as vLLM does for MLA; it computes with that."""
+    """A quant method that makes a new kernel with a table whenever it loads, as vLLM does for experts."""
+
+    kernel: Table | None = None
 
     def create_weights(self, *_, **__): ...
 
     def apply(self, *_, **__): ...
 
     def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
-        layer.derived = layer.weight.detach().clone()
+        self.kernel = Table(layer.weight)
 
 
-def test_a_replay_that_leaves_derived_state_is_caught_at_the_second_sync(llama, tmp_path, capsys):
+def derive(engine: Local, quant_method=None) -> tuple[torch.nn.Module, Table]:
+    """The engine's last norm computes with a table made from its weight; returns it and the table."""
+    norm = worker(engine.target).get_model().model.norm
+    kernel = Table(norm.weight)
+    if quant_method:
+        norm.quant_method, quant_method.kernel = quant_method, kernel
+    else:
+        norm.kernel = kernel
+    plain = norm.forward
+    norm.forward = lambda x, residual=None: plain(
+        x * kernel.values / norm.weight, residual * kernel.values / norm.weight
+    )
+    return norm, kernel
+
+
+@pytest.mark.parametrize("sees_answers", [True, False])
+def test_a_replay_that_leaves_derived_state_is_caught_at_the_start(llama, monkeypatch, sees_answers):
+    """By its bytes alone; then sessions serve, and write to the table that was there."""
+    if not sees_answers:
+        monkeypatch.setattr(
+            driver.RolloutLLM, "repeatable", property(lambda self: False, lambda self, _: None)
+        )
+    with local_pair(llama, CONFIG) as (trainer, engine):
+        norm, kernel = derive(engine, Derive())
+        proof = helper.prove_sync(trainer, engine, max_tokens=8, **SETTINGS)
+        assert proof["path"] == "session" and proof["answers"] == 4 * sees_answers
+        assert "model.norm.quant_method.kernel.values on worker 0" in proof["because"]
+        for _ in range(2):
+            change(trainer)
+            assert helper.sync_weights_to_quantized_engine(trainer, engine, **SETTINGS)["path"] == "session"
+            assert norm.quant_method.kernel is kernel and torch.equal(kernel.values, norm.weight)
+
+
+def test_derived_state_that_nobody_makes_again_is_refused(llama):
+    with local_pair(llama, CONFIG) as (trainer, engine):
+        derive(engine)
+        with pytest.raises(
+            RuntimeError, match="this model cannot be synced: .*: model.norm.kernel.values on worker 0"
+        ):
+            helper.prove_sync(trainer, engine, max_tokens=8, **SETTINGS)
+
+
+def test_a_replay_behind_a_session_that_made_new_objects_is_right(llama):
+    """As with experts in FP8: the table's memory is what the replay writes to."""
     with local_pair(llama, CONFIG) as (trainer, engine):
         norm = worker(engine.target).get_model().model.norm
-        norm.quant_method, plain = Derive(), norm.forward
+        norm.quant_method = Alias()
         norm.quant_method.process_weights_after_loading(norm)
-        norm.forward = lambda x, residual=None: plain(
-            x * norm.derived / norm.weight, residual * norm.derived / norm.weight
+        assert helper.prove_sync(trainer, engine, max_tokens=8, **SETTINGS)["path"] == "replay"
+        kernel = norm.quant_method.kernel
+        for mechanism in ("session", "replay", "update_weight", "replay"):
+            change(trainer)
+            bring(trainer, engine, mechanism, SETTINGS)
+            assert norm.quant_method.kernel is kernel and kernel.values is norm.weight
+
+
+class Alias(Derive):
+    """... whose kernel has the layer's own tensor, until a reload exchanges it."""
+
+    def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
+        super().process_weights_after_loading(layer)
+        self.kernel.values = layer.weight
+
+
+def test_what_others_have_moved_is_put_back(llama):
+    """vLLM's own reload from disk, a tensor and memory that were exchanged: the next replay is right."""
+    with local_pair(llama, CONFIG) as (trainer, engine):
+        assert helper.prove_sync(trainer, engine, max_tokens=8, **SETTINGS)["path"] == "replay"
+        cold, model = helper.observe([engine], 60), worker(engine.target).get_model()
+        norm, head = model.model.norm, model.lm_head
+        for move in (
+            lambda: engine.target.collective_rpc("reload_weights"),
+            lambda: setattr(
+                norm, "weight", torch.nn.Parameter(norm.weight.detach().clone(), requires_grad=False)
+            ),
+            lambda: setattr(head.weight, "data", head.weight.data.clone()),
+        ):
+            where = norm.weight, norm.weight.data_ptr(), head.weight.data_ptr()
+            move()
+            engine.target.collective_rpc("reset_weights")
+            assert helper.sync_weights_to_quantized_engine(trainer, engine, **SETTINGS)["path"] == "replay"
+            assert not helper.differences([engine], cold, 60)
+            assert (norm.weight, norm.weight.data_ptr(), head.weight.data_ptr()) == where
+
+
+def test_a_tensor_of_another_form_is_refused(llama):
+    """Replays and captured graphs refer to the old one."""
+    with local_engine(llama, CONFIG) as llm:
+        model = worker(llm).get_model()
+        reached = Reached(model)
+        assert "model.layers.1.mlp.down_proj.weight.qdata" in reached.parameters
+        assert not any(
+            "kv_cache" in name for name in Reached(model, worker(llm).model_runner.kv_caches).tensors
         )
-        assert driver.prove_sync(trainer, engine, max_tokens=8, **SETTINGS)["path"] == "replay", (
-            "the weights are the same"
-        )
-        change(trainer)
-        sync = driver.sync_weights_to_quantized_engine(trainer, engine, **SETTINGS)
-        assert sync["compared"] and sync["path"] == "session"
-        assert (
-            "a replay and a session of the same new weights differ in the answer to"
-            in capsys.readouterr().out
-        )
-        assert torch.equal(norm.derived, norm.weight)
-        change(trainer)
-        sync = driver.sync_weights_to_quantized_engine(trainer, engine, **SETTINGS)
-        assert not sync["compared"] and sync["path"] == "session" and torch.equal(norm.derived, norm.weight)
+        model.model.norm.weight = torch.nn.Parameter(torch.ones(3), requires_grad=False)
+        with pytest.raises(RuntimeError, match="a reload leaves no model.norm.weight, or in another form"):
+            reached.put_back(Reached(model))
 
 
 def test_a_wrong_session_is_an_error_and_the_engine_stays_torn(llama, monkeypatch):
-    def close(self) -> None:
-        plain(self)
+    def close(self, with_values: bool = True) -> None:
+        plain(self, with_values)
         self.model.model.norm.weight.data[3] += 1
 
-    def no_recording(*_):
+    def no_recording(session, _):
+        session.close(with_values=False)
         raise rlhf_utils.CannotReplay("this test says so")
 
     plain = ReloadSession.close
@@ -129,13 +211,13 @@ def test_a_wrong_session_is_an_error_and_the_engine_stays_torn(llama, monkeypatc
     with local_pair(llama, CONFIG) as (trainer, engine):
         with pytest.raises(
             RuntimeError,
-            match=rf"this model cannot be synced: after a reload session .*: {NORM} on worker 0 \(engine 0",
+            match=rf"this model cannot be synced: after a session .*: {NORM} on worker 0 \(engine 0",
         ):
-            driver.prove_sync(trainer, engine, max_tokens=8, **SETTINGS)
+            helper.prove_sync(trainer, engine, max_tokens=8, **SETTINGS)
         with pytest.raises(RuntimeError, match="refusing to generate"):
             engine.target.answer(["a"])
         with pytest.raises(RuntimeError, match="an engine has been updated: start it anew"):
-            driver.prove_sync(trainer, engine, max_tokens=8, **SETTINGS)
+            helper.prove_sync(trainer, engine, max_tokens=8, **SETTINGS)
 
 
 def test_a_model_that_cannot_be_synced_ends_the_run_before_the_first_step(tmp_path, monkeypatch, capsys):
@@ -165,15 +247,12 @@ def test_recording_leaves_the_model_as_it_was(tmp_path, name):
 
         def state() -> tuple:
             live = rlhf_utils.named_tensors(model)
-            where = {
-                key: (id(t), [p.data_ptr() for p in rlhf_utils.plain_tensors(key, t).values()])
-                for key, t in live.items()
-            }
-            return list(live), where, digests_of(model), [list(vars(layer)) for layer in model.modules()]
+            reached = Reached(model)
+            where = {name: tensor.data_ptr() for name, tensor in reached.tensors.items()}
+            return {name: id(tensor) for name, tensor in live.items()}, where, reached.digests()
 
         def vandalize(weights) -> None:
             for layer in model.modules():
-                layer.visited = True
                 for parameter in layer.parameters(recurse=False):
                     parameter.data.fill_(7)
             first = next(iter(model.children()))
@@ -186,7 +265,7 @@ def test_recording_leaves_the_model_as_it_was(tmp_path, name):
             for load_weights in (model.load_weights, vandalize):
                 model.load_weights = load_weights
                 try:
-                    record_copies(model, manifest)
+                    record_copies(own._open_session(), manifest)
                 except rlhf_utils.CannotReplay as reason:
                     assert (
                         name == "falcon" and "computed" in str(reason) or "KeyError: 'enough'" in str(reason)
@@ -197,16 +276,17 @@ def test_recording_leaves_the_model_as_it_was(tmp_path, name):
                 assert state() == before
 
 
-def test_experts_that_stay_in_bf16_are_counted_apart(tmp_path, capsys, monkeypatch):
+def test_experts_that_stay_in_bf16_are_named(tmp_path, capsys, monkeypatch):
     """torchao quantizes linear layers only; the program says so, and what does more."""
-    monkeypatch.setattr(driver, "wait", wait)
+    monkeypatch.setattr(helper, "wait", wait)
     with local_engine(build(tmp_path, "qwen-3-moe"), CONFIG) as llm:
-        [rank] = driver.prove_fp8([Local("engine", llm)], CONFIG)
+        [rank] = helper.prove_fp8([Local("engine", llm)])
     printed = capsys.readouterr().out
-    assert rank["experts_gib"] * 2**30 == 2 * 2 * 4 * (2 * 128 * 256 + 256 * 128)  # layers, bytes, experts
-    assert rank["experts_fp8_gib"] == 0 < rank["fp8_gib"] < rank["weights_gib"] - rank["experts_gib"]
-    assert rank["not_fp8"].keys() == {"embeddings and heads", "routed experts"}
-    assert "(of experts 0.0000 of 0.0015)" in printed and "--quantization fp8_per_channel" in printed
+    experts = 2 * 2 * 4 * (2 * 128 * 256 + 256 * 128) / 2**30  # layers, bytes, experts
+    assert 0 < rank["fp8_gib"] < rank["weights_gib"] - experts
+    assert rank["not_fp8"].keys() == {"VocabParallelEmbedding", "ParallelLMHead", "RoutedExperts"}
+    assert "not in FP8: RoutedExperts: model.layers.0.mlp.experts" in printed
+    assert "--quantization fp8_per_channel" in printed
 
 
 def test_a_torn_engine_refuses_every_way_to_ask(llama):
@@ -233,22 +313,101 @@ def test_a_torn_engine_refuses_every_way_to_ask(llama):
             llm.generate(["a"], params, use_tqdm=False)
 
 
-def test_importing_patches_nothing():
-    """And vLLM is not imported; the worker's one function patches torchao, once."""
-    code = """
-import json, sys, torch
-from torchao.quantization import Float8Tensor
-from torchao.quantization.quantize_.workflows.float8 import float8_tensor
-def state():
-    table = Float8Tensor._ATEN_OP_TABLE[Float8Tensor]
-    return [id(float8_tensor.addmm_float8_unwrapped_inference), len(table)]
-before = state()
-import rlhf_utils
-imported = state(), "vllm" in sys.modules
-rlhf_utils.patch_libraries()
-print(json.dumps([before == imported[0], imported[1], before == state()]))
-"""
-    printed = subprocess.run(
-        [sys.executable, "-c", code], cwd=HERE.parent, capture_output=True, text=True, check=True
-    )
-    assert json.loads(printed.stdout.splitlines()[-1]) == [True, False, False]
+@pytest.mark.parametrize(
+    ("name", "leave_out", "named"),
+    [
+        (
+            "llama",
+            "layers.0.self_attn.v_proj.weight",
+            "qkv_proj.weight (without model.layers.0.self_attn.v_proj",
+        ),
+        ("llama", "layers.1.self_attn.k_proj.bias", "qkv_proj.bias (without model.layers.1.self_attn.k_proj"),
+        (
+            "llama",
+            "layers.1.mlp.gate_proj.weight",
+            "gate_up_proj.weight (without model.layers.1.mlp.gate_proj",
+        ),
+        ("llama", "model.norm.weight", "stale: model.norm.weight"),
+        ("mixtral", "layers.1.block_sparse_moe.experts.2.w3.weight", "w13_weight (without all of its parts)"),
+    ],
+)
+def test_an_update_without_one_weight_is_refused(tmp_path, name, leave_out, named):
+    """One of several that vLLM fuses as well; all of them, afterwards, are an update."""
+    with local_pair(build(tmp_path, name), CONFIG) as (trainer, engine):
+        helper.prove_sync(trainer, engine, max_tokens=8, **SETTINGS)
+        cold = helper.observe([engine], 60)
+        send_one_by_one(trainer, engine, leave_out=leave_out)
+        with pytest.raises(RuntimeError, match="[12] parameters got no weight and are") as error:
+            engine.target.collective_rpc("check_weights_changed")
+        assert named in str(error.value)
+        with pytest.raises(RuntimeError, match="refusing to generate"):
+            engine.target.answer()
+        send_one_by_one(trainer, engine)
+        engine.target.collective_rpc("check_weights_changed")
+        assert not helper.differences([engine], cold, 60)
+
+
+def test_an_update_with_a_weight_twice_is_refused(llama):
+    with local_pair(llama, CONFIG) as (trainer, engine):
+        with pytest.raises(
+            RuntimeError, match=r"loader failed at model.norm.weight .*: it came twice in one"
+        ):
+            send_one_by_one(trainer, engine, twice=NORM)
+        with pytest.raises(RuntimeError, match="an `update_weight` has failed: send all weights again"):
+            engine.target.collective_rpc("check_weights_changed")
+
+
+def test_calls_in_another_order_are_right_or_refused_at_once(llama):
+    """Sending before both agree; joining again without a rendezvous; weights that change behind a scan."""
+    with local_pair(llama, CONFIG) as (trainer, engine):
+        with pytest.raises(RuntimeError, match="no weights have been agreed on: call prepare_weights and"):
+            trainer.target.send_weights()
+        assert helper.prove_sync(trainer, engine, max_tokens=8, **SETTINGS)["path"] == "replay"
+        cold = helper.observe([engine], 60)
+        trainer.target.scan_weights()
+        norm = trainer.target.model.model.norm.weight
+        kept = norm.detach().clone()
+        with torch.no_grad():
+            norm.mul_(torch.nan)
+            with pytest.raises(RuntimeError, match=f"1 weights hold NaN or infinity .*: {NORM}"):
+                helper.sync_weights_to_quantized_engine(trainer, engine, **SETTINGS)
+            norm.copy_(kept)
+        port = get_open_port()
+        joining = helper.on_workers(
+            [engine], "init_weight_update_group", "127.0.0.1", port, 1, 2, "gloo", 30.0
+        )
+        joining.append(trainer.init_weight_update_group.remote("127.0.0.1", port, 2, "gloo", 30.0))
+        wait(joining, 60, "joining")
+        with pytest.raises(RuntimeError, match="no weights have been agreed on: call prepare_weights and"):
+            engine.target.collective_rpc("receive_weights")
+        engine.target.collective_rpc("zero_weights", args=("stored",))
+        assert helper.sync_weights_to_quantized_engine(trainer, engine, **SETTINGS)["path"] == "replay"
+        assert not helper.differences([engine], cold, 60)
+
+
+def test_an_error_while_generating_blocks_no_sync(llama, monkeypatch):
+    """vLLM leaves the requests in its engine, and would refuse to reset the prefix cache for ever."""
+    with local_pair(llama, CONFIG) as (trainer, engine):
+        helper.prove_sync(trainer, engine, max_tokens=8, **SETTINGS)
+        llm, steps = engine.target, []
+
+        def step():
+            steps.append(1)
+            if len(steps) == 3:
+                raise RuntimeError("an error of the engine's own")
+            return plain()
+
+        for ask in (
+            lambda: llm.generate(driver.PROMPTS, SamplingParams(max_tokens=20), use_tqdm=False),
+            lambda: llm.answer(["a", "b"], 20),
+        ):
+            steps.clear()
+            plain = llm.llm_engine.step
+            monkeypatch.setattr(llm.llm_engine, "step", step)
+            with pytest.raises(RuntimeError, match="an error of the engine's own"):
+                ask()
+            monkeypatch.setattr(llm.llm_engine, "step", plain)
+            assert not llm.llm_engine.has_unfinished_requests()
+            change(trainer)
+            assert helper.sync_weights_to_quantized_engine(trainer, engine, **SETTINGS)["path"] == "replay"
+            assert llm.answer(["a"])[0]["text"]

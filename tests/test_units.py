@@ -1,6 +1,7 @@
 """Small pieces, and the messages for bad input."""
 
 import doctest
+import itertools
 import json
 import math
 import subprocess
@@ -35,11 +36,9 @@ from rlhf_utils import (
     Copy,
     Replay,
     Rows,
-    batches,
     digest,
     digest_kernel,
     plan_buckets,
-    quantize_rows,
     quantize_rows_kernel,
     repair_zero_rows,
 )
@@ -134,16 +133,14 @@ def odd_rows(columns: int, device: str) -> torch.Tensor:
 
 
 def quantized(rows: torch.Tensor, first: int, columns: int, by_vllm: bool) -> tuple:
-    """Bytes and scales of some columns of rows, by the one launch that does two of such at once."""
-    qdata = torch.zeros(2, len(rows), columns, dtype=torch.float8_e4m3fn, device=rows.device)
-    scale = torch.zeros(2, len(rows), 1, device=rows.device)
+    """Bytes and scales of some columns of rows."""
+    qdata = torch.zeros(len(rows), columns, dtype=torch.float8_e4m3fn, device=rows.device)
+    scale = torch.zeros(len(rows), 1, device=rows.device)
     source = rows[:, first : first + columns]
     whole = rows if by_vllm else source
-    parts = [Rows(source, whole, *into, by_vllm) for into in zip(qdata, scale, strict=True)]
-    [batch] = batches(parts)
-    quantize_rows(batch)
-    assert torch.equal(*qdata.view(torch.uint8)) and torch.equal(*scale.view(torch.int32))
-    return qdata[1].view(torch.uint8), scale[1]
+    kind = (*source.shape, rows.stride(0), whole.shape[1], by_vllm)
+    Rows(kind, [(source, whole, qdata, scale)]).quantize()
+    return qdata.view(torch.uint8), scale
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -152,7 +149,7 @@ def test_quantize_rows_is_torchao_bit_for_bit(columns, device):
     """Only all-zero rows differ, by the repair."""
     rows = odd_rows(columns, device)
     expected = Float8Tensor.from_hp(rows, granularity=PerRow())
-    repair_zero_rows([expected])
+    repair_zero_rows(expected)
     # As a tensor-parallel shard lies in its weight.
     within = torch.randn(128, 3 * columns, device=device).bfloat16()[:, columns : 2 * columns]
     within.copy_(rows)
@@ -176,59 +173,57 @@ def test_quantize_rows_is_vllms_fp8_per_channel_bit_for_bit(columns, device):
 
 
 @pytest.mark.parametrize("rank", [0, 1])
-@pytest.mark.parametrize("bucket_bytes", [20_000, 10**6])
-def test_experts_are_replayed_as_vllm_quantizes_them(rank, bucket_bytes):
+@pytest.mark.parametrize("bucket_bytes", [5_000, 20_000, 10**6])
+@pytest.mark.parametrize("fused", [False, True])
+def test_experts_are_replayed_as_vllm_quantizes_them(rank, bucket_bytes, fused):
     """`fp8_per_channel` on made-up tensors (vLLM has no FP8 experts on the CPU), of the second of two workers
     as well: gate and up one above the other in w13, half of down's columns in w2; cut between buckets too.
+    Fused: one weight for all experts, of which each is copied for itself.
     """
     torch.manual_seed(0)
     experts, inner, hidden = 6, 32, 48
     half = slice(rank * inner // 2, (rank + 1) * inner // 2)
     shapes = {"gate": (inner, hidden), "up": (inner, hidden), "down": (hidden, inner)}
-    weights = {
-        f"experts.{i}.{kind}": torch.randn(shape).bfloat16()
-        for i in range(experts)
-        for kind, shape in shapes.items()
-    }
+    of_all = {kind: torch.randn(experts, *shape).bfloat16() for kind, shape in shapes.items()}
     loaded = {"w13": torch.zeros(experts, inner, hidden), "w2": torch.zeros(experts, hidden, inner // 2)}
     loaded = {name: tensor.bfloat16() for name, tensor in loaded.items()}
-    layer, copies = torch.nn.Module(), {}
+    layer, weights, copies = torch.nn.Module(), {}, {}
     for name, tensor in loaded.items():
         fp8 = torch.zeros(tensor.shape, dtype=torch.float8_e4m3fn)
         layer.register_parameter(name, torch.nn.Parameter(fp8, requires_grad=False))
         scale = torch.nn.Parameter(torch.zeros(*tensor.shape[:-1], 1), requires_grad=False)
         layer.register_parameter(f"{name}_scale", scale)
-    for name, weight in weights.items():
-        _, i, kind = name.split(".")
-        target = loaded["w2"][int(i)] if kind == "down" else loaded["w13"][int(i)]
-        target = target if kind == "down" else target.chunk(2)[kind == "up"]
-        whole = weight.to("meta")
-        source = whole[:, half] if kind == "down" else whole[half]
+    for kind, i in itertools.product(shapes, range(experts)):
         tensor = "w2" if kind == "down" else "w13"
+        target = loaded[tensor][i]
+        target = target if kind == "down" else target.chunk(2)[kind == "up"]
+        name, weight = (kind, of_all[kind]) if fused else (f"{kind}.{i}", of_all[kind][i])
+        weights[name] = weight
+        within, whole = (
+            of_expert[:, half] if kind == "down" else of_expert[half]
+            for of_expert in ((weight[i], weight.to("meta")[i]) if fused else (weight, weight.to("meta")))
+        )
         on_meta = loaded[tensor].to("meta")
         at = on_meta.as_strided(target.shape, target.stride(), target.storage_offset())
-        copies[name] = [Copy(source, at, tensor, on_meta)]
-        target.copy_(weight[:, half] if kind == "down" else weight[half])
+        copies.setdefault(name, []).append(Copy(whole, at, tensor, on_meta))
+        target.copy_(within)
     manifest = [[name, "bfloat16", list(weight.shape)] for name, weight in weights.items()]
     buckets = Buckets(manifest, bucket_bytes, SimpleNamespace(rank=1), torch.device("cpu"))
     replay = Replay(layer, copies, buckets)
-    for number, bucket in enumerate(buckets.buckets):
-        for piece, view in bucket.pieces:
+    for number, (_, pieces) in enumerate(buckets.buckets):
+        for piece, view in pieces:
             view.copy_(weights[piece.name][piece.row : piece.end])
         replay(number)
     # What both workers have to agree on.
-    downs = torch.stack([weights[f"experts.{i}.down"] for i in range(experts)])
     amax = {
         "w13": weight_amax(loaded["w13"], dim=-1, keepdim=True),
-        "w2": weight_amax(downs, dim=-1, keepdim=True),
+        "w2": weight_amax(of_all["down"], dim=-1, keepdim=True),
     }
     for name, tensor in loaded.items():
         scale = online_fp8._fp8_channel_scale(amax[name])
         qdata = online_fp8._fp8_quant_per_channel(tensor.flatten(0, 1), scale.flatten(0, 1))
         assert torch.equal(getattr(layer, f"{name}_scale"), scale)
         assert torch.equal(getattr(layer, name).flatten(0, 1).view(torch.uint8), qdata.view(torch.uint8))
-    if len(buckets.buckets) == 1:
-        assert [len(batch.rows) for batch in replay.steps[0][0]] == [2 * experts, experts], "two launches"
 
 
 def test_fused_experts_travel_as_views_of_the_model(tmp_path, monkeypatch):
@@ -269,13 +264,13 @@ def test_kernels_compile_for_hopper():
     """To machine code, without a GPU: otherwise a slip in a kernel would show on GPUs only."""
     digest_types = {"words": "*i64", "count": "i32", "total": "*i64", "BLOCK": "constexpr"}
     sizes = {"step": "i32", "columns": "i32", "length": "i32"}
-    switches = dict.fromkeys(["BLOCK", "WHOLE_BLOCK", "BY_VLLM", "ALIGNED"], "constexpr")
-    row_types = {"addresses": "*i64"} | sizes | switches
+    constants = dict.fromkeys(["BLOCK", "WHOLE", "BY_VLLM"], "constexpr")
+    row_types = {"addresses": "*i64"} | sizes | constants
     compiled = []
     for kernel, types, values in (
         (digest_kernel, digest_types, (4096,)),
-        (quantize_rows_kernel, row_types, (4096, 0, False, True)),
-        (quantize_rows_kernel, row_types, (2048, 4096, True, False)),
+        (quantize_rows_kernel, row_types, (4096, 0, False)),
+        (quantize_rows_kernel, row_types, (2048, 4096, True)),
     ):
         constants = {(len(types) - len(values) + i,): value for i, value in enumerate(values)}
         attributes = {(i,): [["tt.divisibility", 16]] for i in range(len(types) - len(values))}
@@ -338,7 +333,7 @@ def test_zero_rows_are_repaired():
     assert broken.qdata[3].float().isnan().all() and broken.qdata[7].float().isfinite().all()
     expected = broken.dequantize().clone()
     expected[[3, 7]] = 0
-    repair_zero_rows([torch.randn(3), broken])
+    assert repair_zero_rows(broken) is broken
     assert torch.equal(broken.dequantize(), expected) and (broken.scale > 0).all()
 
 
@@ -351,7 +346,7 @@ def test_zero_blocks_of_any_granularity_are_repaired():
         Float8Tensor.from_hp(torch.zeros_like(weight), granularity=PerTensor()),
     ):
         assert (broken.scale == 0).sum() == 1
-        repair_zero_rows([broken])
+        repair_zero_rows(broken)
         assert (broken.qdata.view(torch.uint8)[:128, 128:256] == 0).all() and (broken.scale > 0).all()
         assert broken.dequantize().isfinite().all()
 
