@@ -704,8 +704,9 @@ class WorkerExtension:
                 with contextlib.closing(self._open_session()) as session:
                     session.load(self.buckets.put_together(numbers))
             else:
-                self.at_start.put_back()  # what others may have moved or made anew
                 for number in numbers:
+                    if number == 0:  # while the second bucket travels
+                        self.at_start.put_back()  # what others may have moved or made anew
                     self.replay(number)
         self.manifest, self.session = self.buckets.manifest, None
         return "session" if by_session else "replay"
