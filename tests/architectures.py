@@ -160,7 +160,7 @@ def follow(name: str, tensor_parallel_size: int, folder: str, fresh=(0, 1, 2, 3)
     old = build(f"{folder}/old", name)
     settings = dict(bucket_bytes=100_000, timeout_s=60)
     slow = scheme and DEVICE == "cpu"  # vLLM's product is
-    asked = (["a"], 2) if slow else (driver.PROMPTS, 8)
+    asked = (["a"], 2) if slow else (driver.PROMPTS, 4 if DEVICE == "cpu" else 8)
     found, observed = {"paths": []}, []
     with local_pair(old, config, **more) as (trainer, engine):
         proof = helper.prove_sync(trainer, engine, *asked, **settings)
