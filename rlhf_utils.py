@@ -15,10 +15,9 @@ handles of a trainer, which is a `WeightSender`, and of an engine, which is a `M
 
 Weights take one of two paths into an engine. A *session* is vLLM's own reload: its loaders slice, fuse and
 quantize. A *replay* does again what a session would copy, recorded once, straight into the live FP8 tensors.
-The proof decides which of the two serves, alone. Three rules decide the code: a set of weights is one session
-or one replay, because outside of a session `model.load_weights` rebuilds layers from uninitialized memory; no
-worker leaves a broadcast early (`to_the_end`), and all agree on errors (`collective`); nobody waits for a
-broadcast without a limit (`wait_on_host`), and whoever gives up says what it waited for.
+The proof decides which of them serves, alone. Three rules: a set of weights is one session or one replay, for
+outside of a session `model.load_weights` rebuilds layers from uninitialized memory; no worker leaves a sync's
+broadcast early (`to_the_end`), and all agree on errors (`collective`); none waits for ever (`wait_on_host`).
 """
 
 from __future__ import annotations
@@ -89,14 +88,16 @@ def join_group(train_model, quantized_llm, *, backend: str | None = None, timeou
         timeout_s: seconds for each phase; ten times that where something loads or answers.
     """
     trainer, engines, rank = as_list(train_model)[0], as_list(quantized_llm), 1
+    mine = {handle._actor_id for handle in [*as_list(train_model), *engines]}
+    for name in [name for name, actor in ACTORS.items() if actor not in mine]:
+        del ACTORS[name]  # of a group before, of which somebody may have died
     one_node = sum(node["Alive"] for node in ray.nodes()) == 1
     rendezvous = trainer.open_rendezvous.remote("127.0.0.1" if one_node else None)
     loaded = [rendezvous, *[llm.get_workers.remote() for llm in engines]]
     (address, port, device), *workers = wait(loaded, 10 * timeout_s, "starting trainer and engine")
     on_gpus = {device, *(device for _, device in workers)} == {"cuda"}
     backend, world_size = backend or ("nccl" if on_gpus else "gloo"), 1 + sum(count for count, _ in workers)
-    # Half the limit: the ranks know more than the controller, so they speak first.
-    rest = (world_size, backend, timeout_s / 2)
+    rest = (world_size, backend, timeout_s / 2)  # the ranks know more than the controller: they speak first
     joining = [trainer.init_weight_update_group.remote(address, port, *rest)]
     ACTORS["trainer (rank 0)"] = trainer._actor_id
     for llm, (count, _) in zip(engines, workers, strict=True):
@@ -192,10 +193,11 @@ def prove_sync(
         sync = None if because else go_through(REPLAYS)
     except RuntimeError as error:  # a death, a ConnectionError, says nothing of the model
         because = str(error)
-        wait(on_workers(engines, "give_up_replays", because), timeout_s, "settling on sessions")
         print(f"Weight syncs are reload sessions, because {because}")
     try:
-        sync = go_through(SESSIONS) if because else sync
+        if because:
+            wait(on_workers(engines, "give_up_replays", because), timeout_s, "settling on sessions")
+            sync = go_through(SESSIONS)
     except RuntimeError as error:
         wait(on_workers(engines, "zero_weights"), timeout_s, "setting wrong weights to zero")  # torn
         raise RuntimeError(f"this model cannot be synced: {error}. No replay, because {because}") from error
@@ -312,8 +314,7 @@ def wait(refs: list, timeout_s: float, doing: str, patience_s: float = 0.0) -> l
             next_sign += 10
             print(f"... {doing}: {time.monotonic() - start:.0f} s", file=sys.stderr, flush=True)
     if pending:
-        waited_s = time.monotonic() - start
-        silent = f"no answer from {', '.join(who[ref] for ref in pending)} in {waited_s:.0f} s"
+        silent = f"no answer from {', '.join(map(who.get, pending))} in {time.monotonic() - start:.0f} s"
         if not failures:
             raise TimeoutError(f"{doing}: {silent}; --timeout-s (timeout_s) sets the limit")
         failures.append(silent)
@@ -648,9 +649,8 @@ class WorkerExtension:
         """Join the trainer's group as rank `rank_offset` + this worker's rank."""
         self.buckets = self.replay = self.weight_group = None
         self.last_seen = self.last_seen or self._reached().digests(stored=True)
-        rank = rank_offset + self.rank
         self.weight_group = stateless_init_process_group(
-            master_address, master_port, rank, world_size, self.device, backend, timeout_s
+            master_address, master_port, rank_offset + self.rank, world_size, self.device, backend, timeout_s
         )
 
     def _reached(self) -> Reached:
@@ -715,13 +715,14 @@ class WorkerExtension:
     def update_weight(self, name: str, dtype_name: str, shape: list[int]) -> None:
         """Receive one weight that rank 0 broadcasts now. The first call opens the update."""
         weight = torch.empty(tuple(shape), dtype=getattr(torch, dtype_name), device=self.device)
-        broadcast(self.weight_group, weight, name)  # before any check: rank 0 is already sending
-        if self.session is None or not self.session.is_open:
-            self.session = self._open_session()
         try:
+            broadcast(self.weight_group, weight, name)  # before any check: rank 0 is already sending
+            if self.session is None or not self.session.is_open:
+                self.session = self._open_session()
             self.session.load(iter([(name, weight)]))
         except Exception:
-            self.session.close()
+            self.session = self.session or self._open_session()  # so that it is known that one has failed
+            self._close_session()
             raise
 
     @collective
@@ -1097,8 +1098,7 @@ class Buckets:
         for number, (size, pieces) in enumerate(plan):
             memory = two[number % 2][:size]
             self.buckets.append((memory, [(piece, piece.view(memory)) for piece in pieces]))
-            ends = f"{pieces[0].name} .. {pieces[-1].name}"
-            self.names.append(f"bucket {number + 1} of {len(plan)} ({ends})")
+            self.names.append(f"bucket {number + 1} of {len(plan)} ({pieces[0].name} .. {pieces[-1].name})")
         self.names.append("the digests")
         self.nbytes = sum(piece.nbytes for _, pieces in plan for piece in pieces)
         self.digests = torch.zeros(len(plan), dtype=torch.int64, device=device)

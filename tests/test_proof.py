@@ -357,6 +357,44 @@ def test_an_update_with_a_weight_twice_is_refused(llama):
             engine.target.collective_rpc("check_weights_changed")
 
 
+def test_an_update_whose_first_weight_did_not_come_is_refused(llama):
+    """Behind a sync that failed, too, which nothing but a complete set of weights makes good."""
+    with local_pair(llama, CONFIG) as (trainer, engine):
+        helper.prove_sync(trainer, engine, max_tokens=8, **SETTINGS)
+        engine.target.collective_rpc("zero_weights")
+        group, worker(engine.target).weight_group = worker(engine.target).weight_group, None
+        with pytest.raises(RuntimeError, match="this rank has joined no group"):
+            engine.target.collective_rpc("update_weight", args=(NORM, "bfloat16", [256]))
+        worker(engine.target).weight_group = group
+        with pytest.raises(RuntimeError, match="an `update_weight` has failed: send all weights again"):
+            engine.target.collective_rpc("check_weights_changed")
+        with pytest.raises(RuntimeError, match="refusing to generate"):
+            engine.target.answer(["a"])
+
+
+def test_what_was_proved_by_sessions_stays_with_them(llama, monkeypatch):
+    """Also when both ends agree anew, in a way in which replays would do."""
+
+    def no_replay(session, _):
+        session.close(with_values=False)
+        raise rlhf_utils.CannotReplay("this test says so")
+
+    with local_pair(llama, CONFIG) as (trainer, engine), monkeypatch.context() as once:
+        once.setattr(rlhf_utils, "record_copies", no_replay)
+        assert helper.prove_sync(trainer, engine, max_tokens=8, **SETTINGS)["path"] == "session"
+        once.undo()
+        sync = helper.sync_weights_to_quantized_engine(trainer, engine, bucket_bytes=2**20, timeout_s=60)
+        assert sync["path"] == "session"
+
+
+def test_a_group_knows_its_own_actors_alone(llama):
+    """What has died before and was replaced is not what a sync waits for."""
+    with local_pair(llama, CONFIG) as (trainer, engine):
+        helper.ACTORS["engine (rank 7)"] = "dead"
+        helper.join_group(trainer, engine, backend="gloo", timeout_s=60)
+        assert set(helper.ACTORS) == {"trainer (rank 0)", "engine (rank 1)"}
+
+
 def test_calls_in_another_order_are_right_or_refused_at_once(llama):
     """Sending before both agree; joining again without a rendezvous; weights that change behind a scan."""
     with local_pair(llama, CONFIG) as (trainer, engine):
