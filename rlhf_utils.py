@@ -191,7 +191,7 @@ def prove_sync(
     because = find_agreement(trainers, engines, bucket_bytes, timeout_s)
     try:
         sync = None if because else go_through(REPLAYS)
-    except RuntimeError as error:  # a death, a ConnectionError, says nothing of the model
+    except RuntimeError as error:  # the death of an actor, a ConnectionError, says nothing of the model
         because = str(error)
         print(f"Weight syncs are reload sessions, because {because}")
     try:
@@ -1469,7 +1469,7 @@ def patch_libraries() -> None:
         return output
 
     # Why: for a scale per row cuBLAS takes tiles of 128 x 128, which leave most of a GPU idle in decoding;
-    # vLLM's kernels are faster. Delete when: torch._scaled_mm is as fast at 1 to 128 rows.
+    # vLLM's are faster (not compared beyond 128 rows). Delete when: torch's is as fast at 1 to 128 rows.
     float8_tensor.addmm_float8_unwrapped_inference = scaled_mm
 
     @Float8Tensor.implements(torch.ops.aten.empty_like.default)
