@@ -15,9 +15,9 @@ handles of a trainer, which is a `WeightSender`, and of an engine, which is a `M
 
 Weights take one of two paths into an engine. A *session* is vLLM's own reload: its loaders slice, fuse and
 quantize. A *replay* does again what a session would copy, recorded once, straight into the live FP8 tensors.
-The proof decides which of them serves, alone. Three rules: a set of weights is one session or one replay, for
-outside of a session `model.load_weights` rebuilds layers from uninitialized memory; no worker leaves a sync's
-broadcast early (`to_the_end`), and all agree on errors (`collective`); none waits for ever (`wait_on_host`).
+The proof decides which of them serves, alone. Three rules: weights come in one session or one replay, because
+outside of them `model.load_weights` leaves uninitialized memory; no worker leaves a broadcast early
+(`to_the_end`), and all agree on errors (`collective`); none waits for ever (`Buckets.finish`).
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ import sys
 import threading
 import time
 import types
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Iterator
 from datetime import timedelta
 from typing import NamedTuple
@@ -88,9 +88,7 @@ def join_group(train_model, quantized_llm, *, backend: str | None = None, timeou
         timeout_s: seconds for each phase; ten times that where something loads or answers.
     """
     trainer, engines, rank = as_list(train_model)[0], as_list(quantized_llm), 1
-    mine = {handle._actor_id for handle in [*as_list(train_model), *engines]}
-    for name in [name for name, actor in ACTORS.items() if actor not in mine]:
-        del ACTORS[name]  # of a group before, of which somebody may have died
+    ACTORS.clear()  # of a group before, of which somebody may have died
     one_node = sum(node["Alive"] for node in ray.nodes()) == 1
     rendezvous = trainer.open_rendezvous.remote("127.0.0.1" if one_node else None)
     loaded = [rendezvous, *[llm.get_workers.remote() for llm in engines]]
@@ -190,16 +188,18 @@ def prove_sync(
 
     because = find_agreement(trainers, engines, bucket_bytes, timeout_s)
     try:
-        sync = None if because else go_through(REPLAYS)
-    except RuntimeError as error:  # the death of an actor, a ConnectionError, says nothing of the model
-        because = str(error)
-        print(f"Weight syncs are reload sessions, because {because}")
-    try:
+        try:
+            sync = None if because else go_through(REPLAYS)
+        except RuntimeError as error:  # the death of an actor, a ConnectionError, says nothing of the model
+            because = str(error)
+            print(f"Weight syncs are reload sessions, because {because}")
         if because:
             wait(on_workers(engines, "give_up_replays", because), timeout_s, "settling on sessions")
             sync = go_through(SESSIONS)
-    except RuntimeError as error:
-        wait(on_workers(engines, "zero_weights"), timeout_s, "setting wrong weights to zero")  # torn
+    except Exception as error:
+        on_workers(engines, "zero_weights")  # as soon as they can: what they hold may be the others
+        if not isinstance(error, RuntimeError):
+            raise
         raise RuntimeError(f"this model cannot be synced: {error}. No replay, because {because}") from error
     own, others = ([engine["digests"] for engine in seen[weights]] for weights in ("own", "others"))
     found = {
@@ -241,7 +241,7 @@ def bring_weights(trainers, engines, timeout_s: float, others=False, by_session=
     start = start or time.perf_counter()
     sending = [trainer.send_weights.remote(others) for trainer in trainers]
     receiving = on_workers(engines, "receive_weights", by_session)
-    patience_s = timeout_s / 2 + 2  # a rank whose peer has died knows by then in which bucket that was
+    patience_s = timeout_s * 2 / 3 + 1  # a rank whose peer has died knows by then in which bucket that was
     (size, sender_s), *results = wait([*sending, *receiving], timeout_s, "broadcasting weights", patience_s)
     path = "session" if "session" in sum(results[len(trainers) - 1 :], []) else "replay"
     seconds = time.perf_counter() - start
@@ -473,7 +473,7 @@ class WeightSender:
         for name, weight in self.weights():
             manifest.append([name, str(weight.dtype).removeprefix("torch."), list(weight.shape)])
             if weight.is_floating_point():
-                peaks[name] = torch.linalg.vector_norm(weight, math.inf).bfloat16()
+                peaks[name] = torch.linalg.vector_norm(weight, math.inf).to(self.device, torch.bfloat16)
         finite = torch.stack(list(peaks.values())).isfinite().tolist()
         wrong = [name for name, is_finite in zip(peaks, finite) if not is_finite]
         self.looked = manifest, wrong, self._versions()
@@ -586,9 +586,11 @@ def to_the_end(items: Iterator) -> Iterator[Iterator]:
     """Take what the block leaves of `items`, whatever happens in it: other ranks count on this one."""
     try:
         yield items
-    finally:
-        for _ in items:
-            pass
+    except BaseException:
+        with contextlib.suppress(ConnectionError, TimeoutError):  # they follow from the first error
+            deque(items, maxlen=0)
+        raise
+    deque(items, maxlen=0)
 
 
 def collective(method):
@@ -606,9 +608,9 @@ def collective(method):
             error = f"{type(caught).__name__}: {caught}"
         errors = [error] * group.world_size
         if group.world_size > 1:  # names who does not come; after an error the others are not far behind
-            limit = timedelta(seconds=2 if error else getattr(self.weight_group, "timeout_s", 600))
+            limit_s = getattr(self.weight_group, "timeout_s", 600) / (3 if error else 1)
             try:
-                dist.monitored_barrier(group.cpu_group, limit, wait_all_ranks=True)
+                dist.monitored_barrier(group.cpu_group, timedelta(seconds=limit_s), wait_all_ranks=True)
             except RuntimeError as missing:
                 found = f"engine rank {group.rank_in_group}: {error or 'done'}; {missing}"
                 raise RuntimeError(f"{method.__name__} failed. {found}") from missing
@@ -659,13 +661,10 @@ class WorkerExtension:
 
     def _open_session(self) -> ReloadSession:
         """A new session; one that `update_weight` has left open ends."""
-        self._close_session()
+        if self.session is not None:
+            self.session.close()
         self.at_start = self.at_start or self._reached()
         return ReloadSession(self.get_model(), self.model_config, self.at_start, self._reached)
-
-    def _close_session(self) -> None:
-        if self.session is not None and self.session.is_open:
-            self.session.close()
 
     @collective
     def agree_on_weights(self, manifest: Manifest, bucket_bytes=BUCKET_BYTES) -> tuple[Manifest, str | None]:
@@ -699,13 +698,15 @@ class WorkerExtension:
             raise RuntimeError(NOT_AGREED)
         by_session = by_session or self.replay is None
         with to_the_end(self.buckets.receive()) as numbers:
-            self._close_session()
             if by_session:
                 with contextlib.closing(self._open_session()) as session:
                     session.load(self.buckets.put_together(numbers))
+                    session.complete()
             else:
                 for number in numbers:
                     if number == 0:  # while the second bucket travels
+                        if self.session is not None:
+                            self.session.close()
                         self.at_start.put_back()  # what others may have moved or made anew
                     self.replay(number)
         self.manifest, self.session = self.buckets.manifest, None
@@ -714,15 +715,17 @@ class WorkerExtension:
     @collective
     def update_weight(self, name: str, dtype_name: str, shape: list[int]) -> None:
         """Receive one weight that rank 0 broadcasts now. The first call opens the update."""
-        weight = torch.empty(tuple(shape), dtype=getattr(torch, dtype_name), device=self.device)
+        one = Buckets([[name, dtype_name, shape]], sys.maxsize, self.weight_group, self.device)
+        [(_, [(_, weight)])] = one.buckets
         try:
-            broadcast(self.weight_group, weight, name)  # before any check: rank 0 is already sending
+            one.start(weight)  # before any check: rank 0 is already sending
+            one.finish(0)
             if self.session is None or not self.session.is_open:
                 self.session = self._open_session()
             self.session.load(iter([(name, weight)]))
         except Exception:
             self.session = self.session or self._open_session()  # so that it is known that one has failed
-            self._close_session()
+            self.session.close()
             raise
 
     @collective
@@ -732,10 +735,7 @@ class WorkerExtension:
         if self.session is not None:
             if not self.session.is_open:
                 raise ValueError("an `update_weight` has failed: send all weights again")
-            missing = self.session.missing()
-            self.session.close()
-            if missing:
-                raise ValueError(f"{len(missing)} parameters got no weight and are stale: {some(missing)}")
+            self.session.complete()
             self.session = None
         before, self.last_seen = self.last_seen, self._reached().digests(stored=True)
         return self.last_seen != before
@@ -758,7 +758,7 @@ class WorkerExtension:
 
     @collective
     def inspect_weights(self) -> dict:
-        """GiB of this shard: `weights_gib`, of them `fp8_gib` with scales; `bf16_weights_gib`, if all were
+        """GiB of this shard: `weights_gib`, of them `fp8_gib`; `bf16_weights_gib`, if all were
         BF16. `fp8_linear_layers` counts tensors, `not_fp8` names and shapes of weights by kind of layer."""
         model, layers, not_fp8 = self.get_model(), 0, {}
         gib = dict.fromkeys(("weights_gib", "fp8_gib", "bf16_weights_gib"), 0.0)
@@ -773,11 +773,10 @@ class WorkerExtension:
             gib["weights_gib"] += size
             if not is_scale:
                 gib["bf16_weights_gib"] += 2 * loaded.numel() / 2**30
-            if is_scale or any(part.dtype == torch.float8_e4m3fn for part in parts):
+            if any(part.dtype == torch.float8_e4m3fn for part in parts):
                 gib["fp8_gib"] += size
-                if leaf == "weight":  # experts have others
-                    layers += 1
-            elif loaded.ndim > 1 and "bias" not in leaf:
+                layers += leaf == "weight"  # experts have others
+            elif not is_scale and loaded.ndim > 1 and "bias" not in leaf:
                 not_fp8.setdefault(type(layer).__name__, []).append(f"{name} {list(loaded.shape)}")
         return {"rank": self.rank, "fp8_linear_layers": layers, "not_fp8": not_fp8, **gib}
 
@@ -831,8 +830,8 @@ class ReloadSession:
         except Exception as error:
             raise RuntimeError(f"vLLM's loader failed at {at}: {type(error).__name__}: {error}") from error
 
-    def missing(self) -> list[str]:
-        """Parameters that got no weight, or not all of their parts, by vLLM's account. Ask before `close`."""
+    def complete(self) -> None:
+        """Close; raises ValueError if parameters got no weight, or not all of their parts, as vLLM counts."""
         found, came = [], {tuple(name.split(".")[-5:]) for name in self.came}  # prefixes may differ
         packed = getattr(self.model, "packed_modules_mapping", {})
         for name in self.parameters:
@@ -851,10 +850,14 @@ class ReloadSession:
                 found.append(name)
             elif in_parts and info.load_numel < info.load_numel_total and (lacks or not parts):
                 found.append(f"{name} (without {some(lacks) or 'all of its parts'})")
-        return found
+        self.close()
+        if found:
+            raise ValueError(f"{len(found)} parameters got no weight and are stale: {some(found)}")
 
     def close(self, with_values: bool = True) -> None:
-        """Let vLLM finish what it has; then everything takes its place again."""
+        """Once: let vLLM finish what it has; then everything takes its place again."""
+        if not self.is_open:
+            return
         self.is_open, now = False, None
         layerwise.logger.setLevel(logging.ERROR)  # it warns of layers without weights, such as tied heads
         try:
@@ -1018,29 +1021,6 @@ def stateless_init_process_group(
     return group
 
 
-def broadcast(group, tensor: Tensor, what: str, stream=None) -> None:
-    """Broadcast from rank 0; an error of gloo's, which waits here, says where it happened."""
-    if group is None:
-        raise RuntimeError(f"{what}: this rank has joined no group; call join_group first")
-    at = f"rank {group.rank}, {what}"
-    if getattr(group, "disabled", False):  # vLLM's communicator would do nothing, silently
-        raise ConnectionError(f"{at}: this group was given up after an error; join a new one")
-    try:
-        group.broadcast(tensor, src=0, stream=stream)
-    except RuntimeError as error:
-        raise ConnectionError(f"{at}: {error}") from error
-
-
-def wait_on_host(event, group, what: str) -> None:
-    """Until a broadcast has ended; aborts and raises TimeoutError, where NCCL would wait for ever."""
-    deadline = time.monotonic() + group.timeout_s
-    while not event.query():
-        if time.monotonic() > deadline:
-            group.destroy()  # NCCL's kernels would keep the GPU busy for ever
-            raise TimeoutError(f"rank {group.rank}, {what}: no progress for {group.timeout_s:g} s")
-        time.sleep(1e-4)
-
-
 # ----- 5. The buckets: both ends make the same plan from the same manifest ----------------------------------
 class Piece(NamedTuple):
     """Rows `row` to `end` of one weight in a bucket, and where they are (offset and size in bytes)."""
@@ -1108,16 +1088,29 @@ class Buckets:
 
     def start(self, tensor: Tensor) -> None:
         """Broadcast the next bucket, or at last the digests, after all that the current stream has to do."""
-        what, event = self.names[len(self.events)], self.streams.Event()
+        if self.group is None:
+            raise RuntimeError("this rank has joined no group: call join_group first")
+        at, event = f"rank {self.group.rank}, {self.names[len(self.events)]}", self.streams.Event()
+        if getattr(self.group, "disabled", False):  # vLLM's communicator would do nothing, silently
+            raise ConnectionError(f"{at}: this group was given up after an error; join a new one")
         self.events.append(event)
         self.wire.wait_stream(self.streams.current_stream())
-        with self.streams.stream(self.wire):
-            broadcast(self.group, tensor, what, self.wire)
-            event.record()
+        try:
+            with self.streams.stream(self.wire):
+                self.group.broadcast(tensor, src=0, stream=self.wire)
+                event.record()
+        except RuntimeError as error:  # gloo's, which waits here
+            raise ConnectionError(f"{at}: {error}") from error
 
     def finish(self, number: int) -> None:
-        """Wait until a broadcast has ended."""
-        wait_on_host(self.events[number], self.group, self.names[number])
+        """Until a broadcast has ended; aborts and raises TimeoutError, where NCCL would wait for ever."""
+        deadline = time.monotonic() + self.group.timeout_s
+        while not self.events[number].query():
+            if time.monotonic() > deadline:
+                self.group.destroy()  # NCCL's kernels would keep the GPU busy for ever
+                at = f"rank {self.group.rank}, {self.names[number]}"
+                raise TimeoutError(f"{at}: no progress for {self.group.timeout_s:g} s")
+            time.sleep(1e-4)
 
     def send(self, weights: NamedTensors, others: bool = False) -> None:
         """Rank 0: fill each bucket, cast to its dtypes, and broadcast it; digests come last.
@@ -1125,7 +1118,7 @@ class Buckets:
         Others are made in the buckets, w + roll(w, 1) / 16 + 2^-10 of each piece w of floating-point numbers:
         bytes and scales of all FP8 rows change, zeros too, and a model stays sane.
         """
-        self.events, weight = [], None
+        self.events, weight = [], torch.empty(0)
         for number, (memory, pieces) in enumerate(self.buckets):
             if number > 1:
                 self.events[number - 2].wait()  # it had the same memory
@@ -1134,7 +1127,7 @@ class Buckets:
             sources = []
             for piece, view in pieces:
                 if piece.row == 0:
-                    name, weight = next(weights, ("no more weights", torch.empty(0)))
+                    name, weight = next(weights, ("no more weights", weight))
                     found, expected = (name, list(weight.shape)), (piece.name, piece.full_shape)
                     if found != expected:
                         why = "the weights have changed since `prepare_weights`"
@@ -1202,8 +1195,9 @@ def record_copies(session: ReloadSession, manifest: Manifest) -> dict[str, list[
     for name, dtype, shape in manifest:
         weights[name] = torch.empty(shape, dtype=getattr(torch, dtype), device="meta")
     tensors, recorded = named_tensors(session.model), []
-    live = [(tensor, tensor.clone()) for tensor in tensors.values() if not tensor.is_meta]  # biases stay so
+    live = []
     try:
+        live += [(tensor, tensor.clone()) for tensor in tensors.values() if not tensor.is_meta]  # biases are
         with Instead(Tensor.copy_, lambda target, source, *_: recorded.append((target, source)) or target):
             session.model.load_weights(iter(weights.items()))
         tensors |= named_tensors(session.model)  # loaders may register more
@@ -1238,13 +1232,15 @@ def named_tensors(model: torch.nn.Module) -> dict[str, Tensor]:
 
 
 def wire_manifest(manifest: Manifest, copies: dict[str, list[Copy]]) -> Manifest:
-    """Each weight in the dtype that it is copied into, if that is one and no wider; else as it is."""
+    """Each weight in the one dtype that it is copied into (the model's, if only on other workers), if that is
+    no wider; else as it is."""
     result = []
-    for name, own, shape in manifest:
-        wanted = {str(copy.target.dtype).removeprefix("torch.") for copy in copies.get(name, [])}
-        fits = len(wanted) == 1 and getattr(torch, *wanted).itemsize <= getattr(torch, own).itemsize
-        result.append([name, wanted.pop() if fits else own, shape])
-    return result
+    for name, own, shape in manifest if copies else ():
+        dtypes = {copy.target.dtype for copy in copies.get(name, [])} or {torch.get_default_dtype()}
+        dtype, source = dtypes.pop(), getattr(torch, own)
+        fits = not dtypes and source.is_floating_point and dtype.itemsize <= source.itemsize
+        result.append([name, str(dtype).removeprefix("torch.") if fits else own, shape])
+    return result or manifest
 
 
 class Replay:
@@ -1349,8 +1345,8 @@ def digest(tensor: Tensor) -> Tensor:
     unless distance times difference is a multiple of 2^63. For accidents, not attackers.
     """
     data = tensor.detach().contiguous().view(-1).view(torch.uint8)
-    if data.numel() % 8:
-        data = torch.nn.functional.pad(data, (0, -data.numel() % 8))
+    if data.numel() % 8 or data.storage_offset() % 8:
+        data = torch.nn.functional.pad(data, (0, -data.numel() % 8))  # a copy, at the start of its memory
     words = data.view(torch.int64)
     if not words.is_cuda:
         return (words * (2 * torch.arange(len(words), device=words.device) + 1)).sum()
@@ -1374,7 +1370,6 @@ class Rows:
     They get FP8 e4m3 bytes and one FP32 scale each, bit-identical to torchao 0.18's PerRow, which makes it
     from the columns that a worker gets and rounds amax / 448 to BF16 (zeros get scale 1); or to vLLM 0.32's
     `fp8_per_channel`, which makes it from whole rows, without rounding, and at least 1 / (448 * 512).
-
     `kind`: rows, columns, stride of a row, columns of a whole one, by vLLM? `tensors`, of each matrix: source
     (rows, columns), whole (rows, all columns), bytes as source, scales (rows, 1); at multiples of 16 bytes.
     """

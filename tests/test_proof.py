@@ -1,7 +1,10 @@
 """What the proof and the comparison of the second sync must catch, with engines in this process."""
 
+import shutil
+
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from vllm import SamplingParams
 from vllm.config import set_current_vllm_config
 from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
@@ -231,6 +234,36 @@ def test_a_model_that_cannot_be_synced_ends_the_run_before_the_first_step(tmp_pa
     printed = capsys.readouterr().err
     assert end.value.code == 1 and f"FAILED: {path}: this model cannot be synced" in printed
     assert "attn.sinks" in printed and not (tmp_path / "outputs" / "metrics.jsonl").exists()
+
+
+def test_a_weight_that_the_trainer_does_not_send_is_missed_though_it_is_zero(llama, tmp_path):
+    """Set to zero it is what it was, and so is every answer; from the first step on it would be stale."""
+    path, bias = shutil.copytree(llama, tmp_path / "zero"), "model.layers.1.self_attn.o_proj.bias"
+    weights = load_file(path / "model.safetensors")
+    save_file(weights | {bias: torch.zeros_like(weights[bias])}, path / "model.safetensors", {"format": "pt"})
+    with local_pair(str(path), CONFIG) as (trainer, engine):
+        plain = trainer.target.weights
+        trainer.target.weights = lambda: ((name, weight) for name, weight in plain() if name != bias)
+        with pytest.raises(RuntimeError, match=f"cannot be synced: .* 1 parameters got no weight .*: {bias}"):
+            helper.prove_sync(trainer, engine, max_tokens=8, **SETTINGS)
+
+
+def test_a_proof_that_gets_no_answer_leaves_no_other_weights_behind(llama, monkeypatch):
+    with local_pair(llama, CONFIG) as (trainer, engine):
+        plain, looks = helper.wait, []
+
+        def silent(refs, timeout_s, doing, patience_s=0.0):
+            results = plain(refs, timeout_s, doing, patience_s)
+            looks.extend([doing] * doing.startswith("reading the engine's tensors"))
+            if len(looks) == 3:  # at the start, then behind its own weights, then behind others
+                raise TimeoutError("no answer")
+            return results
+
+        monkeypatch.setattr(helper, "wait", silent)
+        with pytest.raises(TimeoutError, match="no answer"):
+            helper.prove_sync(trainer, engine, max_tokens=8, **SETTINGS)
+        with pytest.raises(RuntimeError, match="refusing to generate"):
+            plain([engine.answer.remote(["a"])], 60, "asking")
 
 
 @pytest.mark.parametrize("name", ["falcon", "phi-2", "gemma-3"])

@@ -41,6 +41,8 @@ from rlhf_utils import (
     plan_buckets,
     quantize_rows_kernel,
     repair_zero_rows,
+    to_the_end,
+    wire_manifest,
 )
 
 DEVICES = ["cpu", *["cuda"] * torch.cuda.is_available()]  # the kernels for GPUs: run this file there as well
@@ -57,6 +59,8 @@ def test_digest_sees_order_and_single_bits():
     swapped_rows, swapped_words, flipped = data.flip(0), data.clone(), data.clone()
     swapped_words.view(-1)[[0, 2]] = data.view(-1)[[2, 0]]
     flipped.view(torch.int32)[-1, -1] ^= 1
+    part = data.bfloat16()[1:5]  # whole words, at no multiple of their size
+    assert digest(part) == digest(part.clone())
     values = {digest(t).item() for t in (data, swapped_rows, swapped_words, flipped)}
     assert len(values) == 4 and digest(data.clone()).item() in values
     assert digest(data.t()).item() == digest(data.t().contiguous()).item() not in values
@@ -313,16 +317,57 @@ def test_scaled_mm_is_torchaos(rows, device, bias, monkeypatch):
     assert error.float().norm() < 0.06 * (x @ full.t()).float().norm()
 
 
+def test_workers_with_other_experts_want_the_same_dtypes():
+    """Of an FP32 trainer: what only another worker copies travels as it wants it; integers as they are."""
+    manifest = [
+        ["a", "float32", [2]],
+        ["b", "float32", [2]],
+        ["router", "float32", [2]],
+        ["ids", "int64", [2]],
+    ]
+    to_bf16, to_fp32 = (
+        Copy(None, torch.empty(2, dtype=d), "", None) for d in (torch.bfloat16, torch.float32)
+    )
+    plain = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)  # as `collective` sets it
+    try:
+        both = [wire_manifest(manifest, {name: [to_bf16], "router": [to_fp32]}) for name in "ab"]
+        assert both[0] == both[1] == [["a", "bfloat16", [2]], ["b", "bfloat16", [2]], *manifest[2:]]
+        assert wire_manifest(manifest, {}) == manifest
+    finally:
+        torch.set_default_dtype(plain)
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn])
+def test_scales_alone_are_no_fp8(dtype):
+    """INT8 has them as well."""
+    model = torch.nn.Sequential(torch.nn.Module())
+    for name, value in (("weight", torch.zeros(4, 2, dtype=dtype)), ("weight_scale", torch.ones(4, 1))):
+        model[0].register_parameter(name, torch.nn.Parameter(value, requires_grad=False))
+    own = SimpleNamespace(get_model=lambda: model, rank=0)
+    found = rlhf_utils.WorkerExtension.inspect_weights.__wrapped__(own)
+    is_fp8 = dtype == torch.float8_e4m3fn
+    assert found["fp8_linear_layers"] == is_fp8 and found["fp8_gib"] == 8 * is_fp8 / 2**30
+    assert found["weights_gib"] == 24 / 2**30
+
+
 def test_a_broadcast_that_does_not_end_is_aborted():
     """NCCL would spin for ever, and vLLM's communicator would then do nothing, silently, when it is asked
     again.
     """
     group = SimpleNamespace(rank=1, timeout_s=0.05, disabled=False)
     group.destroy = lambda: setattr(group, "disabled", True)
-    with pytest.raises(TimeoutError, match="rank 1, bucket 3: no progress for 0.05 s"):
-        rlhf_utils.wait_on_host(SimpleNamespace(query=lambda: False), group, "bucket 3")
-    with pytest.raises(ConnectionError, match="rank 1, bucket 4: this group was given up after an error"):
-        rlhf_utils.broadcast(group, torch.zeros(2), "bucket 4")
+    buckets = Buckets([["w", "float32", [12]]], 16, group, torch.device("cpu"))
+    buckets.events = [SimpleNamespace(query=lambda: False)]
+    with pytest.raises(TimeoutError, match=r"rank 1, bucket 1 of 3 \(w .. w\): no progress for 0.05 s"):
+        buckets.finish(0)
+    with pytest.raises(ConnectionError, match="rank 1, the digests: this group was given up after an error"):
+        buckets.start(buckets.digests)
+    group.disabled, group.broadcast = False, lambda *_, **__: None
+    event = SimpleNamespace(query=lambda: False, record=lambda: None, wait=lambda: None)
+    buckets.streams = SimpleNamespace(**vars(torch.cpu) | {"Event": lambda: event})
+    with pytest.raises(TimeoutError, match="bucket 1 of 3"), to_the_end(buckets.receive()) as numbers:
+        list(buckets.put_together(numbers))  # and what is left cannot come either, but that is not the cause
 
 
 def test_zero_rows_are_repaired():
