@@ -197,9 +197,10 @@ def prove_sync(
             wait(on_workers(engines, "give_up_replays", because), timeout_s, "settling on sessions")
             sync = go_through(SESSIONS)
     except Exception as error:
-        on_workers(engines, "zero_weights")  # as soon as they can: what they hold may be the others
+        zeroing = on_workers(engines, "zero_weights")  # as soon as they can: they may hold the others
         if not isinstance(error, RuntimeError):
             raise
+        wait(zeroing, timeout_s, "setting wrong weights to zero")
         raise RuntimeError(f"this model cannot be synced: {error}. No replay, because {because}") from error
     own, others = ([engine["digests"] for engine in seen[weights]] for weights in ("own", "others"))
     found = {
@@ -1464,7 +1465,7 @@ def patch_libraries() -> None:
         return output
 
     # Why: for a scale per row cuBLAS takes tiles of 128 x 128, which leave most of a GPU idle in decoding;
-    # vLLM's are faster (not compared beyond 128 rows). Delete when: torch's is as fast at 1 to 128 rows.
+    # vLLM's are faster there, and about the same beyond. Delete when: torch's is as fast at 1 to 128 rows.
     float8_tensor.addmm_float8_unwrapped_inference = scaled_mm
 
     @Float8Tensor.implements(torch.ops.aten.empty_like.default)
