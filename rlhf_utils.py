@@ -444,7 +444,7 @@ class WeightSender:
         self.model, self.device = model, torch.device(device)
         self.group: object | None = None
         self.listening: socket.socket | None = None  # from `open_rendezvous` to `init_weight_update_group`
-        self.looked: tuple | None = None  # by `scan_weights`: manifest, names of what is not finite, versions
+        self.looked: tuple | None = None  # by `scan_weights`: manifest, what is not finite, places, versions
         self.prepared: tuple[Manifest, int] | None = None  # what there is, and the bucket size
         self.buckets: Buckets | None = None  # for what is prepared; None until both ends have agreed
         self.views = {}  # of the model's tensors: see `checkpoint_weights`
@@ -477,20 +477,15 @@ class WeightSender:
                 peaks[name] = torch.linalg.vector_norm(weight, math.inf).to(self.device, torch.bfloat16)
         finite = torch.stack(list(peaks.values())).isfinite().tolist()
         wrong = [name for name, is_finite in zip(peaks, finite) if not is_finite]
-        self.looked = manifest, wrong, self._versions()
-
-    def _versions(self) -> list[tuple] | None:
-        """Others as soon as a weight is written to or replaced. None: DTensors do not tell."""
-        tensors = [*self.model.parameters(), *self.model.buffers()]
-        if any(map(is_traceable_wrapper_subclass, tensors)):
-            return None
-        return [(tensor.data_ptr(), tensor._version) for tensor in tensors]
+        places = [place for module in self.model.modules() for place in (module._parameters, module._buffers)]
+        self.looked = manifest, wrong, places, versions(places)
 
     def check_finite(self) -> Manifest:
         """The manifest of all weights. Raises ValueError, with names, if one is NaN, or infinite in BF16."""
-        if self.looked is None or self.looked[2] is None or self.looked[2] != self._versions():
+        seen = self.looked and self.looked[3]
+        if seen is None or seen != versions(self.looked[2]):
             self.scan_weights()
-        (manifest, wrong, _), self.looked = self.looked, None
+        (manifest, wrong, *_), self.looked = self.looked, None
         if wrong:
             what = f"{len(wrong)} weights hold NaN or infinity and were not sent: {some(wrong)}"
             raise ValueError(f"{what}. Go on from an earlier checkpoint with a lower learning rate")
@@ -521,6 +516,14 @@ class WeightSender:
                 raise RuntimeError(NOT_AGREED)
             self.buckets.send(weights, others)
         return self.buckets.nbytes, time.perf_counter() - start
+
+
+def versions(places: list[dict]) -> list[tuple] | None:
+    """Of the tensors there: others as soon as one is written to or replaced. None: DTensors do not tell."""
+    tensors = [tensor for place in places for tensor in place.values() if tensor is not None]
+    if any(map(is_traceable_wrapper_subclass, tensors)):
+        return None
+    return [(tensor.data_ptr(), tensor._version) for tensor in tensors]
 
 
 def checkpoint_weights(model: torch.nn.Module, known: dict | None = None) -> NamedTensors:
