@@ -190,17 +190,16 @@ def prove_sync(
     try:
         try:
             sync = None if because else go_through(REPLAYS)
-        except RuntimeError as error:  # the death of an actor, a ConnectionError, says nothing of the model
+        except RuntimeError as error:  # if it says nothing of the model, sessions will not do either
             because = str(error)
             print(f"Weight syncs are reload sessions, because {because}")
         if because:
             wait(on_workers(engines, "give_up_replays", because), timeout_s, "settling on sessions")
             sync = go_through(SESSIONS)
     except Exception as error:
-        zeroing = on_workers(engines, "zero_weights")  # as soon as they can: they may hold the others
+        on_workers(engines, "zero_weights")  # as soon as they can, before they answer: they may hold others
         if not isinstance(error, RuntimeError):
             raise
-        wait(zeroing, timeout_s, "setting wrong weights to zero")
         raise RuntimeError(f"this model cannot be synced: {error}. No replay, because {because}") from error
     own, others = ([engine["digests"] for engine in seen[weights]] for weights in ("own", "others"))
     found = {
@@ -242,7 +241,7 @@ def bring_weights(trainers, engines, timeout_s: float, others=False, by_session=
     start = start or time.perf_counter()
     sending = [trainer.send_weights.remote(others) for trainer in trainers]
     receiving = on_workers(engines, "receive_weights", by_session)
-    patience_s = timeout_s * 2 / 3 + 1  # a rank whose peer has died knows by then in which bucket that was
+    patience_s = timeout_s / 2 + 6  # a rank whose peer has died knows by then in which bucket that was
     (size, sender_s), *results = wait([*sending, *receiving], timeout_s, "broadcasting weights", patience_s)
     path = "session" if "session" in sum(results[len(trainers) - 1 :], []) else "replay"
     seconds = time.perf_counter() - start
@@ -290,7 +289,7 @@ def some(names: list[str]) -> str:
 def wait(refs: list, timeout_s: float, doing: str, patience_s: float = 0.0) -> list:
     """`ray.get(refs)` with a limit, whose one error names all actors that failed, died or are silent.
 
-    Raises RuntimeError; ConnectionError if one died; TimeoutError. After a failure others have 4 more
+    Raises RuntimeError; ConnectionError if one died; TimeoutError. After a failure others have 7 more
     seconds, and `patience_s` from the start on, because what fails first is not always the cause.
     """
     start, pending, results, failures, died = time.monotonic(), list(refs), {}, [], False
@@ -310,7 +309,7 @@ def wait(refs: list, timeout_s: float, doing: str, patience_s: float = 0.0) -> l
             failures = [f"{name} has died" for name, state in states.items() if state == "DEAD"]
             died = bool(failures)
         if failures:
-            deadline = min(deadline, max(time.monotonic() + 4, start + patience_s))
+            deadline = min(deadline, max(time.monotonic() + 7, start + patience_s))
         elif time.monotonic() > next_sign:
             next_sign += 10
             print(f"... {doing}: {time.monotonic() - start:.0f} s", file=sys.stderr, flush=True)
@@ -477,13 +476,13 @@ class WeightSender:
                 peaks[name] = torch.linalg.vector_norm(weight, math.inf).to(self.device, torch.bfloat16)
         finite = torch.stack(list(peaks.values())).isfinite().tolist()
         wrong = [name for name, is_finite in zip(peaks, finite) if not is_finite]
-        places = [place for module in self.model.modules() for place in (module._parameters, module._buffers)]
+        places = [(m._parameters, m._buffers, m._modules) for m in self.model.modules()]
         self.looked = manifest, wrong, places, versions(places)
 
     def check_finite(self) -> Manifest:
         """The manifest of all weights. Raises ValueError, with names, if one is NaN, or infinite in BF16."""
-        seen = self.looked and self.looked[3]
-        if seen is None or seen != versions(self.looked[2]):
+        _, _, places, seen = self.looked or (None,) * 4
+        if seen is None or places[0][0] is not self.model._parameters or seen != versions(places):
             self.scan_weights()
         (manifest, wrong, *_), self.looked = self.looked, None
         if wrong:
@@ -518,12 +517,12 @@ class WeightSender:
         return self.buckets.nbytes, time.perf_counter() - start
 
 
-def versions(places: list[dict]) -> list[tuple] | None:
-    """Of the tensors there: others as soon as one is written to or replaced. None: DTensors do not tell."""
-    tensors = [tensor for place in places for tensor in place.values() if tensor is not None]
-    if any(map(is_traceable_wrapper_subclass, tensors)):
+def versions(places: list[tuple[dict, ...]]) -> list | None:
+    """Others as soon as a tensor there is written to, or anything replaced. None: DTensors do not tell."""
+    held = [one for place in places for each in place for one in each.values() if one is not None]
+    if any(map(is_traceable_wrapper_subclass, held)):
         return None
-    return [(tensor.data_ptr(), tensor._version) for tensor in tensors]
+    return [(one.data_ptr(), one._version) if isinstance(one, Tensor) else id(one) for one in held]
 
 
 def checkpoint_weights(model: torch.nn.Module, known: dict | None = None) -> NamedTensors:
@@ -591,7 +590,7 @@ def to_the_end(items: Iterator) -> Iterator[Iterator]:
     try:
         yield items
     except BaseException:
-        with contextlib.suppress(ConnectionError, TimeoutError):  # they follow from the first error
+        with contextlib.suppress(Exception):  # the first error counts
             deque(items, maxlen=0)
         raise
     deque(items, maxlen=0)
@@ -612,7 +611,8 @@ def collective(method):
             error = f"{type(caught).__name__}: {caught}"
         errors = [error] * group.world_size
         if group.world_size > 1:  # names who does not come; after an error the others are not far behind
-            limit_s = getattr(self.weight_group, "timeout_s", 600) / (3 if error else 1)
+            limit_s = getattr(self.weight_group, "timeout_s", 600)
+            limit_s = max(2, min(5, limit_s / 3)) if error else limit_s  # `wait` has 7 s
             try:
                 dist.monitored_barrier(group.cpu_group, timedelta(seconds=limit_s), wait_all_ranks=True)
             except RuntimeError as missing:
@@ -719,9 +719,9 @@ class WorkerExtension:
     @collective
     def update_weight(self, name: str, dtype_name: str, shape: list[int]) -> None:
         """Receive one weight that rank 0 broadcasts now. The first call opens the update."""
-        one = Buckets([[name, dtype_name, shape]], sys.maxsize, self.weight_group, self.device)
-        [(_, [(_, weight)])] = one.buckets
         try:
+            one = Buckets([[name, dtype_name, shape]], sys.maxsize, self.weight_group, self.device)
+            [(_, [(_, weight)])] = one.buckets
             one.start(weight)  # before any check: rank 0 is already sending
             one.finish(0)
             if self.session is None or not self.session.is_open:
@@ -829,9 +829,11 @@ class ReloadSession:
 
         try:
             self.loaded |= self.model.load_weights(watched()) or set()
-        except (ConnectionError, TimeoutError):  # the wire, not the loader
-            raise
         except Exception as error:
+            with contextlib.suppress(Exception):  # that what was begun cannot be finished follows from it
+                self.close()
+            if isinstance(error, (ConnectionError, TimeoutError)):  # the wire, not the loader
+                raise
             raise RuntimeError(f"vLLM's loader failed at {at}: {type(error).__name__}: {error}") from error
 
     def complete(self) -> None:
@@ -1198,8 +1200,7 @@ def record_copies(session: ReloadSession, manifest: Manifest) -> dict[str, list[
     weights = {}
     for name, dtype, shape in manifest:
         weights[name] = torch.empty(shape, dtype=getattr(torch, dtype), device="meta")
-    tensors, recorded = named_tensors(session.model), []
-    live = []
+    tensors, recorded, live = named_tensors(session.model), [], []
     try:
         live += [(tensor, tensor.clone()) for tensor in tensors.values() if not tensor.is_meta]  # biases are
         with Instead(Tensor.copy_, lambda target, source, *_: recorded.append((target, source)) or target):

@@ -1,6 +1,7 @@
 """What the proof and the comparison of the second sync must catch, with engines in this process."""
 
 import concurrent.futures
+import copy
 import shutil
 
 import pytest
@@ -228,7 +229,7 @@ def test_a_wrong_session_is_an_error_and_the_engine_stays_torn(llama, monkeypatc
         ):
             helper.prove_sync(trainer, engine, max_tokens=8, **SETTINGS)
         with pytest.raises(RuntimeError, match="refusing to generate"):
-            engine.target.answer(["a"])
+            wait([engine.answer.remote(["a"])], 60, "asking")
         with pytest.raises(RuntimeError, match="an engine has been updated: start it anew"):
             helper.prove_sync(trainer, engine, max_tokens=8, **SETTINGS)
 
@@ -256,6 +257,21 @@ def test_a_weight_that_the_trainer_does_not_send_is_missed_though_it_is_zero(lla
         trainer.target.weights = lambda: ((name, weight) for name, weight in plain() if name != bias)
         with pytest.raises(RuntimeError, match=f"cannot be synced: .* 1 parameters got no weight .*: {bias}"):
             helper.prove_sync(trainer, engine, max_tokens=8, **SETTINGS)
+
+
+def test_a_loader_that_fails_is_heard_and_not_what_follows(llama):
+    """vLLM loads once more, at the end of the session, what it has kept; the next complete set is right."""
+    bad = "model.layers.0.self_attn.k_proj.weight"
+    with local_pair(llama, CONFIG) as (trainer, engine):
+        helper.prove_sync(trainer, engine, max_tokens=8, **SETTINGS)
+        cold, plain = helper.observe([engine], 60), trainer.target.weights
+        trainer.target.weights = lambda: ((name, w[1:] if name == bad else w) for name, w in plain())
+        with pytest.raises(RuntimeError, match=rf"vLLM's loader failed at {bad} \[127, 256\]: "):
+            send_one_by_one(trainer, engine)
+        trainer.target.weights = plain
+        send_one_by_one(trainer, engine)
+        engine.target.collective_rpc("check_weights_changed")
+        assert not helper.differences([engine], cold, 60)
 
 
 def test_a_proof_that_gets_no_answer_leaves_no_other_weights_behind(llama, monkeypatch):
@@ -453,6 +469,14 @@ def test_calls_in_another_order_are_right_or_refused_at_once(llama):
             with pytest.raises(RuntimeError, match=f"1 weights hold NaN or infinity .*: {NORM}"):
                 helper.sync_weights_to_quantized_engine(trainer, engine, **SETTINGS)
             norm.copy_(kept)
+        for holder, name in ((trainer.target.model.model, "norm"), (trainer.target, "model")):
+            trainer.target.scan_weights()
+            there = getattr(holder, name)
+            setattr(holder, name, other := copy.deepcopy(there))
+            (other if name == "norm" else other.model.norm).weight.data[0] = torch.nan
+            with pytest.raises(RuntimeError, match=f"1 weights hold NaN or infinity .*: {NORM}"):
+                helper.sync_weights_to_quantized_engine(trainer, engine, **SETTINGS)
+            setattr(holder, name, there)
         port = get_open_port()
         joining = helper.on_workers(
             [engine], "init_weight_update_group", "127.0.0.1", port, 1, 2, "gloo", 30.0
