@@ -610,7 +610,7 @@ def collective(method):
             logger.exception("%s failed", method.__name__)
             error = f"{type(caught).__name__}: {caught}"
         errors = [error] * group.world_size
-        if group.world_size > 1:  # names who does not come; after an error the others are not far behind
+        if group.world_size > 1:  # rank 0 names who does not come; after an error the others are near
             limit_s = getattr(self.weight_group, "timeout_s", 600)
             limit_s = max(2, min(5, limit_s / 3)) if error else limit_s  # `wait` has 7 s
             try:
