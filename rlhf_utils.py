@@ -88,7 +88,9 @@ def join_group(train_model, quantized_llm, *, backend: str | None = None, timeou
         timeout_s: seconds for each phase; ten times that where something loads or answers.
     """
     trainer, engines, rank = as_list(train_model)[0], as_list(quantized_llm), 1
-    ACTORS.clear()  # of a group before, of which somebody may have died
+    mine = {handle._actor_id for handle in [*as_list(train_model), *engines]}
+    for name in [name for name, actor in ACTORS.items() if actor not in mine]:
+        del ACTORS[name]  # of a group before, of which somebody may have died
     one_node = sum(node["Alive"] for node in ray.nodes()) == 1
     rendezvous = trainer.open_rendezvous.remote("127.0.0.1" if one_node else None)
     loaded = [rendezvous, *[llm.get_workers.remote() for llm in engines]]
@@ -163,8 +165,7 @@ def prove_sync(
     Trainer and engines have started from the same checkpoint. Its weights, and others that the trainer makes
     of them on their way (`Buckets.send`), come in turn. Each time either are there, all that the engine's
     model reaches (`Reached`, by digests) and its greedy answers to `prompts` must be the same; with its own,
-    as at the start. So a replay forgets nothing that is made from weights, and nothing of a session stands in
-    a replay's way. If replays fail, sessions are to serve, and prove the same of themselves.
+    as at the start. If replays fail, sessions are to serve, and prove the same of themselves.
 
     Returns what a sync does, of the last one; `because` (why no replay); how many `tensors` and `answers`
     were compared, how many tensors `changed` with the weights; `proof_s` (seconds); the answers `before`.
@@ -779,7 +780,7 @@ class WorkerExtension:
                 gib["bf16_weights_gib"] += 2 * loaded.numel() / 2**30
             if any(part.dtype == torch.float8_e4m3fn for part in parts):
                 gib["fp8_gib"] += size
-                layers += leaf == "weight"  # experts have others
+                layers += 1 if leaf == "weight" else 0  # experts have others
             elif not is_scale and loaded.ndim > 1 and "bias" not in leaf:
                 not_fp8.setdefault(type(layer).__name__, []).append(f"{name} {list(loaded.shape)}")
         return {"rank": self.rank, "fp8_linear_layers": layers, "not_fp8": not_fp8, **gib}
@@ -1478,9 +1479,8 @@ def patch_libraries() -> None:
         # Delete when: torchao's Float8Tensor has `empty_like` (0.18 has not).
         return args[0]._apply_fn_to_data(lambda tensor: function(tensor, **kwargs))
 
-    # Why: on a CPU with AVX-512 vLLM computes with packed copies of BF16 weights, not all of which a session
-    # makes anew (those of tied heads, biases and convolutions stay old); with AVX2 alone it packs nothing.
-    # Delete when: a session makes all of them anew.
+    # Why: with AVX-512 vLLM computes with packed copies of BF16 weights; a session leaves some of them old
+    # (of tied heads, biases, convolutions). Delete when: it makes all of them anew.
     plain_linear = {"cpu_linear": torch.nn.functional.linear}
     layer_utils.dispatch_cpu_unquantized_gemm = lambda layer, remove_weight: vars(layer).update(plain_linear)
 
