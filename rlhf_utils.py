@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 import logging
 import math
 import re
@@ -143,8 +144,7 @@ def sync_weights_to_quantized_engine(
 
     Returns `path` ("replay" or "session"), `bytes` on the wire, `seconds` from the call to the reset prefix
     cache, `sender_s` of the broadcast, `gb_per_s` (1e9). Raises what `wait` does: what is wrong with which
-    weight on which rank, who died or is silent. If a broadcast does not end well, the engine is *torn*.
-    """
+    weight on which rank, who died or is silent. If a broadcast does not end well, the engine is *torn*."""
     trainers, engines, start = as_list(train_model), as_list(quantized_llm), time.perf_counter()
     find_agreement(trainers, engines, bucket_bytes, timeout_s)
     return bring_weights(trainers, engines, timeout_s, start=start)
@@ -291,8 +291,7 @@ def wait(refs: list, timeout_s: float, doing: str, patience_s: float = 0.0) -> l
     """`ray.get(refs)` with a limit, whose one error names all actors that failed, died or are silent.
 
     Raises RuntimeError; ConnectionError if one died; TimeoutError. After a failure others have 7 more
-    seconds, and `patience_s` from the start on, because what fails first is not always the cause.
-    """
+    seconds, and `patience_s` from the start on, because what fails first is not always the cause."""
     start, pending, results, failures, died = time.monotonic(), list(refs), {}, [], False
     deadline, next_sign = start + timeout_s, start + 10
     names = {actor: name for name, actor in ACTORS.items()}
@@ -444,14 +443,16 @@ class WeightSender:
         self.model, self.device = model, torch.device(device)
         self.group: object | None = None
         self.listening: socket.socket | None = None  # from `open_rendezvous` to `init_weight_update_group`
-        self.looked: tuple | None = None  # by `scan_weights`: manifest, what is not finite, places, versions
+        self.looked: tuple | None = None  # what `scan_weights` has found, and by what it still holds
+        self.state: dict[str, Tensor] | None = None  # that has been looked at, for the next `weights`
         self.prepared: tuple[Manifest, int] | None = None  # what there is, and the bucket size
         self.buckets: Buckets | None = None  # for what is prepared; None until both ends have agreed
         self.views = {}  # of the model's tensors: see `checkpoint_weights`
 
     def weights(self) -> NamedTensors:
         """Yield (name, full tensor) of every weight, always in the same order. To be overridden."""
-        return checkpoint_weights(self.model, self.views)
+        state, self.state = self.state or self.model.state_dict(keep_vars=True), None
+        return checkpoint_weights(self.model, state, self.views)
 
     def open_rendezvous(self, address: str | None) -> tuple[str, int, str]:
         """Listen on `address` (None: this node's own) and a free port; returns both, and "cuda" or "cpu"."""
@@ -471,21 +472,22 @@ class WeightSender:
         """Look for NaN. After `optimizer.step()`, which has to wait anyway, it delays no sync. If weights are
         written to later, it is done again; but torch does not count what is written to `weight.data`."""
         manifest, peaks = [], {}
+        state = self.state = self.model.state_dict(keep_vars=True)
         for name, weight in self.weights():
             manifest.append([name, str(weight.dtype).removeprefix("torch."), list(weight.shape)])
             if weight.is_floating_point():
                 peaks[name] = torch.linalg.vector_norm(weight, math.inf).to(self.device, torch.bfloat16)
         finite = torch.stack(list(peaks.values())).isfinite().tolist()
         wrong = [name for name, is_finite in zip(peaks, finite) if not is_finite]
-        places = [(m._parameters, m._buffers, m._modules) for m in self.model.modules()]
-        self.looked = manifest, wrong, places, versions(places)
+        modules = [*self.model.modules()]
+        self.looked = manifest, wrong, state, modules, signs(state, modules)
 
     def check_finite(self) -> Manifest:
         """The manifest of all weights. Raises ValueError, with names, if one is NaN, or infinite in BF16."""
-        _, _, places, seen = self.looked or (None,) * 4
-        if seen is None or places[0][0] is not self.model._parameters or seen != versions(places):
+        *_, state, modules, seen = self.looked or (None,) * 5
+        if seen is None or modules[0] is not self.model or seen != signs(state, modules):
             self.scan_weights()
-        (manifest, wrong, *_), self.looked = self.looked, None
+        (manifest, wrong, self.state, *_), self.looked = self.looked, None
         if wrong:
             what = f"{len(wrong)} weights hold NaN or infinity and were not sent: {some(wrong)}"
             raise ValueError(f"{what}. Go on from an earlier checkpoint with a lower learning rate")
@@ -518,19 +520,20 @@ class WeightSender:
         return self.buckets.nbytes, time.perf_counter() - start
 
 
-def versions(places: list[tuple[dict, ...]]) -> list | None:
-    """Others as soon as a tensor there is written to, or anything replaced. None: DTensors do not tell."""
-    held = [one for place in places for each in place for one in each.values() if one is not None]
-    if any(map(is_traceable_wrapper_subclass, held)):
+def signs(state: dict[str, Tensor], modules: list[torch.nn.Module]) -> list | None:
+    """Others as soon as a tensor is written to, or anything replaced. None: that cannot be known."""
+    if not {*map(type, state.values())} <= {Tensor, torch.nn.Parameter}:  # DTensors do not tell
         return None
-    return [(one.data_ptr(), one._version) if isinstance(one, Tensor) else id(one) for one in held]
+    versions = [(tensor._version, tensor.data_ptr()) for tensor in state.values()]
+    places = (place for m in modules for place in (m._parameters, m._buffers, m._modules))
+    return versions + [*map(id, itertools.chain.from_iterable(map(dict.values, places)))]
 
 
-def checkpoint_weights(model: torch.nn.Module, known: dict | None = None) -> NamedTensors:
+def checkpoint_weights(model: torch.nn.Module, state: dict[str, Tensor], known: dict | None = None):
     """Names and tensors of what `save_pretrained` would write, for which vLLM's loaders are made; a tied one
-    once. In the model names may be others, and experts fused: most are views, which `known` remembers."""
+    once. In `state`, the model's, names may be others, and experts fused: most are views, as `known` says."""
     ignored, first = getattr(model, "_keys_to_ignore_on_save", None) or (), {}
-    for name, tensor in model.state_dict(keep_vars=True).items():
+    for name, tensor in state.items():
         if name not in ignored and tensor.numel():
             first.setdefault(id(tensor), (name, tensor))
     weights = dict(first.values())
@@ -1072,8 +1075,7 @@ class Buckets:
     """Fixed memory for weights on their way: two buckets in turn; one travels while the other is worked on.
 
     Both ends work on buckets in the current stream and broadcast in one of their own (on the CPU both are
-    nothing); the host waits for nothing until the end.
-    """
+    nothing); the host waits for nothing until the end."""
 
     def __init__(self, manifest: Manifest, bucket_bytes: int, group, device: torch.device):
         self.manifest, self.group = manifest, group
@@ -1123,8 +1125,7 @@ class Buckets:
         """Rank 0: fill each bucket, cast to its dtypes, and broadcast it; digests come last.
 
         Others are made in the buckets, w + roll(w, 1) / 16 + 2^-10 of each piece w of floating-point numbers:
-        bytes and scales of all FP8 rows change, zeros too, and a model stays sane.
-        """
+        bytes and scales of all FP8 rows change, zeros too, and a model stays sane."""
         self.events, weight = [], torch.empty(0)
         for number, (memory, pieces) in enumerate(self.buckets):
             if number > 1:
@@ -1348,8 +1349,7 @@ def digest(tensor: Tensor) -> Tensor:
     """64-bit checksum of a tensor's bytes, as an int64 scalar on its device: no copy to the host, no waiting.
 
     The sum over i of (2i + 1) word_i modulo 2^64: any one changed word changes it, and so do two swapped ones
-    unless distance times difference is a multiple of 2^63. For accidents, not attackers.
-    """
+    unless distance times difference is a multiple of 2^63. For accidents, not attackers."""
     data = tensor.detach().contiguous().view(-1).view(torch.uint8)
     if data.numel() % 8 or data.storage_offset() % 8:
         data = torch.nn.functional.pad(data, (0, -data.numel() % 8))  # a copy, at the start of its memory

@@ -239,7 +239,7 @@ def test_fused_experts_travel_as_views_of_the_model(tmp_path, monkeypatch):
     experts = model.model.layers[1].mlp.experts
 
     def sent() -> dict:
-        return dict(rlhf_utils.checkpoint_weights(model, known))
+        return dict(rlhf_utils.checkpoint_weights(model, model.state_dict(keep_vars=True), known))
 
     for _ in range(2):
         found = sent()
@@ -492,8 +492,8 @@ def test_serialized_config_is_the_same_as_the_named_one(tmp_path):
 
 
 def test_compiled_code_with_fp8_weights_can_be_stored():
-    """vLLM moves the inputs of what it stores to the meta device; `tests/bench_startup.py` shows what that
-    saves.
+    """vLLM moves the inputs of what it stores to the meta device; `tests/bench/bench_startup.py` shows what
+    that saves.
     """
     rlhf_utils.patch_libraries()
     weight = Float8Tensor.from_hp(torch.randn(32, 64, dtype=torch.bfloat16), granularity=PerRow())
