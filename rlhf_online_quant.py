@@ -891,7 +891,7 @@ class SampledLogprobs(LogprobsProcessor):
     """vLLM's, which takes in the log-probability of a sampled token alone (`ROLLOUT`) by a shorter way."""
 
     # Why: vLLM builds lists and iterators for all likely tokens, though there is one, for each sequence and
-    # step (`tests/bench_loop.py` compares). Delete when: vLLM appends a single one directly.
+    # step (`tests/bench/bench_loop.py` compares). Delete when: vLLM appends a single one directly.
     def _update_sample_logprobs(self, new) -> None:
         flat = self.logprobs
         one = len(new.logprobs) == 1 and isinstance(flat, FlatLogprobs)

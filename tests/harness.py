@@ -13,7 +13,8 @@ import time
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-sys.path[:0] = [str(HERE), str(HERE.parent)]
+FOLDERS = [str(HERE), str(HERE / "bench"), str(HERE.parent)]  # of all modules that tests and benchmarks name
+sys.path[:0] = FOLDERS
 
 import ray  # noqa: E402
 import torch  # noqa: E402
@@ -37,9 +38,9 @@ class Extension(WorkerExtension):
 
 
 def connect(config: driver.Config, cleanup: contextlib.ExitStack) -> int:
-    """The driver's `connect`, with this folder's modules for the actors."""
+    """The driver's `connect`, with the modules of tests and benchmarks for the actors."""
     before = os.environ.get("PYTHONPATH", "")
-    os.environ["PYTHONPATH"] = os.pathsep.join([str(HERE), str(HERE.parent), before])
+    os.environ["PYTHONPATH"] = os.pathsep.join([*FOLDERS, before])
     try:
         return driver.connect(config, cleanup)
     finally:

@@ -1,6 +1,6 @@
 """What an engine holds in memory, in BF16 and with `--quantization`; in one run.
 
-    python tests/bench_memory.py --model Qwen/Qwen3-8B --tensor-parallel-size 1 [any flag of the driver]
+    python tests/bench/bench_memory.py --model Qwen/Qwen3-8B --tensor-parallel-size 1 [any flag of the driver]
 
 Prints both and their ratio, and writes OUTPUT_DIR/memory.json.
 """
@@ -11,6 +11,7 @@ import json
 import tempfile
 
 import psutil
+import tests_on_path  # noqa: F401
 import torch
 import tyro
 

@@ -1,6 +1,6 @@
 """Seconds of a training step by phase, in turn and overlapped, in one run; with `--peer trl` beside TRL's.
 
-    python tests/bench_loop.py --shape qwen3-0.6b --tensor-parallel-size 1 --max-model-len 1024 \
+    python tests/bench/bench_loop.py --shape qwen3-0.6b --tensor-parallel-size 1 --max-model-len 1024 \
         --lengths 128 512 --peer trl [any flag of the driver]
 
 Trainer and engine start once, from one checkpoint of random weights, whose answers have full length. For each
@@ -30,6 +30,7 @@ from typing import Literal
 from unittest import mock
 
 import matplotlib.pyplot as plt
+import tests_on_path  # noqa: F401
 import tyro
 from vllm import SamplingParams
 from vllm.utils.network_utils import get_open_port

@@ -1,6 +1,6 @@
 """How long a start takes, cold and with what the first start compiled; in one run.
 
-    python tests/bench_startup.py --shape qwen3-0.6b --tensor-parallel-size 1 [any flag of the driver]
+    python tests/bench/bench_startup.py --shape qwen3-0.6b --tensor-parallel-size 1 [any flag of the driver]
 
 Each start is the driver's (trainer, engine, group), in new processes, and both share a fresh cache folder of
 vLLM's. On the CPU, where vLLM compiles more simply, its way for GPUs is switched on. Writes
@@ -14,6 +14,7 @@ import tempfile
 import time
 from pathlib import Path
 
+import tests_on_path  # noqa: F401
 import torch
 import tyro
 

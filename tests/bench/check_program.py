@@ -1,6 +1,6 @@
 """The program with random models, several steps; then its engine beside a fresh one from its checkpoint.
 
-    python tests/check_program.py --shapes small-mixtral --quantization fp8_per_channel [the driver's flags]
+    python tests/bench/check_program.py --shapes small-mixtral --quantization fp8_per_channel [any flag]
 
 Prints a line for each.
 """
@@ -14,6 +14,7 @@ from pathlib import Path
 from unittest import mock
 
 import ray
+import tests_on_path  # noqa: F401
 import torch
 import transformers
 import tyro

@@ -1,7 +1,7 @@
 """What a weight sync costs, beside a raw broadcast of the same bytes and what others do; for one model shape,
 in one run.
 
-    python tests/bench_weight_sync.py --shape qwen3-8b --tensor-parallel-size 1 [any flag of the driver]
+    python tests/bench/bench_weight_sync.py --shape qwen3-8b --tensor-parallel-size 1 [any flag of the driver]
 
 Trainer and engine start from one checkpoint of random weights. The sync is proved, and each method begins
 with an engine whose weights are all zero; afterwards every stored tensor and every answer is compared with
@@ -23,6 +23,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import matplotlib.pyplot as plt
+import tests_on_path  # noqa: F401
 import torch
 import tyro
 from transformers import AutoModelForCausalLM

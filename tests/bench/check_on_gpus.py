@@ -1,6 +1,6 @@
 """Sync equals cold start, on GPUs, for one shape and layout; prints one line with what was measured.
 
-    python tests/check_on_gpus.py --shape qwen3-0.6b --tensor-parallel-size 1 [any flag of the driver]
+    python tests/bench/check_on_gpus.py --shape qwen3-0.6b --tensor-parallel-size 1 [any flag of the driver]
 
 A second engine, fresh from the trainer's checkpoint, starts beside the synced one: on the trainer's GPU if it
 has one.
@@ -13,6 +13,7 @@ import os
 import tempfile
 from pathlib import Path
 
+import tests_on_path  # noqa: F401
 import torch
 import tyro
 

@@ -1,6 +1,6 @@
 """Does FP8 pay? Sampled tokens per second of several engines of one model shape, beside BF16, in one run.
 
-    python tests/bench_rollout.py --shape qwen3-8b --tensor-parallel-size 1 --batches 1 16 64 256 512 \
+    python tests/bench/bench_rollout.py --shape qwen3-8b --tensor-parallel-size 1 --batches 1 16 64 256 512 \
         --contexts 128x128 4096x128 --engines bf16 fp8 fp8-kv fp8-per-channel bf16-eager fp8-eager \
         [any flag of the driver]
 
@@ -17,6 +17,7 @@ import time
 from pathlib import Path
 
 import matplotlib.pyplot as plt
+import tests_on_path  # noqa: F401
 import torch
 import tyro
 from vllm import SamplingParams

@@ -1,6 +1,6 @@
 """Long runs outside CI: the loop for minutes on end, and signals at random moments of many short runs.
 
-    python tests/soak.py --minutes 15 --signals 20
+    python tests/bench/soak.py --minutes 15 --signals 20
 
 Prints memory, handles and the time of a sync over the run, and for each signal in which phase it came and how
 long it took until every process was gone. Fails if anything drifts or stays.
@@ -16,6 +16,7 @@ import time
 from pathlib import Path
 
 import psutil
+import tests_on_path  # noqa: F401
 import tyro
 from test_program import Program
 

@@ -1,12 +1,13 @@
 """Is as much learned with FP8 as in BF16, and overlapped as in turn? Writes JSON and a chart.
 
-python tests/bench_learning.py [any flag of the driver]
+python tests/bench/bench_learning.py [any flag of the driver]
 """
 
 import dataclasses
 import json
 
 import matplotlib.pyplot as plt
+import tests_on_path  # noqa: F401
 import tyro
 
 from harness import driver
