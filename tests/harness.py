@@ -3,6 +3,7 @@ start.
 """
 
 import contextlib
+import dataclasses
 import json
 import os
 import signal
@@ -15,6 +16,7 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 FOLDERS = [str(HERE), str(HERE / "bench"), str(HERE.parent)]  # of all modules that tests and benchmarks name
 sys.path[:0] = FOLDERS
+os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")  # as in the program, before the driver is imported
 
 import ray  # noqa: E402
 import torch  # noqa: E402
@@ -58,6 +60,18 @@ def vllm_arguments(**more):
         driver.engine_arguments = plain
 
 
+def with_length(config: driver.Config, length: int = 512) -> driver.Config:
+    """An engine's longest sequence, unless `--engine-args` has it; the program's `check` would find it."""
+    more = {"max_model_len": length} | json.loads(config.engine_args)
+    return dataclasses.replace(config, engine_args=json.dumps(more))
+
+
+def to_prompts(model: str, texts: list[str] = helper.PROMPTS) -> list[driver.Prompt]:
+    """As the program reads them, for a model."""
+    tokenizer = transformers.AutoTokenizer.from_pretrained(model)
+    return [driver.to_prompt({"prompt": text}, tokenizer) for text in texts]
+
+
 class Remote:
     """A MyLLM actor that answers like a local LLM."""
 
@@ -75,10 +89,11 @@ class Remote:
 
 def write_result(config, device: str, name: str, **found) -> dict:
     """What a benchmark found and on what, which it also writes to OUTPUT_DIR/NAME_SHAPE.json."""
+    eager = device == "cpu" or json.loads(config.engine_args).get("enforce_eager")
     result = {
         "shape": config.shape,
         "layout": f"TP={config.tensor_parallel_size}, trainer {config.trainer_device} {config.trainer_dtype}",
-        "mode": "eager" if config.enforce_eager or device == "cpu" else "compiled, CUDA graphs",
+        "mode": "eager" if eager else "compiled, CUDA graphs",
         "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
         "quantization": config.quantization,
         **found,
@@ -109,8 +124,8 @@ def checksums(llm) -> dict[str, str]:
 
 
 @contextlib.contextmanager
-def fresh_engine(config: driver.Config, path: str, device: str, visible_gpus: str = ""):
-    """Start a fresh engine from a checkpoint in a process of its own; yields a function that waits for what
+def fresh_engine(config: driver.Config, device: str, visible_gpus: str = ""):
+    """Start a fresh engine of `config.model` in a process of its own; yields a function that waits for what
     it says.
 
     It is no part of any group and knows nothing of a sync: outputs and checksums of what vLLM and torchao
@@ -118,13 +133,13 @@ def fresh_engine(config: driver.Config, path: str, device: str, visible_gpus: st
     """
     executor = "mp" if config.tensor_parallel_size > 1 else "uni"
     own = dict(distributed_executor_backend=executor, worker_extension_cls="harness.Extension")
-    arguments = driver.engine_arguments(config, path, device) | own
-    environment = os.environ | driver.actor_environment()
+    arguments = driver.engine_arguments(config, device) | own
+    environment = driver.ENVIRONMENT | os.environ
     environment["OMP_NUM_THREADS"] = (
         "1"  # as Ray sets it for the engine: the count changes the last bits on the CPU
     )
     if device == "cuda":
-        environment |= {"CUDA_VISIBLE_DEVICES": visible_gpus, "VLLM_CACHE_ROOT": f"{path}/vllm_cache"}
+        environment |= {"CUDA_VISIBLE_DEVICES": visible_gpus, "VLLM_CACHE_ROOT": f"{config.model}/vllm_cache"}
     process = subprocess.Popen(
         [sys.executable, __file__, json.dumps(arguments)],
         env=environment,
@@ -213,11 +228,12 @@ def sync_versus_cold_start(
     at the end. Returns measurements, some of them medians.
     """
     result, start = {}, time.perf_counter()
+    config, later = (dataclasses.replace(config, model=folder) for folder in (old, new))
     with contextlib.ExitStack() as cleanup:
-        trainer = driver.start_trainer(config, old, cleanup)
+        trainer = driver.start_trainer(config, cleanup)
         with vllm_arguments(worker_extension_cls="harness.Extension"):
-            actor = driver.start_engine(config, old, device, cleanup)
-        fresh = cleanup.enter_context(fresh_engine(config, new, device, visible_gpus))
+            actor = driver.start_engine(config, device, cleanup)
+        fresh = cleanup.enter_context(fresh_engine(later, device, visible_gpus))
         helper.join_group(trainer, [actor], timeout_s=config.timeout_s)
         result["ranks"] = account_for_fp8([actor], config)
         result["startup_s"] = time.perf_counter() - start
@@ -269,7 +285,7 @@ def sync_versus_cold_start(
 
 
 @torch.no_grad()
-def mismatch_kl(trainer: driver.Trainer, rollouts: list[dict], precision: str) -> float:
+def mismatch_kl(trainer: driver.Trainer, rollouts: list[driver.Rollout], precision: str) -> float:
     """In the trainer: the engine's mismatch in nats per token, with products in that precision."""
     usual, trainer.in_bf16, limit = (
         trainer.in_bf16,
@@ -283,10 +299,10 @@ def mismatch_kl(trainer: driver.Trainer, rollouts: list[dict], precision: str) -
     return driver.measure_mismatch(torch.cat(ours), torch.cat(engine))["mismatch_kl"]
 
 
-def sampled(config: driver.Config, engines: list) -> list[dict]:
+def sampled(config: driver.Config, engines: list) -> list[driver.Rollout]:
     """Rollouts of the first step, without advantages."""
-    outputs = driver.generate(engines, driver.prompts_of_step(config, driver.PROMPTS, 0), config)
-    return driver.to_rollouts(outputs, torch.zeros(len(outputs), config.samples_per_prompt))
+    prompts = driver.prompts_of_step(config, to_prompts(config.model), 0)
+    return driver.take_in(driver.ask(engines, prompts, config), config)[0]
 
 
 def act_before_bucket(trainer, number: int | None, pid: int | None, how: int) -> None:
