@@ -147,10 +147,10 @@ def expected(flag: str, what: str) -> Iterator[None]:
 # ----- 2. The loop ------------------------------------------------------------------------------------------
 @dataclasses.dataclass
 class Prompt:
-    """A line of a prompts file: text or chat messages as they are there, other columns; how it is read."""
+    """A line of a prompts file, and how the model reads it."""
 
-    asked: str | list[dict]
-    columns: dict
+    asked: str | list[dict]  # as it is in the file: text, or chat messages
+    columns: dict  # what else the line has, for the reward
     token_ids: list[int]
     text: str
 
@@ -227,8 +227,8 @@ def train(config: Config, trainer, engines: list, prompts: list, reward: Callabl
                     saving = trainer.save_checkpoint.remote(config.output_dir)
                     [saved] = wait([saving], 10 * config.timeout_s, "saving a checkpoint")
             except Exception as error:
-                # When an engine has died a training step may still be under way, and end.
-                limit_s = config.timeout_s * (10 if isinstance(error, ConnectionError) else 1)
+                # A training step may still be under way, and end. Who is silent has had its time.
+                limit_s = config.timeout_s * (1 if isinstance(error, TimeoutError) else 10)
                 try:  # not by `wait`: that an engine has died does not matter now
                     saving = trainer.save_checkpoint.remote(config.output_dir, unless=saved[0])
                     saved = ray.get(saving, timeout=limit_s) or saved
@@ -325,7 +325,7 @@ def compute_rewards(prompts: list[Prompt], rollouts: list[Rollout], reward, time
     for prompt, rollout in zip(asked, rollouts, strict=True):
         said = [{"role": "assistant", "content": rollout.text}]
         given["completions"].append(rollout.text if isinstance(prompt.asked, str) else said)
-    given["completion_ids"] = [rollout.completion for rollout in rollouts]
+    given["completion_ids"] = [[*rollout.completion] for rollout in rollouts]
     given["finish_reasons"] = [rollout.finish_reason for rollout in rollouts]
 
     def run() -> None:
@@ -389,7 +389,9 @@ def compute_ppo_loss(logprobs_BT: torch.Tensor, batch: dict[str, torch.Tensor], 
     advantages_N = batch["advantages_B1"].expand_as(mask_BT)[mask_BT]
     ratio_N = (logprobs_N - old_N).exp()
     plain_N, clipped_N = ratio_N * advantages_N, ratio_N.clamp(1 - CLIP, 1 + CLIP) * advantages_N
-    reference_kl_N = k3(batch["reference_BT"][mask_BT] - logprobs_N) if config.kl_coef else 0 * logprobs_N
+    reference_kl_N = (
+        k3(batch["reference_BT"][mask_BT] - logprobs_N) if config.kl_coef else torch.zeros_like(logprobs_N)
+    )
     loss = (config.kl_coef * reference_kl_N - weights_N * torch.minimum(plain_N, clipped_N)).sum()
     metrics = {"loss": loss.detach(), "reference_kl": reference_kl_N.detach().sum()}
     metrics["ppo_clipped"] = (clipped_N < plain_N).sum()
@@ -580,6 +582,7 @@ class RolloutLLM(MyLLM):
         for prompt, output in zip(prompts, outputs, strict=True):
             for said in output.outputs:
                 ids, logprobs = list(said.token_ids), list(said.logprobs.logprobs)
+                assert len(ids) == len(logprobs), "vLLM gave more than the sampled tokens' log-probabilities"
                 text = decode(tokenizer, prompt.token_ids, ids)
                 rollouts.append(Rollout(prompt.token_ids, ids, logprobs, text, said.finish_reason))
         return rollouts, seconds, self.weights_version
@@ -656,7 +659,7 @@ for moment in range(40):
 def connect(config: Config, cleanup: contextlib.ExitStack) -> int:
     """Connect to Ray, or start a private cluster of which `cleanup` leaves nothing. Returns how many GPUs."""
     address, mark = config.ray_address, f"{os.getpid()} {time.time_ns()}"
-    if address not in (None, "auto", "local"):  # Ray would try for minutes
+    if address not in (None, "auto"):  # Ray would try for minutes
         with expected(f"--ray-address {address}", "HOST:PORT, as `ray start --head` prints it, or `auto`"):
             host, _, port = address.removeprefix("ray://").rpartition(":")
             socket.create_connection((host.strip("[]"), int(port)), timeout=5).close()
@@ -756,7 +759,8 @@ def check(config: Config, device: str) -> tuple[Config, list[Prompt], list[Promp
         read_metrics(config.output_dir / "metrics.jsonl")
         what = f"checkpoint-N of an earlier run, N at most {config.steps}, the --steps"
         with expected(f"--resume {config.resume}", what):
-            first = torch.load(config.resume / "trainer.pt", mmap=True, weights_only=True)["step"]
+            state = torch.load(config.resume / "trainer.pt", "cpu", mmap=True, weights_only=True)
+            first = state["step"]
             transformers.AutoConfig.from_pretrained(config.resume, trust_remote_code=False)
             if first not in range(config.steps + 1) or not any(config.resume.glob("*.safetensors")):
                 raise ValueError(f"step {first!r}, and {sorted(f.name for f in config.resume.iterdir())}")
@@ -787,7 +791,8 @@ def check(config: Config, device: str) -> tuple[Config, list[Prompt], list[Promp
 def check_model(config: Config, model: transformers.PretrainedConfig, longest: int, device: str) -> None:
     """What would fail late, or make trainer and engine compute different things. Raises ValueError."""
     experts = any("expert" in name and value for name, value in vars(model).items())
-    if device == "cpu" and config.quantization in VLLM_SCHEMES[experts < 1 :]:
+    on_cpu = ["fp8_per_channel"] if not experts else []
+    if device == "cpu" and config.quantization in VLLM_SCHEMES and config.quantization not in on_cpu:
         fits = "without a GPU vLLM has fp8_per_channel alone, for models without experts"
         raise ValueError(f"--quantization {config.quantization}: {fits}; type --quantization fp8-weight-only")
     rope = getattr(model, "rope_parameters", None) or {}

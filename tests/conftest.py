@@ -9,12 +9,14 @@ import pytest
 
 os.environ["OMP_NUM_THREADS"] = "1"  # as Ray gives its actors: the number of threads changes the last bits
 
-from harness import DEVICE, Remote, connect, driver, helper, with_length
+from harness import DEVICE, Remote, RolloutLLM, connect, driver, helper, with_length
 from random_models import build_random_model
 
 # Without a GPU the engine is not compiled but for one small function at TP > 1; finding a compiler takes each
 # worker 3 s. (This process, which has imported PyTorch, compiles on.)
 os.environ["TORCH_COMPILE_DISABLE"] = "1"
+if DEVICE == "cpu":
+    driver.RolloutLLM = RolloutLLM
 
 
 @pytest.fixture(scope="session")

@@ -5,6 +5,7 @@ start.
 import contextlib
 import dataclasses
 import json
+import multiprocessing.forkserver
 import os
 import signal
 import statistics
@@ -22,6 +23,7 @@ import ray  # noqa: E402
 import torch  # noqa: E402
 import transformers  # noqa: E402
 from vllm import LLM, SamplingParams  # noqa: E402
+from vllm.v1.executor import multiproc_executor  # noqa: E402
 
 import rlhf_online_quant as driver  # noqa: E402
 import rlhf_utils as helper  # noqa: E402
@@ -37,6 +39,23 @@ class Extension(WorkerExtension):
     def get_pid(self) -> int:
         """Of the worker's process."""
         return os.getpid()
+
+
+def fork_server():
+    """A context that starts processes as forks of one that has imported everything."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["rlhf_online_quant", "vllm.v1.worker.cpu_worker"])
+    multiprocessing.forkserver.ensure_running()
+    return context
+
+
+class RolloutLLM(driver.RolloutLLM):
+    """The driver's, whose workers are forked from one process instead of importing everything each."""
+
+    def __init__(self, *args, **kwargs):
+        if kwargs.get("distributed_executor_backend") == "mp":
+            multiproc_executor.get_mp_context = fork_server
+        super().__init__(*args, **kwargs)
 
 
 def connect(config: driver.Config, cleanup: contextlib.ExitStack) -> int:

@@ -8,7 +8,6 @@ import contextlib
 import dataclasses
 import functools
 import gc
-import multiprocessing.forkserver
 import os
 import pickle
 import signal
@@ -22,7 +21,7 @@ from vllm.model_executor.models import registry
 from vllm.model_executor.models.transformers import base
 from vllm.v1.executor import multiproc_executor
 
-from harness import DEVICE, account_for_fp8, driver, helper
+from harness import DEVICE, account_for_fp8, driver, fork_server, helper
 
 if DEVICE == "cuda":
     from vllm.v1.worker.gpu_worker import Worker
@@ -40,14 +39,6 @@ SMALL = {"cpu": dict(num_gpu_blocks_override=256), "cuda": dict(kv_cache_memory_
 if DEVICE == "cuda":
     SMALL |= dict(distributed_executor_backend="uni", gpu_memory_utilization=0.02)
     SMALL |= dict(compilation_config={"cudagraph_capture_sizes": [1, 2, 4]})
-
-
-def fork_server():
-    """A context that starts processes as forks of one that has imported everything."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["rlhf_online_quant", "vllm.v1.worker.cpu_worker"])
-    multiprocessing.forkserver.ensure_running()
-    return context
 
 
 class Local:

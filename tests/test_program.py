@@ -17,8 +17,8 @@ import vllm
 from matplotlib.image import imread
 from ray.cluster_utils import Cluster
 
-from harness import PROMPTS, driver, generate
-from local import fork_server, local_actors, local_engine
+from harness import PROMPTS, driver, fork_server, generate
+from local import local_actors, local_engine
 
 PROGRAM = Path(__file__).resolve().parent.parent / "rlhf_online_quant.py"
 HELD_OUT = driver.TINY / "held_out.jsonl"
