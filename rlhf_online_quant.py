@@ -453,7 +453,7 @@ class Trainer(WeightSender):
         return model.to(self.config.trainer_device).eval()
 
     def train_step(self, rollouts: list[Rollout]) -> dict:
-        """`epochs` AdamW steps on a batch; returns metrics (README's glossary). Raises RuntimeError if a
+        """`epochs` AdamW steps on a batch; returns metrics (README, Metrics). Raises RuntimeError if a
         gradient is not finite; after the first epoch the weights are then those of no step."""
         config, start = self.config, time.perf_counter()
         on_gpu = self.device.type == "cuda"
