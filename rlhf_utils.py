@@ -51,7 +51,6 @@ from torch.utils._pytree import tree_leaves
 from torchao.quantization import Float8Tensor
 from torchao.quantization.quantize_.workflows.float8 import float8_tensor
 from transformers.core_model_loading import revert_weight_conversion
-from triton.language import constexpr
 from vllm import LLM, SamplingParams
 from vllm.config import set_current_vllm_config
 from vllm.distributed import get_world_group
@@ -444,7 +443,7 @@ class WeightSender:
         self.group: object | None = None
         self.listening: socket.socket | None = None  # from `open_rendezvous` to `init_weight_update_group`
         self.looked: tuple | None = None  # what `scan_weights` has found, and by what it still holds
-        self.state: dict[str, Tensor] | None = None  # that has been looked at, for the next `weights`
+        self.state: dict[str, Tensor] | None = None  # that is prepared, for the next `weights`
         self.prepared: tuple[Manifest, int] | None = None  # what there is, and the bucket size
         self.buckets: Buckets | None = None  # for what is prepared; None until both ends have agreed
         self.views = {}  # of the model's tensors: see `checkpoint_weights`
@@ -482,20 +481,20 @@ class WeightSender:
         modules = [*self.model.modules()]
         self.looked = manifest, wrong, state, modules, signs(state, modules)
 
-    def check_finite(self) -> Manifest:
-        """The manifest of all weights. Raises ValueError, with names, if one is NaN, or infinite in BF16."""
+    def check_finite(self) -> tuple[Manifest, dict[str, Tensor]]:
+        """Manifest and state of all weights. Raises ValueError if one is NaN, or infinite in BF16: which."""
         *_, state, modules, seen = self.looked or (None,) * 5
         if seen is None or modules[0] is not self.model or seen != signs(state, modules):
             self.scan_weights()
-        (manifest, wrong, self.state, *_), self.looked = self.looked, None
+        (manifest, wrong, state, *_), self.looked = self.looked, None
         if wrong:
             what = f"{len(wrong)} weights hold NaN or infinity and were not sent: {some(wrong)}"
             raise ValueError(f"{what}. Go on from an earlier checkpoint with a lower learning rate")
-        return manifest
+        return manifest, state
 
     def prepare_weights(self, bucket_bytes: int = BUCKET_BYTES) -> Manifest | None:
         """Check all weights, before a byte moves. Returns their manifest; None if it is the one agreed on."""
-        manifest = self.check_finite()
+        manifest, self.state = self.check_finite()
         if self.buckets is not None and self.prepared == (manifest, bucket_bytes):
             return None
         self.prepared, self.buckets = (manifest, bucket_bytes), None
@@ -522,14 +521,15 @@ class WeightSender:
 
 def signs(state: dict[str, Tensor], modules: list[torch.nn.Module]) -> list | None:
     """Others as soon as a tensor is written to, or anything replaced. None: that cannot be known."""
-    if not {*map(type, state.values())} <= {Tensor, torch.nn.Parameter}:  # DTensors do not tell
-        return None
-    versions = [(tensor._version, tensor.data_ptr()) for tensor in state.values()]
     places = (place for m in modules for place in (m._parameters, m._buffers, m._modules))
-    return versions + [*map(id, itertools.chain.from_iterable(map(dict.values, places)))]
+    held = [*map(id, itertools.chain.from_iterable(map(dict.values, places)))]
+    plain = {*map(type, state.values())} <= {Tensor, torch.nn.Parameter}  # DTensors do not tell
+    if not plain or not {*map(id, state.values())} <= {*held}:  # nor do copies, which some models' hooks make
+        return None
+    return held + [(tensor._version, tensor.data_ptr()) for tensor in state.values()]
 
 
-def checkpoint_weights(model: torch.nn.Module, state: dict[str, Tensor], known: dict | None = None):
+def checkpoint_weights(model, state: dict[str, Tensor], known: dict | None = None) -> NamedTensors:
     """Names and tensors of what `save_pretrained` would write, for which vLLM's loaders are made; a tied one
     once. In `state`, the model's, names may be others, and experts fused: most are views, as `known` says."""
     ignored, first = getattr(model, "_keys_to_ignore_on_save", None) or (), {}
@@ -1408,7 +1408,7 @@ class Rows:
 
 @triton.jit
 def quantize_rows_kernel(
-    addresses, step, columns, length, BLOCK: constexpr, WHOLE: constexpr, BY_VLLM: constexpr
+    addresses, step, columns, length, BLOCK: tl.constexpr, WHOLE: tl.constexpr, BY_VLLM: tl.constexpr
 ):
     """One program a row, which stays in registers: it is read once (in part twice) and written once."""
     row, column, entry = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK), addresses + 4 * tl.program_id(1)

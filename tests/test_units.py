@@ -264,6 +264,35 @@ def test_fused_experts_travel_as_views_of_the_model(tmp_path, monkeypatch):
     assert sent()[up].eq(1).all() and sent()[up].eq(1).all() and set(known.values()) == {None}
 
 
+@pytest.mark.parametrize("copies", [False, True])
+def test_what_is_sent_is_what_is_there(copies):
+    """The model's state is taken once, for the look at it and to send it, unless something has changed since,
+    or the model's hooks make copies, which tell nothing. Whoever looks alone (a checkpoint) leaves none."""
+    model = AutoModelForCausalLM.from_config(SHAPES["tiny-opt"])
+    taken, norm = [], model.model.decoder.final_layer_norm
+
+    def take(module, state, *_):
+        taken.append(1)
+        state.update({name: tensor.clone() for name, tensor in state.items()} if copies else {})
+
+    model._register_state_dict_hook(take)
+    sender = rlhf_utils.WeightSender(model, "cpu")
+
+    def sent() -> torch.Tensor:
+        sender.prepare_weights()
+        return dict(sender.weights())["model.decoder.final_layer_norm.weight"]
+
+    sender.scan_weights()
+    assert torch.equal(sent(), norm.weight) and len(taken) == 1 + copies
+    sender.scan_weights()
+    with torch.no_grad():
+        norm.weight.mul_(2)
+    assert torch.equal(sent(), norm.weight)
+    sender.check_finite()
+    norm.weight = torch.nn.Parameter(3 * norm.weight.detach())
+    assert torch.equal(dict(sender.weights())["model.decoder.final_layer_norm.weight"], norm.weight)
+
+
 def test_kernels_compile_for_hopper():
     """To machine code, without a GPU: otherwise a slip in a kernel would show on GPUs only."""
     digest_types = {"words": "*i64", "count": "i32", "total": "*i64", "BLOCK": "constexpr"}
@@ -492,8 +521,8 @@ def test_serialized_config_is_the_same_as_the_named_one(tmp_path):
 
 
 def test_compiled_code_with_fp8_weights_can_be_stored():
-    """vLLM moves the inputs of what it stores to the meta device; `tests/bench/bench_startup.py` shows what
-    that saves.
+    """vLLM moves the inputs of what it stores to the meta device; `tests/bench_startup.py` shows what that
+    saves.
     """
     rlhf_utils.patch_libraries()
     weight = Float8Tensor.from_hp(torch.randn(32, 64, dtype=torch.bfloat16), granularity=PerRow())
