@@ -7,191 +7,132 @@
 
     prove_sync(trainer, engines)                            # syncs are right, or the run ends here
     for every step:                                         # `rlhf_training_iteration`
-        outputs = engines.generate(prompts)                 # G answers to each, with log-probabilities
-        advantages = compute_advantages(compute_rewards(outputs))
-        trainer.train_step(to_rollouts(outputs, advantages))  # PPO's loss, corrected for FP8
+        rollouts = engines.generate(prompts)                # G answers to each, with log-probabilities
+        advantages = compute_advantages(compute_rewards(prompts, rollouts))
+        trainer.train_step(rollouts, advantages)            # PPO's loss, corrected for FP8
         sync_weights_to_quantized_engine(trainer, engines)  # the next answers come from these weights
 
-Left out, because it hides the pattern: a value network (advantages come from the group), rollouts that are
-older than `--overlap` makes them, sharded trainers (rlhf_utils.py, which has both ends of the wire, takes
-them). Without a GPU the same processes run on the CPU (gloo, weight-only FP8, a tiny model).
+Left out, because it hides the pattern: a value network (advantages come from the group), rollouts older than
+`--overlap` makes them, sharded trainers (rlhf_utils.py, with both ends of the wire, takes them). Without a
+GPU the same processes run on the CPU: gloo, weight-only FP8, the model in tests/tiny.
 
-Names of dimensions: P prompts, G samples per prompt, B sequences of a micro-batch, L tokens of a sequence,
-T = L - 1 predicted ones, H hidden size, V vocabulary, N all sampled tokens at hand. `rewards_PG` has the
-shape (P, G).
+Dimensions: P prompts, G samples per prompt, B sequences of a micro-batch, L tokens of a sequence, T = L - 1
+predicted ones, H hidden size, V vocabulary, N sampled tokens at hand; `rewards_PG` has the shape (P, G).
 """
 
 import concurrent.futures
 import contextlib
 import dataclasses
+import functools
 import importlib.util
 import inspect
 import json
 import logging
 import math
-import multiprocessing.forkserver
 import os
 import pkgutil
-import random
 import re
 import shutil
 import signal
 import socket
-import string
 import subprocess
 import sys
-import tempfile
 import threading
 import time
-import uuid
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 from unittest import mock
 
-# What every process of a run has in its environment, if the user has not set it.
+# What every process of a run has in its environment, unless the user has set it.
 ENVIRONMENT = {
-    # Without a GPU: two workers share a NUMA node, which vLLM refuses by default; and KV cache in GiB.
-    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-    "VLLM_CPU_KVCACHE_SPACE": "1",
-    # vLLM's scheduler runs inside the actor: a process less, and batches that do not depend on timing.
-    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "VLLM_LOGGING_LEVEL": "ERROR",  # anything else, such as INFO: all that libraries say, in every process
+    "TRANSFORMERS_VERBOSITY": "error",
+    "TORCH_LOGS": "-torch.utils._pytree",
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # vLLM's scheduler in the actor: batches do not depend on timing
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # without a GPU two workers share a NUMA node
+    "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB
 }
-QUIET = os.environ.get("VLLM_LOGGING_LEVEL", "ERROR") == "ERROR"  # libraries print their errors only
-if QUIET:
-    ENVIRONMENT |= {
-        "VLLM_LOGGING_LEVEL": "ERROR",
-        "PYTHONWARNINGS": "ignore",
-        "TORCH_CPP_LOG_LEVEL": "ERROR",
-        "TORCH_LOGS": "-torch.utils._pytree",
-        "TRANSFORMERS_VERBOSITY": "error",
-        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
-    }
 if __name__ == "__main__":
-    os.environ |= {name: os.environ.get(name, value) for name, value in ENVIRONMENT.items()}
+    os.environ |= ENVIRONMENT | os.environ
     print("Importing PyTorch, vLLM and Ray ...", flush=True)
     signal.signal(signal.SIGINT, lambda *_: os._exit(130))  # until `main` can say more
-if os.environ.get("VLLM_LOGGING_LEVEL") == "ERROR":  # in the program's processes; some warn on import
-    for name in ("torchao", "vllm", "ray", "transformers"):
+QUIET = os.environ.get("VLLM_LOGGING_LEVEL") == "ERROR"
+if QUIET:
+    warnings.simplefilter("ignore")
+    for name in ("ray", "torchao", "vllm"):
         logging.getLogger(name).setLevel(logging.ERROR)
-    if os.environ.get("PYTHONWARNINGS") == "ignore":
-        warnings.simplefilter("ignore")
 
 import psutil
 import ray
-import tokenizers
 import torch
 import torchao
 import transformers
 import tyro
 import vllm
+from matplotlib.figure import Figure
+from pydantic import Field, NonNegativeInt, PositiveInt
+from pydantic.dataclasses import dataclass
 from ray.util.placement_group import placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from torch.utils.checkpoint import checkpoint
-from torchao.core.config import AOBaseConfig, config_from_dict, config_to_dict
+from torchao.core.config import config_from_dict, config_to_dict
 from torchao.quantization import Float8DynamicActivationFloat8WeightConfig, Float8WeightOnlyConfig, PerRow
 from transformers.modeling_layers import GradientCheckpointingLayer
-from vllm import LLM, SamplingParams
-from vllm.v1.engine import output_processor
-from vllm.v1.engine.logprobs import FlatLogprobs, LogprobsProcessor
+from vllm import SamplingParams
 
-from rlhf_utils import (
-    ACTORS,
-    PROMPTS,
-    SYNCING,
-    MyLLM,
-    WeightSender,
-    cause_of,
-    join_group,
-    prove_fp8,
-    prove_sync,
-    some,
-    sync_weights_to_quantized_engine,
-    wait,
-)
+import rlhf_utils
+from rlhf_utils import PROMPTS, MyLLM, WeightSender, prove_sync, sync_weights_to_quantized_engine, wait
 
 # ----- 1. Config --------------------------------------------------------------------------------------------
+TINY = Path(__file__).resolve().parent / "tests" / "tiny"  # a model like any other, with prompts
 
 
-@dataclasses.dataclass
+@dataclass
 class Config:
     """RL with an FP8 vLLM rollout engine, quantized online."""
 
-    model: str = "auto"
-    """Hugging Face name, local folder, or `tiny` (made here). `auto`: facebook/opt-125m on GPUs, or tiny."""
-    trainer_device: Literal["auto", "cuda", "cpu"] = "auto"
-    """Where the trainer runs; `auto` takes a GPU if the cluster has any."""
+    model: str = "auto"  # Hugging Face name or folder; `auto`: facebook/opt-125m on GPUs, tests/tiny without
+    trainer_device: Literal["auto", "cuda", "cpu"] = "auto"  # auto: a GPU if there is any; products in BF16
     trainer_dtype: Literal["float32", "bfloat16"] = "float32"
-    """Of the trainer's weights and optimizer. In bfloat16 small steps are lost in rounding. (Products are in
-    bfloat16 on GPUs, by autocast, whatever this says.)"""
-    tensor_parallel_size: int = 2
-    """GPUs of an engine (CPU: processes). The trainer's GPU comes on top."""
-    num_engines: int = 1
-    """Engines that share the prompts of a step; each has its own tensor-parallel group."""
+    """Of weights, optimizer and checkpoints. In bfloat16 small steps are lost in rounding."""
+    gradient_checkpointing: bool = True  # compute activations of 2 layers in 3 again: less memory, more time
+    tensor_parallel_size: PositiveInt = 2  # GPUs of an engine (CPU: processes), besides the trainer's
+    num_engines: PositiveInt = 1  # they share the prompts of a step, each with GPUs of its own
     quantization: str = "auto"
     """torchao's `fp8-dynamic` (`auto` on GPUs), `fp8-weight-only` (`auto` on CPU) or a file with a torchao
     config; vLLM's `fp8_per_channel`, `fp8_per_block`, `fp8_per_tensor` (experts, too); or `none`."""
-    enforce_eager: bool = False
-    """Start faster and generate much more slowly: no compilation, no CUDA graphs. Always so on the CPU."""
-    max_model_len: int = 512
-    """Longest prompt plus completion, in tokens."""
-    engine_args: str = "{}"
-    """JSON with any other keyword of vllm.LLM: '{"gpu_memory_utilization": 0.5, "kv_cache_dtype": "fp8"}'."""
-
-    steps: int = 20
-    """Training steps: rollouts, rewards, optimizer, sync. 0 only starts, proves and samples."""
+    engine_args: str = "{}"  # JSON with any other keywords of vllm.LLM: '{"enforce_eager": true}'
+    steps: NonNegativeInt = 20  # rollouts, rewards, optimizer, sync; 0 only starts, proves and samples
     prompts_file: Path | None = None
-    """UTF-8 text, one prompt a line. Default: what the reward asks for, else vLLM's four examples."""
-    reward: str = "auto"
-    """`backwards` (`auto` for the tiny model without a prompts file), `letters` (share of a-z; `auto` for
-    others), or `module:function`; see `compute_rewards`."""
-    prompts_per_step: int = 32
-    """P, prompts per step."""
-    samples_per_prompt: int = 16
-    """G, completions per prompt; advantages are relative to their mean."""
-    max_tokens: int = 32
-    """Longest completion, in tokens. One that is cut off is rewarded and learned from like any other."""
-    temperature: float = 1.0
-    """Of the rollouts. The samples before and after training are always greedy."""
-    learning_rate: float | None = None
-    """AdamW's step size. Default: 1e-6, and 2e-3 for the tiny model."""
-    epochs: int | None = None
-    """Optimizer steps per rollout batch, each on all of it. PPO's clipping matters from the second on.
-    Default: 1, and 2 for the tiny model."""
-    overlap: bool = False
-    """Generate the next batch while this one is trained on, by weights that are then one step old."""
-    kl_coef: float = 0.0
+    """UTF-8 text, one prompt a line; or JSON lines: `prompt` (text or chat messages), columns for the reward.
+    Default: vLLM's four examples; the tiny model has its own."""
+    held_out_file: Path | None = None  # prompts whose greedy answers are rewarded before and after training
+    reward: str = "auto"  # letters (share of a-z), backwards (tests/tiny), module:function (called as by TRL)
+    prompts_per_step: PositiveInt = 32  # P, the next of the file, in turn
+    samples_per_prompt: Annotated[int, Field(ge=2)] = 16  # G; advantages are relative to their mean
+    max_tokens: PositiveInt = 32  # longest completion; one that is cut off counts like any other
+    temperature: Annotated[float, Field(ge=0.01, le=100)] = 1.0  # of the rollouts (vLLM's least is 0.01)
+    learning_rate: Annotated[float, Field(ge=0, le=1)] | None = None  # default: 1e-6 (tests/tiny: 2e-3)
+    epochs: PositiveInt | None = None  # optimizer steps on each batch, all of it; default: 1 (tests/tiny: 2)
+    overlap: bool = False  # generate the next batch while this is trained on: by weights one step older
+    kl_coef: Annotated[float, Field(ge=0, le=1000)] = 0.0
     """Weight of the KL divergence to the initial policy; above 0 the trainer keeps a frozen copy."""
-    tokens_per_microbatch: int = 8192
-    """Longest forward and backward pass (padded tokens); gradients accumulate over as many as it takes."""
-    gradient_checkpointing: bool = True
-    """Compute activations of two layers in three again in the backward pass: less memory, more time."""
-
-    output_dir: Path = Path("outputs")
-    """Gets metrics.jsonl, curves.png, summary.json, and checkpoint-N."""
-    save_every: int = 0
-    """Steps between checkpoints; 0 saves at the end only (and, if it can, when a run fails)."""
-    resume: Path | None = None
-    """A checkpoint-N of an earlier run with the same flags: go on from its model, optimizer and step."""
-    track: Literal["none", "trackio", "wandb"] = "none"
-    """Send the metrics there too (install it yourself)."""
-    seed: int = 0
-    """Of the tiny model, prompts and sampling. On the CPU the same seed gives the same curve."""
-    timeout_s: float = 30.0
+    tokens_per_microbatch: PositiveInt = 8192  # longest pass (padded tokens); gradients add up over all
+    output_dir: Path = Path("outputs")  # gets metrics.jsonl, curves.png, summary.json, and checkpoint-N
+    save_every: NonNegativeInt = 0  # steps between checkpoints; 0: at the end only, and when a run fails
+    resume: Path | None = None  # checkpoint-N of a run with the same flags: its model, optimizer and step
+    track: Literal["none", "trackio", "wandb"] = "none"  # send metrics there, too (install it yourself)
+    seed: Annotated[int, Field(ge=0, lt=2**31)] = 0  # of sampling; on the CPU the same gives the same curve
+    timeout_s: Annotated[float, Field(ge=1, le=1e6)] = 30.0
     """Longest wait (seconds) for a sync or a reward function; ten times that for all that takes longer."""
-    ray_address: str | None = None
-    """A running cluster (`auto`, `10.0.0.1:6379`) whose nodes share local folders. Default: a private one."""
+    ray_address: str | None = None  # a cluster (auto, 10.0.0.1:6379) whose nodes share folders; or a new one
 
     @property
     def world_size(self) -> int:
         """Ranks of the weight-update group: the trainer and every engine's workers."""
         return 1 + self.num_engines * self.tensor_parallel_size
-
-    @property
-    def draws_prompts(self) -> bool:
-        """Does the reward bring its own prompts, new ones for each step?"""
-        return self.reward == "backwards" and self.prompts_file is None
 
 
 @contextlib.contextmanager
@@ -204,216 +145,50 @@ def expected(flag: str, what: str) -> Iterator[None]:
 
 
 # ----- 2. The loop ------------------------------------------------------------------------------------------
+@dataclasses.dataclass
+class Prompt:
+    """A line of a prompts file, and how the model reads it."""
+
+    asked: str | list[dict]  # as it is in the file: text, or chat messages
+    columns: dict  # what else the line has, for the reward
+    token_ids: list[int]
+    text: str
+
+
+@dataclasses.dataclass
+class Rollout:
+    """A completion of a prompt: token ids, and the engine's log-probability (nats) of each completed one."""
+
+    prompt: list[int]
+    completion: list[int]
+    logprobs: list[float]
+    text: str = ""  # of the completion, without special tokens
+    finish_reason: str = "stop"  # "length" if it was cut off
+    advantage: float = 0.0
 
 
 def rlhf_training_iteration(
-    train_model,
-    quantized_llm: list,
-    prompts: list[str],
-    config: Config,
-    step: int = 0,
-    outputs: list | None = None,
-    next_prompts: list[str] | None = None,
-) -> tuple[list, list[list[float]], dict, list]:
-    """Rollouts, rewards, a training step, sync. Returns vLLM's outputs, rewards (P, G) and metrics.
-
-    With `next_prompts` (`--overlap`) the engines generate for the next step while the trainer learns from
-    this one; what they return comes last, and is the next call's `outputs`.
-    """
-    start = time.perf_counter()
-    outputs = outputs or generate(quantized_llm, prompts, config, step)
-    ahead = start_generating(quantized_llm, next_prompts, config, step + 1) if next_prompts else []
-    rewards_PG = compute_rewards(outputs, load_reward(config.reward), config.timeout_s)
-    rollouts = to_rollouts(outputs, compute_advantages(torch.tensor(rewards_PG, dtype=torch.float64)))
-    [trained] = wait([train_model.train_step.remote(rollouts)], 10 * config.timeout_s, "the training step")
-    # An engine that generates cannot be synced.
-    ahead = sum(wait(ahead, 10 * config.timeout_s, "generating for the next step"), [])
-    sync = sync_weights_to_quantized_engine(train_model, quantized_llm, timeout_s=config.timeout_s)
-    versions = [llm.get_weights_version.remote() for llm in quantized_llm]
-    tokens = sum(len(rollout["completion"]) for rollout in rollouts)
-    rollout_s = max(output.seconds for output in outputs)
-    finished = [completion.finish_reason == "stop" for output in outputs for completion in output.outputs]
-    metrics = {
-        "step": step,
-        "reward": sum(map(sum, rewards_PG)) / len(rollouts),
-        "tokens": tokens,
-        "tokens_per_s": tokens / rollout_s,
-        "truncated": 1 - sum(finished) / len(finished),
-        **trained,
-        "rollout_s": rollout_s,
-        "sync_s": sync["seconds"],
-        "sync_path": sync["path"],
-        "sync_gb_per_s": sync["gb_per_s"],
-        "step_s": time.perf_counter() - start,
-        "sampled_version": min(output.weights_version for output in outputs),
-        "weights_version": wait(versions, config.timeout_s, "reading the version")[0],
-    }
-    return outputs, rewards_PG, metrics, ahead
-
-
-def generate(engines: list, prompts: list[str], config: Config, step: int = 0) -> list:
-    """One vLLM RequestOutput per prompt, in order; see `start_generating`."""
-    calls = start_generating(engines, prompts, config, step)
-    return sum(wait(calls, 10 * config.timeout_s, "generating"), [])
-
-
-def start_generating(engines: list, prompts: list[str], config: Config, step: int = 0) -> list[ray.ObjectRef]:
-    """Ask each engine for an equal share of the prompts' completions.
-
-    Raises RuntimeError while a weight sync is running. (A call to the actor itself waits for its turn.)
-    """
-    if SYNCING.locked():
-        raise RuntimeError("refusing to generate: a weight sync is running; ask again when it has ended")
-    samples, first = config.samples_per_prompt, config.seed * 10**6 + step * len(prompts)
-    sampling = dict(n=samples, temperature=config.temperature, max_tokens=config.max_tokens, **ROLLOUT)
-    seeds = [(first + i) * samples % 2**62 for i in range(len(prompts))]  # vLLM adds the sample's index
-    params = [SamplingParams(seed=seed, **sampling) for seed in seeds]
-    share = math.ceil(len(prompts) / len(engines))
-    return [
-        llm.generate.remote(prompts[i : i + share], params[i : i + share], use_tqdm=False)
-        for llm, i in zip(engines, range(0, len(prompts), share))
-    ]
-
-
-def to_rollouts(outputs: list, advantages_PG: torch.Tensor) -> list[dict]:
-    """What `Trainer.train_step` takes: token ids, the engine's log-probabilities (nats), advantages.
-
-    Raises RuntimeError if the engine gave a log-probability that is not finite.
-    """
-    rollouts = [
-        {
-            "prompt": list(output.prompt_token_ids),
-            "completion": list(completion.token_ids),
-            "logprobs": list(completion.logprobs.logprobs),
-            "advantage": advantage,
-        }
-        for output, advantages_G in zip(outputs, advantages_PG.tolist(), strict=True)
-        for completion, advantage in zip(output.outputs, advantages_G, strict=True)
-    ]
-    wrong = [rollout for rollout in rollouts if not all(map(math.isfinite, rollout["logprobs"]))]
-    if wrong:
-        raise RuntimeError(
-            f"the engine's log-probabilities of {len(wrong)} of {len(rollouts)} completions are not finite; "
-            "nothing was learned from them. Lower --learning-rate, or see whether --quantization none helps"
-        )
-    return rollouts
-
-
-def backwards(prompts: list[str], completions: list[str]) -> list[float]:
-    """The share of letters that are right and in place, of the prompt's last word written backwards.
-
-    Only who reads the prompt can do it: a word of random letters says nothing about the next one.
-
-    >>> backwards(["Backwards: abcde ->"] * 3, [" edcba", " edxba", " edcbaedcba"])
-    [1.0, 0.8, 0.5]
-    """
-    words = [(re.findall(r"\w+", prompt) or [""])[-1][::-1] for prompt in prompts]
-    pairs = list(zip(words, map(str.strip, completions), strict=True))
-    right = [sum(letter == other for letter, other in zip(*pair)) for pair in pairs]
-    return [count / max(1, *map(len, pair)) for count, pair in zip(right, pairs)]
-
-
-def letters(prompts: list[str], completions: list[str]) -> list[float]:
-    """The share of characters that are lower-case letters a-z: what a random model can learn from scratch."""
-    return [len(re.findall("[a-z]", completion)) / max(1, len(completion)) for completion in completions]
-
-
-def load_reward(name: str) -> Callable[..., list[float]]:
-    """The function behind `--reward`. Raises ValueError if there is none."""
-    shipped = {"backwards": backwards, "letters": letters}
-    if name in shipped:
-        return shipped[name]
-    if os.getcwd() not in sys.path:
-        sys.path.append(os.getcwd())
-    with expected(f"--reward {name}", f"{', '.join(shipped)}, or module:function, here or installed"):
-        reward = pkgutil.resolve_name(name)
-        if not callable(reward):
-            raise TypeError(f"a {type(reward).__name__}, not a function")
-        return reward
-
-
-def compute_rewards(outputs: list, reward: Callable = letters, timeout_s: float = 30.0) -> list[list[float]]:
-    """Rewards of every completion, in the shape (P, G).
-
-    Args:
-        reward: gets a list of prompts and one of completions (without special tokens) and returns as many
-            floats. By parameters of these names it gets `finish_reasons`, too ("length" for a completion that
-            was cut off, else "stop"), and `completion_ids`, all token ids.
-
-    Raises:
-        RuntimeError: the function raised, or returned anything but one finite number per completion.
-        TimeoutError: it has not returned for `timeout_s` seconds. (Not if it never lets go of Python's lock,
-            as a regular expression that backtracks for ever.)
-    """
-    name = getattr(reward, "__name__", repr(reward))
-    prompts = [output.prompt for output in outputs for _ in output.outputs]
-    completions = [completion for output in outputs for completion in output.outputs]
-    answer = concurrent.futures.Future()
-
-    def ask() -> None:
-        """In a thread of its own, which may hang."""
-        try:
-            wanted, more = {}, {}
-            with contextlib.suppress(TypeError, ValueError):  # not all that is written in C has a signature
-                wanted = inspect.signature(reward).parameters
-            if "finish_reasons" in wanted:
-                more["finish_reasons"] = [completion.finish_reason for completion in completions]
-            if "completion_ids" in wanted:
-                more["completion_ids"] = [list(completion.token_ids) for completion in completions]
-            rewards = reward(prompts, [completion.text for completion in completions], **more)
-            answer.set_result([float(value) for value in rewards])
-        except BaseException as error:  # raised below; SystemExit would end this thread without a word
-            answer.set_exception(error)
-
-    threading.Thread(target=ask, daemon=True).start()  # a daemon does not keep the program from ending
-    if not concurrent.futures.wait([answer], timeout_s).done:
-        raise TimeoutError(f"reward function {name} has not returned for {timeout_s:g} s")
-    if error := answer.exception():
-        message = f"reward function {name} failed: {type(error).__name__}: {error}"
-        if "main thread" in str(error):  # signal.alarm, by which math_verify limits its time
-            message += ". It runs in a thread, where signals cannot be set: switch its own time limit off "
-            message += "(math_verify: timeout_seconds=None, parsing_timeout=None); --timeout-s is one"
-        raise RuntimeError(message) from error
-    rewards, largest = answer.result(), torch.finfo(torch.float32).max
-    wrong = [f"{value} for {c.text!r}" for value, c in zip(rewards, completions) if not abs(value) <= largest]
-    if wrong or len(rewards) != len(completions):
-        what = f"expected {len(completions)} finite numbers, one per completion; found {len(rewards)} numbers"
-        raise RuntimeError(f"reward function {name}: {what}, not finite: {wrong[:3] or 'none'}")
-    rows = iter(rewards)
-    return [[next(rows) for _ in output.outputs] for output in outputs]
-
-
-def compute_advantages(rewards_PG: torch.Tensor) -> torch.Tensor:
-    """Rewards, centred and scaled within each group, as in GRPO.
-
-    Shao et al. 2024, arXiv:2402.03300, section 4.1.2. A group of equal rewards has no advantages, whatever
-    rounding makes of their mean.
-
-    >>> compute_advantages(torch.tensor([[0.0, 0.0, 1.0, 1.0], [0.7, 0.7, 0.7, 0.7]]))
-    tensor([[-0.8660, -0.8660,  0.8660,  0.8660],
-            [ 0.0000,  0.0000,  0.0000,  0.0000]])
-    """
-    centred_PG = rewards_PG - rewards_PG.mean(dim=1, keepdim=True)
-    equal_P1 = (rewards_PG == rewards_PG[:, :1]).all(dim=1, keepdim=True)
-    return (centred_PG / (rewards_PG.std(dim=1, keepdim=True) + 1e-6)).masked_fill(equal_P1, 0.0)
-
-
-def prompts_of_step(config: Config, prompts: list[str], step: int) -> list[str]:
-    """P prompts: the next in turn; for `backwards`, without a file, new words."""
-    count = config.prompts_per_step
-    if config.draws_prompts:
-        return ask_backwards(f"{config.seed} {step}", count)
-    return [prompts[(step * count + i) % len(prompts)] for i in range(count)]
-
-
-def ask_backwards(seed: str, count: int, held_out: bool = False) -> list[str]:
-    """Prompts with random words of 5 letters. Held out of training is one word in ten, with its anagrams."""
-    draw, prompts = random.Random(seed), []
-    while len(prompts) < count:
-        word = "".join(draw.choices(string.ascii_lowercase, k=5))
-        if (sum(word.encode()) % 10 == 0) == held_out:  # a sum is the same for all anagrams
-            prompts.append(f"Backwards: {word} ->")
-    return prompts
+    train_model, quantized_llm, prompts, reward, config: Config, step=0, asked=None, next_prompts=None
+) -> tuple[dict, list[Rollout], list]:
+    """Rollouts, rewards, a training step, sync. Given `next_prompts` (`--overlap`), the engines generate for
+    the next step while the trainer learns. Returns metrics, rollouts, and those calls: the next `asked`."""
+    start, limit_s = time.perf_counter(), config.timeout_s
+    rollouts, rollout_s, sampled = take_in(asked or ask(quantized_llm, prompts, config, step), config)
+    asked = ask(quantized_llm, next_prompts, config, step + 1) if next_prompts else []
+    rewards_PG = compute_rewards(prompts, rollouts, reward, limit_s)
+    for rollout, advantage in zip(rollouts, compute_advantages(rewards_PG).flatten().tolist(), strict=True):
+        rollout.advantage = advantage
+    [trained] = wait([train_model.train_step.remote(rollouts)], 10 * limit_s, "the training step")
+    wait(asked, 10 * limit_s, "generating for the next step")  # a busy engine cannot be synced
+    sync = sync_weights_to_quantized_engine(train_model, quantized_llm, timeout_s=limit_s)
+    [version] = wait([quantized_llm[0].get_weights_version.remote()], limit_s, "reading the version")
+    tokens = sum(len(rollout.completion) for rollout in rollouts)
+    cut_off = sum(rollout.finish_reason == "length" for rollout in rollouts)
+    metrics = {"step": step, "reward": rewards_PG.mean().item(), "truncated": cut_off / len(rollouts)}
+    metrics |= {"tokens": tokens, "tokens_per_s": tokens / rollout_s, "rollout_s": rollout_s, **trained}
+    metrics |= {"sync_path": sync["path"], "sync_gb_per_s": sync["gb_per_s"], "sync_s": sync["seconds"]}
+    metrics |= {"sampled_version": sampled, "weights_version": version, "staleness": version - 1 - sampled}
+    return metrics | {"step_s": time.perf_counter() - start}, rollouts, asked
 
 
 LINE_OF_STEP = (
@@ -423,55 +198,51 @@ LINE_OF_STEP = (
 )
 
 
-def train(config: Config, trainer, engines: list, prompts: list[str], first: int = 0) -> list[dict]:
-    """Steps `first` to `config.steps`: print, log and return their metrics, save checkpoints.
-
-    Whatever ends it early, what was learned is saved if the trainer lives; a note on the error says so.
-    """
-    file = config.output_dir / "metrics.jsonl"
-    rows = read_metrics(config.output_dir) if config.resume else []
-    rows = [row for row in rows if row["step"] < first]
-    if config.resume and (lost := sorted({*range(first)} - {row["step"] for row in rows})):
-        print(f"{file}: lacks the steps {some(list(map(str, lost)))}, in or before which a run failed")
+def train(config: Config, trainer, engines: list, prompts: list, reward: Callable, first: int) -> list[dict]:
+    """Steps from `first` on; returns all metrics. If one fails, what was learned is saved if it can be."""
+    file, asked, saved = config.output_dir / "metrics.jsonl", None, (first, config.resume)
+    rows = [row for row in read_metrics(file) if row["step"] < first] if config.resume else []
     file.write_text("".join(map(to_json, rows)))
-    saved = first, config.resume
     with contextlib.ExitStack() as cleanup:
         if config.track != "none":
             tracker = importlib.import_module(config.track)
-            settings = json.loads(json.dumps(vars(config), default=str))
-            tracker.init(project="rlhf-online-quant", config=settings)
+            flags = json.loads(json.dumps(vars(config), default=str))
+            tracker.init(project="rlhf-online-quant", config=flags)
             cleanup.callback(tracker.finish)
-        ahead, version = None, engines[0].get_weights_version.remote()
-        steps_of = {wait([version], config.timeout_s, "reading the version")[0]: first}
         for step in range(first, config.steps):
+            batch, next_batch = (prompts_of_step(config, prompts, number) for number in (step, step + 1))
+            ahead = next_batch if config.overlap and step + 1 < config.steps else None
             try:
-                batch = prompts_of_step(config, prompts, step)
-                more = config.overlap and step + 1 < config.steps
-                following = prompts_of_step(config, prompts, step + 1) if more else None
-                outputs, rewards_PG, metrics, ahead = rlhf_training_iteration(
-                    trainer, engines, batch, config, step, ahead, following
-                )
-                metrics["staleness"] = step - steps_of[metrics["sampled_version"]]
-                steps_of[metrics["weights_version"]] = step + 1
+                done = rlhf_training_iteration(trainer, engines, batch, reward, config, step, asked, ahead)
+                metrics, rollouts, asked = done
                 rows.append(metrics)
-                with file.open("a") as log:
-                    log.write(to_json(metrics))
+                with file.open("a") as lines:
+                    lines.write(to_json(metrics))
                 if config.track != "none":
                     tracker.log(metrics, step=step)
                 print(LINE_OF_STEP.format(**metrics), flush=True)
                 if step % 10 == 0:
-                    answer, reward = outputs[0].outputs[0].text, rewards_PG[0][0]
-                    print(f"  sample: {outputs[0].prompt!r} -> {answer[:60]!r} | reward {reward:.3f}")
+                    print(f"  sample: {batch[0].text[-60:]!r} -> {rollouts[0].text[:60]!r}")
                 if step + 1 == config.steps or config.save_every and (step + 1) % config.save_every == 0:
                     saving = trainer.save_checkpoint.remote(config.output_dir)
                     [saved] = wait([saving], 10 * config.timeout_s, "saving a checkpoint")
             except Exception as error:
-                # When an engine has died a training step may still be under way, and end.
-                limit_s = config.timeout_s * (10 if isinstance(error, ConnectionError) else 1)
-                found = save_what_was_learned(config, trainer, limit_s, *saved)
-                error.add_note(f"This was step {step}. {found}")
+                # A training step may still be under way, and end. Who is silent has had its time.
+                limit_s = config.timeout_s * (1 if isinstance(error, TimeoutError) else 10)
+                try:  # not by `wait`: that an engine has died does not matter now
+                    saving = trainer.save_checkpoint.remote(config.output_dir, unless=saved[0])
+                    saved = ray.get(saving, timeout=limit_s) or saved
+                except ray.exceptions.RayError as why:  # a GetTimeoutError is one
+                    error.add_note(f"What was learned since could not be saved: {rlhf_utils.cause_of(why)}")
+                kept = f"{saved[0]} complete steps are saved: go on with --resume {saved[1]}"
+                error.add_note(f"This was step {step}. {kept if saved[1] else 'No step is saved.'}")
                 raise
     return rows
+
+
+def prompts_of_step(config: Config, prompts: list[Prompt], step: int) -> list[Prompt]:
+    start = step * config.prompts_per_step
+    return [prompts[i % len(prompts)] for i in range(start, start + config.prompts_per_step)]
 
 
 def to_json(row: dict) -> str:
@@ -480,183 +251,216 @@ def to_json(row: dict) -> str:
     return json.dumps(finite, allow_nan=False) + "\n"
 
 
-def save_what_was_learned(config: Config, trainer, limit_s: float, saved: int, folder: Path | None) -> str:
-    """Save the trainer's complete steps, if `folder` holds only `saved`; a sentence says what there is."""
-    try:  # not by `wait`: that an engine has died does not matter now
-        if ray.get(trainer.get_step.remote(), timeout=limit_s) > saved:
-            saving = trainer.save_checkpoint.remote(config.output_dir)
-            saved, folder = ray.get(saving, timeout=10 * config.timeout_s)
-    except ray.exceptions.RayError as error:  # a GetTimeoutError is one
-        print(f"What the trainer had learned could not be saved: {cause_of(error)}", file=sys.stderr)
-    if folder is None:
-        return "No step is saved."
-    return f"{saved} complete steps are saved: go on with --resume {folder}"
-
-
-def read_metrics(folder: Path) -> list[dict]:
-    """The rows of metrics.jsonl, one per step; a last one that was cut off is left out. Raises ValueError."""
-    file = folder / "metrics.jsonl"
+def read_metrics(file: Path) -> list[dict]:
+    """The rows of metrics.jsonl, but for a last one that was cut off. Raises ValueError."""
     with expected(str(file), "a JSON object with a `step` a line; move it away"):
-        *complete, _ = file.read_text().split("\n") if file.exists() else [""]
-        rows = [json.loads(line) for line in complete]
-        if wrong := [row for row in rows if not isinstance(row, dict) or type(row.get("step")) is not int]:
-            raise ValueError(f"{wrong[0]!r}")
+        rows = [json.loads(line) for line in file.read_text().split("\n")[:-1]] if file.exists() else []
+        assert all(type(dict(row)["step"]) is int for row in rows), "a step that is no whole number"
         return rows
 
 
-# ----- 3. The objective: pure functions of numbers ----------------------------------------------------------
+# ----- 3. Rollouts and rewards ------------------------------------------------------------------------------
+def ask(engines: list, prompts: list[Prompt], config: Config, step: int = 0, greedy: bool = False) -> list:
+    """Have each engine complete its share of the prompts, G times, or once; the calls go to `take_in`."""
+    samples, temperature = (1, 0) if greedy else (config.samples_per_prompt, config.temperature)
+    params = dict(n=samples, temperature=temperature, max_tokens=config.max_tokens, logprobs=0)
+    params |= dict(flat_logprobs=True, detokenize=False)  # `rollout` makes text of all tokens at once
+    first, share = config.seed * 10**6 + step * len(prompts), math.ceil(len(prompts) / len(engines))
+    seeded = [params | {"seed": (first + i) * samples % 2**62} for i in range(len(prompts))]  # vLLM counts on
+    parts = zip(engines, range(0, len(prompts), share))
+    return [llm.rollout.remote(prompts[i : i + share], seeded[i : i + share]) for llm, i in parts]
 
+
+def take_in(asked: list, config: Config) -> tuple[list[Rollout], float, int]:
+    """All rollouts in order, the slowest engine's seconds, the oldest version. Raises RuntimeError."""
+    shares, seconds, versions = zip(*wait(asked, 10 * config.timeout_s, "generating"), strict=True)
+    rollouts = sum(shares, [])
+    if wrong := sum(not all(map(math.isfinite, rollout.logprobs)) for rollout in rollouts):
+        found = f"the engine's log-probabilities of {wrong} of {len(rollouts)} completions are not finite"
+        advice = "Lower --learning-rate, or see whether --quantization none helps"
+        raise RuntimeError(f"{found}; nothing was learned from them. {advice}")
+    return rollouts, max(seconds), min(versions)
+
+
+def letters(completions: list, **_) -> list[float]:
+    """The share of characters that are lower-case letters a-z: what a random model can learn from scratch."""
+    texts = [said if isinstance(said, str) else said[0]["content"] for said in completions]
+    return [sum("a" <= letter <= "z" for letter in text) / max(1, len(text)) for text in texts]
+
+
+def backwards(completions: list[str], answer: list[str], **_) -> list[float]:
+    """The share of letters that are right and in place: of "edcba", 0.8 in "edxba", 0.5 in "edcbaedcba"."""
+    pairs = list(zip(answer, map(str.strip, completions), strict=True))
+    right = [sum(letter == other for letter, other in zip(*pair)) for pair in pairs]
+    return [count / max(1, *map(len, pair)) for count, pair in zip(right, pairs)]
+
+
+def load_reward(name: str, columns: set[str]) -> Callable[..., list[float]]:
+    """`--reward`, to be called with more than it wants. Raises ValueError: none found, or it wants others."""
+    known = {"prompts", "completions", "completion_ids", "finish_reasons", *columns}
+    sys.path.append(os.getcwd())
+    with expected(f"--reward {name}", "backwards, letters, or module:function, here or installed"):
+        reward = {"backwards": backwards, "letters": letters}.get(name) or pkgutil.resolve_name(name)
+        if not callable(reward) or inspect.isclass(reward) or inspect.iscoroutinefunction(reward):
+            raise TypeError(f"{reward!r}, not a plain function")
+        signature = inspect.signature(reward)
+    takes_all = any(wanted.kind == wanted.VAR_KEYWORD for wanted in signature.parameters.values())
+    names = known if takes_all else known & signature.parameters.keys()
+    with expected(f"--reward {name}", f"a function of some of {', '.join(sorted(known))}, called by name"):
+        signature.bind(**dict.fromkeys(names))
+    return lambda **given: reward(**{name: given[name] for name in names})
+
+
+def compute_rewards(prompts: list[Prompt], rollouts: list[Rollout], reward, timeout_s=30.0) -> torch.Tensor:
+    """Rewards of every completion, shape (P, G), float64.
+
+    `reward` is called by name, as TRL calls it, with lists that have an entry for each completion: `prompts`
+    as in the file, `completions` without special tokens (to chat messages [{"role": "assistant", "content":
+    text}]), `completion_ids`, `finish_reasons` ("length" if cut off, else "stop"), the file's columns. Raises
+    RuntimeError unless it returns one finite number for each; TimeoutError (if it frees Python's lock)."""
+    samples, answer = len(rollouts) // len(prompts), concurrent.futures.Future()
+    asked = [prompt for prompt in prompts for _ in range(samples)]
+    given = {name: [prompt.columns[name] for prompt in asked] for name in prompts[0].columns}
+    given |= {"prompts": [prompt.asked for prompt in asked], "completions": []}
+    for prompt, rollout in zip(asked, rollouts, strict=True):
+        said = [{"role": "assistant", "content": rollout.text}]
+        given["completions"].append(rollout.text if isinstance(prompt.asked, str) else said)
+    given["completion_ids"] = [[*rollout.completion] for rollout in rollouts]
+    given["finish_reasons"] = [rollout.finish_reason for rollout in rollouts]
+
+    def run() -> None:
+        try:
+            found = reward(**given)
+            if isinstance(found, (str, bytes, dict, set, frozenset)):
+                raise TypeError(f"it returned a {type(found).__name__}")
+            answer.set_result([float(value) for value in found])
+        except BaseException as error:  # raised below; SystemExit would end this thread without a word
+            answer.set_exception(error)
+
+    threading.Thread(target=run, daemon=True).start()  # it may hang, and does not keep the program alive
+    if not concurrent.futures.wait([answer], timeout_s).done:
+        raise TimeoutError(f"the reward function has not returned for {timeout_s:g} s, the --timeout-s")
+    if error := answer.exception():
+        message = f"the reward function failed: {type(error).__name__}: {error}"
+        if "main thread" in str(error):  # signal.alarm, by which math_verify limits its time
+            message += ". It runs in a thread, where signals cannot be set: switch its own time limit off "
+            message += "(math_verify: timeout_seconds=None, parsing_timeout=None); --timeout-s is one"
+        raise RuntimeError(message) from error
+    rewards, largest = answer.result(), torch.finfo(torch.float32).max
+    wrong = [f"{value} for {r.text!r}" for value, r in zip(rewards, rollouts) if not abs(value) <= largest]
+    if wrong or len(rewards) != len(rollouts):
+        found = f"{len(rewards)} numbers, not finite: {wrong[:3] or 'none'}"
+        raise RuntimeError(f"the reward function: expected {len(rollouts)} finite numbers; found {found}")
+    return torch.tensor(rewards, dtype=torch.float64).view(len(prompts), samples)
+
+
+# ----- 4. The objective: pure functions of numbers ----------------------------------------------------------
 CLIP = 0.2  # PPO: the probability ratio to the policy before the step counts within 1 - CLIP and 1 + CLIP
-CORRECTION_CAP = 2.0  # C, the largest importance weight
+CORRECTION_CAP = 2.0  # the largest importance weight
 MAX_GRAD_NORM = 1.0  # gradients are scaled down to this norm
 HEAD_ROWS = 1024  # tokens whose logits are held at a time
+
+
+def compute_advantages(rewards_PG: torch.Tensor) -> torch.Tensor:
+    """Rewards, centred and scaled within each group, as in GRPO (Shao et al. 2024, arXiv:2402.03300, 4.1.2).
+
+    >>> compute_advantages(torch.tensor([[0.0, 0.0, 1.0, 1.0], [0.7, 0.7, 0.7, 0.7]]))
+    tensor([[-0.8660, -0.8660,  0.8660,  0.8660],
+            [ 0.0000,  0.0000,  0.0000,  0.0000]])
+    """
+    centred_PG = rewards_PG - rewards_PG.mean(dim=1, keepdim=True)
+    equal_P1 = (rewards_PG == rewards_PG[:, :1]).all(dim=1, keepdim=True)  # their mean may be rounded
+    return (centred_PG / (rewards_PG.std(dim=1, keepdim=True) + 1e-6)).masked_fill(equal_P1, 0.0)
 
 
 def compute_ppo_loss(logprobs_BT: torch.Tensor, batch: dict[str, torch.Tensor], config: Config) -> tuple:
     """PPO's clipped loss (Schulman et al. 2017, arXiv:1707.06347, equation 7), with importance weights.
 
-    Tokens are weighted by the policy before the step (`old_BT`, proximal) against the one that sampled them
-    (`engine_BT`, behaviour: FP8 and, with `--overlap`, a step older); what is clipped is the policy against
-    the proximal one. This is decoupled PPO (Hilton et al. 2021, arXiv:2110.00641; for stale rollouts Fu et
-    al. 2025, arXiv:2505.24298), its weights truncated.
-
-    Args:
-        logprobs_BT: the policy's log-probabilities, with gradient.
-        batch: `old_BT` (the same before the step), `engine_BT` (those that the tokens were sampled with),
-            `advantages_B1`, `mask_BT` (True for completion tokens) and, with `kl_coef`, `reference_BT`.
-
-    Returns: The loss, and metrics, both summed over the completions' tokens: dividing by the tokens of the
-        whole batch makes every token count the same, however the batch is split (DAPO: Yu et al. 2025,
-        arXiv:2503.14476, section 3.3).
-    """
-    mask_BT, old_BT = batch["mask_BT"], batch["old_BT"]
-    weights_BT, corrected_BT = importance_weights(old_BT, batch["engine_BT"], mask_BT)
-    # From here on the completions' tokens alone: what stands elsewhere must not reach a gradient.
-    logprobs_N, old_N, weights_N = logprobs_BT[mask_BT], old_BT[mask_BT], weights_BT[mask_BT]
+    Clipped is the policy (`logprobs_BT`, with gradient) against the one before the step (`old_BT`). That one
+    is weighted against the one that sampled the tokens (`engine_BT`: FP8; with `--overlap`, a step older), up
+    to a cap: truncated importance sampling (for rollout engines Yao et al. 2025, "Your Efficient RL Framework
+    Secretly Brings You Off-Policy RL"; with clipping Hilton et al. 2021, arXiv:2110.00641). `mask_BT` is True
+    for completion tokens. Loss and metrics are sums over these: divided by all of the batch, each counts the
+    same (DAPO: Yu et al. 2025, arXiv:2503.14476, 3.3)."""
+    mask_BT = batch["mask_BT"]  # what stands elsewhere must not reach a gradient
+    logprobs_N, old_N = logprobs_BT[mask_BT], batch["old_BT"][mask_BT]
+    correction_N = old_N - batch["engine_BT"][mask_BT]
+    weights_N = correction_N.exp().clamp(max=CORRECTION_CAP)
     advantages_N = batch["advantages_B1"].expand_as(mask_BT)[mask_BT]
     ratio_N = (logprobs_N - old_N).exp()
-    clipped_N = ratio_N.clamp(1 - CLIP, 1 + CLIP)
-    gain_N = torch.minimum(ratio_N * advantages_N, clipped_N * advantages_N)
-    reference_kl_N = torch.zeros_like(logprobs_N)
-    if config.kl_coef:
-        reference_kl_N = k3(batch["reference_BT"][mask_BT] - logprobs_N)
-    loss = (config.kl_coef * reference_kl_N - weights_N * gain_N).sum()
-    return loss, {
-        "loss": loss.detach(),
-        "ppo_clipped": (clipped_N * advantages_N < ratio_N * advantages_N).sum(),
-        "corrected": corrected_BT[mask_BT].sum(),
-        "reference_kl": reference_kl_N.detach().sum(),
-    }
-
-
-def importance_weights(
-    old_BT: torch.Tensor, engine_BT: torch.Tensor, mask_BT: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Weights that correct for sampling by the engine and not by the trainer; and where their cap C acted.
-
-    min(r, C), with r = trainer's probability / engine's, of the same token, whose engine's weights are the
-    same or with `--overlap` a step older. Truncated importance sampling: Ionides 2008, "Truncated Importance
-    Sampling"; for rollout engines Yao et al. 2025, "Your Efficient RL Framework Secretly Brings You
-    Off-Policy RL".
-    """
-    log_ratio_BT = (old_BT - engine_BT).masked_fill(~mask_BT, 0.0)
-    return log_ratio_BT.exp().clamp(max=CORRECTION_CAP), log_ratio_BT > math.log(CORRECTION_CAP)
+    plain_N, clipped_N = ratio_N * advantages_N, ratio_N.clamp(1 - CLIP, 1 + CLIP) * advantages_N
+    reference_kl_N = (
+        k3(batch["reference_BT"][mask_BT] - logprobs_N) if config.kl_coef else torch.zeros_like(logprobs_N)
+    )
+    loss = (config.kl_coef * reference_kl_N - weights_N * torch.minimum(plain_N, clipped_N)).sum()
+    metrics = {"loss": loss.detach(), "reference_kl": reference_kl_N.detach().sum()}
+    metrics["ppo_clipped"] = (clipped_N < plain_N).sum()
+    metrics["corrected"] = (correction_N > math.log(CORRECTION_CAP)).sum()
+    return loss, metrics
 
 
 def k3(log_ratio: torch.Tensor) -> torch.Tensor:
-    """Estimate of KL(q || p) in nats from log p - log q of each sample of q: unbiased, never negative.
-
-    Schulman 2020, "Approximating KL Divergence", joschu.net/blog/kl-approx.html.
-    """
+    """KL(q || p) in nats, estimated from log p - log q of samples of q (Schulman 2020, "Approximating KL
+    Divergence", joschu.net/blog/kl-approx.html): unbiased, never negative."""
     return torch.expm1(log_ratio) - log_ratio
 
 
 def measure_mismatch(old_N: torch.Tensor, engine_N: torch.Tensor) -> dict[str, float]:
     """How far the engine's log-probabilities (nats) of its tokens are from the trainer's, for equal weights.
 
-    The effective sample size, (sum r)^2 / sum r^2 with r as in `importance_weights`, is given as a share of
-    the tokens (Kong 1992, "A Note on Importance Sampling using Standardized Weights").
-
-    >>> measure_mismatch(torch.tensor([-1.0, -1.0]), torch.tensor([-1.0, -1.5]))["mismatch_abs_mean"]
-    0.25
-    """
+    The effective sample size, (sum r)^2 / sum r^2 with r = trainer's probability / engine's, is a share of
+    the tokens (Kong 1992, "A Note on Importance Sampling using Standardized Weights")."""
     log_ratio_N = old_N.double() - engine_N.double()
-    ratio_N = log_ratio_N.exp()
-    return {
-        "mismatch_kl": k3(log_ratio_N).mean().item(),
-        "mismatch_abs_mean": log_ratio_N.abs().mean().item(),
-        "mismatch_abs_max": log_ratio_N.abs().max().item(),
-        "effective_sample_size": (ratio_N.sum() ** 2 / (ratio_N**2).sum() / ratio_N.numel()).item(),
-    }
+    ratio_N, distance_N = log_ratio_N.exp(), log_ratio_N.abs()
+    found = {"mismatch_kl": k3(log_ratio_N).mean(), "mismatch_abs_mean": distance_N.mean()}
+    found["mismatch_abs_max"] = distance_N.max()
+    found["effective_sample_size"] = ratio_N.sum() ** 2 / (ratio_N**2).sum() / len(ratio_N)
+    return {name: value.item() for name, value in found.items()}
 
 
 # ----- 5. The trainer ---------------------------------------------------------------------------------------
-
-
 class Trainer(WeightSender):
-    """The full-precision side: model, optimizer, and, by inheritance, rank 0 of the weight-update group."""
+    """Model and optimizer in full precision; by inheritance rank 0 of the weight-update group."""
 
-    def __init__(self, config: Config, path: str):
-        self.config, self.path, self.step, self.unfinished = config, path, 0, False
+    def __init__(self, config: Config):
+        self.config, self.step, self.unfinished = config, 0, False
         self.in_bf16 = config.trainer_device == "cuda"  # products; weights and optimizer are as they are
-        super().__init__(self._load(config.resume or path), config.trainer_device)
+        super().__init__(self._load(config.resume or config.model), config.trainer_device)
         self.check_finite()
+        transformers.AutoTokenizer.from_pretrained(config.model, trust_remote_code=False)  # fetches its files
+        beside = Path(transformers.utils.cached_file(config.model, "config.json")).parent.iterdir()
+        ours = [file for file in beside if re.search(r"(?<!index)\.(json|jinja|txt|model)$", file.name)]
+        self.beside = {file.name: file.read_bytes() for file in ours if file.name != "config.json"}
         if config.gradient_checkpointing:
-            fits = "a model that can (type --no-gradient-checkpointing for this one)"
-            with expected("--gradient-checkpointing", fits):
-                checkpoint_layers(self.model)
-        check_parts(self.model)
-        self.reference = self._load(path) if config.kl_coef else None
-        self.optimizer = torch.optim.AdamW(
-            self.model.parameters(), lr=config.learning_rate, weight_decay=0.0, fused=True
-        )
+            checkpoint_layers(self.model)
+        self.reference = self._load(config.model) if config.kl_coef else None
+        how = dict(lr=config.learning_rate, weight_decay=0.0, fused=True)
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), **how)
         if config.resume:
             state = torch.load(config.resume / "trainer.pt", map_location=self.device, weights_only=True)
             self.optimizer.load_state_dict(state["optimizer"])
+            self.optimizer.param_groups[0] |= how  # the flag's learning rate, not that of the run before
             self.step = state["step"]
-            for group in self.optimizer.param_groups:
-                group["lr"] = config.learning_rate  # the flag's, not that of the run before
 
     def _load(self, folder: str | Path) -> torch.nn.Module:
-        """The model as the engine computes it: without dropout, and with caps on attention scores."""
-        model_config = transformers.AutoConfig.from_pretrained(self.path)
-        switch_off_noise(model_config)
-        options = {}
+        """The model as the engine computes it: in evaluation mode, and with caps on attention scores."""
+        options = {"dtype": self.config.trainer_dtype, "trust_remote_code": False}
+        model_config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
         if getattr(model_config.get_text_config(), "attn_logit_softcapping", None):
             options["attn_implementation"] = "eager"  # transformers' other ways leave the cap out
-        model = transformers.AutoModelForCausalLM.from_pretrained(
-            folder, config=model_config, dtype=self.config.trainer_dtype, **options
-        )
-        for module in model.modules():
-            if isinstance(module, torch.nn.Dropout):
-                module.p = 0.0
-        try:
-            model.generation_config.validate(strict=True)
-        except ValueError:  # `save_pretrained` would refuse it; mostly a temperature without `do_sample`
-            model.generation_config.do_sample = True
-            model.generation_config.validate(strict=True)
+        model = transformers.AutoModelForCausalLM.from_pretrained(folder, **options)
+        model.generation_config = transformers.GenerationConfig()  # not used; the file is kept as it came
         return model.to(self.config.trainer_device).eval()
 
-    def get_step(self) -> int:
-        """How many training steps the model has behind it."""
-        return self.step
-
-    def train_step(self, rollouts: list[dict]) -> dict:
-        """`epochs` AdamW steps on a batch of rollouts; returns metrics (see README's glossary).
-
-        Args:
-            rollouts: dicts with `prompt` and `completion` (token ids), `logprobs` (the engine's, one per
-                completion token, in nats) and `advantage`.
-
-        Raises RuntimeError before a weight changes, if a gradient is NaN or infinite. After a failure behind
-        the first of several epochs the weights are those of no step, and `save_checkpoint` refuses them.
-        """
+    def train_step(self, rollouts: list[Rollout]) -> dict:
+        """`epochs` AdamW steps on a batch; returns metrics (README, Metrics). Raises RuntimeError if a
+        gradient is not finite; after the first epoch the weights are then those of no step."""
         config, start = self.config, time.perf_counter()
-        if self.device.type == "cuda":
+        on_gpu = self.device.type == "cuda"
+        if on_gpu:
             torch.cuda.reset_peak_memory_stats()
-        by_length = sorted(rollouts, key=lambda rollout: len(rollout["prompt"] + rollout["completion"]))
-        batches = [self._pad(part) for part in split_by_tokens(by_length, config.tokens_per_microbatch)]
-        tokens = sum(len(rollout["completion"]) for rollout in rollouts)
+        batches = [self._pad(part) for part in split_by_tokens(rollouts, config.tokens_per_microbatch)]
+        tokens = sum(len(rollout.completion) for rollout in rollouts)
         sums = dict.fromkeys(("loss", "ppo_clipped", "corrected", "reference_kl"), 0.0)
         before = self._sample_weights()
         for epoch in range(config.epochs):
@@ -671,8 +475,8 @@ class Trainer(WeightSender):
                 loss, metrics = compute_ppo_loss(logprobs_BT, batch, config)
                 (loss / tokens).backward()
                 sums = {name: value + metrics[name] for name, value in sums.items()}
-            parameters = self.model.parameters()
-            norm = torch.nn.utils.clip_grad_norm_(parameters, MAX_GRAD_NORM, error_if_nonfinite=True)
+            weights = self.model.parameters()
+            norm = torch.nn.utils.clip_grad_norm_(weights, MAX_GRAD_NORM, error_if_nonfinite=True)
             self.unfinished = True
             self.optimizer.step()
         self.optimizer.zero_grad()
@@ -680,34 +484,23 @@ class Trainer(WeightSender):
         self.scan_weights()
         old_N = torch.cat([batch["old_BT"][batch["mask_BT"]] for batch in batches])
         engine_N = torch.cat([batch["engine_BT"][batch["mask_BT"]] for batch in batches])
-        on_gpu = self.device.type == "cuda"
         memory = torch.cuda.max_memory_allocated() if on_gpu else psutil.Process().memory_info().rss
-        return {
-            **{name: float(value) / tokens / config.epochs for name, value in sums.items()},
-            **measure_mismatch(old_N, engine_N),
-            "weights_changed": (self._sample_weights() != before).float().mean().item(),
-            "grad_norm": float(norm),
-            "train_s": time.perf_counter() - start,
-            "trainer_gib": memory / 2**30,
-        }
+        changed = (self._sample_weights() != before).float().mean().item()
+        means = {name: float(value) / tokens / config.epochs for name, value in sums.items()}
+        means |= measure_mismatch(old_N, engine_N) | {"weights_changed": changed, "grad_norm": float(norm)}
+        return means | {"train_s": time.perf_counter() - start, "trainer_gib": memory / 2**30}
 
-    def _pad(self, rollouts: list[dict]) -> dict[str, torch.Tensor]:
+    def _pad(self, rollouts: list[Rollout]) -> dict[str, torch.Tensor]:
         """One micro-batch, padded on the right. Position t predicts token t + 1; masked in: completions."""
-        longest = max(len(rollout["prompt"] + rollout["completion"]) for rollout in rollouts)
-        tokens_BL = torch.zeros(len(rollouts), longest, dtype=torch.long)
-        mask_BL, engine_BL = tokens_BL.bool(), tokens_BL.float()
-        for row, rollout in enumerate(rollouts):
-            start, end = len(rollout["prompt"]), len(rollout["prompt"] + rollout["completion"])
-            tokens_BL[row, :end] = torch.tensor(rollout["prompt"] + rollout["completion"])
-            mask_BL[row, start:end] = True
-            engine_BL[row, start:end] = torch.tensor(rollout["logprobs"])
-        advantages_B1 = torch.tensor([[rollout["advantage"]] for rollout in rollouts], dtype=torch.float32)
-        batch = {"tokens_BL": tokens_BL, "advantages_B1": advantages_B1}
-        batch |= {"mask_BT": mask_BL[:, 1:], "engine_BT": engine_BL[:, 1:]}
+        pad = lambda rows: torch.nn.utils.rnn.pad_sequence([*map(torch.tensor, rows)], batch_first=True)
+        tokens_BL = pad([each.prompt + each.completion for each in rollouts])
+        mask_BL = pad([[False] * len(each.prompt) + [True] * len(each.completion) for each in rollouts])
+        engine_BL = pad([[0.0] * len(each.prompt) + each.logprobs for each in rollouts])
+        batch = {"tokens_BL": tokens_BL, "mask_BT": mask_BL[:, 1:], "engine_BT": engine_BL[:, 1:]}
+        batch["advantages_B1"] = torch.tensor([[each.advantage] for each in rollouts])
         return {name: tensor.to(self.device) for name, tensor in batch.items()}
 
     def _logprobs(self, model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-        """`completion_logprobs` at the run's temperature."""
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.in_bf16):
             return completion_logprobs(model, batch, self.config.temperature)
 
@@ -717,194 +510,82 @@ class Trainer(WeightSender):
         weights = (weight.flatten() for weight in self.model.parameters())
         return torch.cat([weight[:: max(1, len(weight) // 1024)].bfloat16() for weight in weights])
 
-    def save_checkpoint(self, output_dir: Path) -> tuple[int, Path]:
-        """Write all that `--resume` needs to checkpoint-STEP, which appears when it is complete.
-
-        Returns step and folder. Raises ValueError if a weight holds NaN, RuntimeError if a step has failed
-        half way.
-        """
+    def save_checkpoint(self, output_dir: Path, unless: int = -1) -> tuple[int, Path] | None:
+        """Write all that `--resume` needs to checkpoint-STEP, which appears when it is complete; returns step
+        and folder. None if the step is `unless`. Raises ValueError (a weight is NaN), RuntimeError."""
+        if self.step == unless:
+            return None
         if self.unfinished:
             raise RuntimeError("a step has failed half way: the weights are those of no step")
         self.check_finite()
         folder = output_dir / f"checkpoint-{self.step}"
         aside = folder.with_name(folder.name + ".incomplete")
         self.model.save_pretrained(aside)
-        transformers.AutoTokenizer.from_pretrained(self.path).save_pretrained(aside)
+        (aside / "generation_config.json").unlink(missing_ok=True)
+        for name, content in self.beside.items():  # tokenizer, templates, generation settings, as they came
+            (aside / name).write_bytes(content)
         torch.save({"optimizer": self.optimizer.state_dict(), "step": self.step}, aside / "trainer.pt")
         shutil.rmtree(folder, ignore_errors=True)
         aside.rename(folder)
         return self.step, folder
 
 
-def checkpoint_layers(model: transformers.PreTrainedModel) -> None:
+def checkpoint_layers(model: torch.nn.Module) -> None:
     """Two layers of three compute their activations again in the backward pass, the third keeps them.
-
-    transformers' `every_n_layers` could only do so for all, for every second, or for fewer.
-    """
-    model.gradient_checkpointing_enable()
+    (transformers' own way wants the model in training mode.) Raises ValueError: it has no such layers."""
     layers = [layer for layer in model.modules() if isinstance(layer, GradientCheckpointingLayer)]
-    for layer in layers[::3]:
-        layer.gradient_checkpointing = False
-    model.train()  # transformers checkpoints nothing otherwise
+    for number, layer in enumerate(layers):
+        if number % 3:
+            layer.forward = functools.partial(checkpoint, layer.forward, use_reentrant=False)
+    if not layers:
+        raise ValueError(f"{type(model).__name__} has no layers for it; type --no-gradient-checkpointing")
 
 
-def switch_off_noise(config: transformers.PretrainedConfig) -> None:
-    """Set every dropout and jitter of a config and the configs inside to 0, whatever it is called."""
-    for name, value in vars(config).items():
-        if isinstance(value, transformers.PretrainedConfig):
-            switch_off_noise(value)
-        elif isinstance(value, float) and re.search("drop|jitter", name):
-            setattr(config, name, 0.0)
-
-
-def completion_logprobs(
-    model: torch.nn.Module, batch: dict[str, torch.Tensor], temperature: float = 1.0
-) -> torch.Tensor:
+def completion_logprobs(model, batch: dict[str, torch.Tensor], temperature: float = 1.0) -> torch.Tensor:
     """Log-probability (nats, at a temperature) of each completion token, shape (B, T); 0 elsewhere.
 
-    The head sees the completions' tokens alone, `HEAD_ROWS` at a time, and again in the backward pass: there
-    are never logits of all of them. A causal model needs no mask for what is padded on the right.
-
-    Args:
-        batch: `tokens_BL`, and `mask_BT`, True where a position predicts a completion token.
-    """
-    tokens_BL, mask_BT, trunk = batch["tokens_BL"], batch["mask_BT"], model.base_model
+    What stands behind the decoder (heads, scales, caps) sees the completions' tokens alone, `HEAD_ROWS` at a
+    time, and again in the backward pass: never logits of all at once. Padding on the right needs no mask."""
+    tokens_BL, mask_BT, decoder = batch["tokens_BL"], batch["mask_BT"], model.get_decoder()
+    output = decoder(input_ids=tokens_BL, use_cache=False)
 
     def of_some(hidden_NH: torch.Tensor, targets_N: torch.Tensor) -> torch.Tensor:
-        """By the model's own code behind its trunk, which may scale and cap logits."""
-        with mock.patch.dict(model._modules, {model.base_model_prefix: Given(trunk, hidden_NH[None])}):
+        given = type(output)(last_hidden_state=hidden_NH[None])
+        with mock.patch.object(decoder, "forward", lambda *_, **__: given):
             logits_NV = model(input_ids=targets_N[None], use_cache=False).logits[0].float()
-        if temperature != 1:
-            logits_NV = logits_NV / temperature
-        return -torch.nn.functional.cross_entropy(logits_NV, targets_N, reduction="none")
+        return -torch.nn.functional.cross_entropy(logits_NV / temperature, targets_N, reduction="none")
 
-    hidden_BLH = trunk(input_ids=tokens_BL, use_cache=False).last_hidden_state
-    hidden_NH, targets_N = hidden_BLH[:, :-1][mask_BT], tokens_BL[:, 1:][mask_BT]
+    hidden_NH, targets_N = output.last_hidden_state[:, :-1][mask_BT], tokens_BL[:, 1:][mask_BT]
     parts = zip(hidden_NH.split(HEAD_ROWS), targets_N.split(HEAD_ROWS), strict=True)
     logprobs_N = torch.cat([checkpoint(of_some, *part, use_reentrant=False) for part in parts])
     return torch.zeros(mask_BT.shape, device=mask_BT.device).masked_scatter(mask_BT, logprobs_N)
 
 
-@torch.no_grad()
-def check_parts(model: torch.nn.Module) -> None:
-    """Raises ValueError if `completion_logprobs` differ, beyond rounding, from those of whole logits."""
-    kind, expected_kind = type(model).__name__, "a model whose forward is its base model and then its head"
-    if model.base_model is model:
-        raise ValueError(f"{kind} has no base model; expected {expected_kind}")
-    tokens_BL = torch.arange(16, device=model.device).view(2, 8)
-    logprobs_BTV = model(input_ids=tokens_BL, use_cache=False).logits[:, :-1].float().log_softmax(-1)
-    whole_BT = logprobs_BTV.gather(-1, tokens_BL[:, 1:, None]).squeeze(-1)
-    parts_BT = completion_logprobs(model, {"tokens_BL": tokens_BL, "mask_BT": torch.ones_like(whole_BT) > 0})
-    difference = (parts_BT - whole_BT).abs().max()
-    if not difference < (0.01 if model.dtype == torch.float32 else 0.5):  # nats
-        raise ValueError(
-            f"log-probabilities of {kind} in parts are off by {difference:.3g} from those of whole logits; "
-            f"expected {expected_kind}"
-        )
-
-
-class Given:
-    """Stands in for a trunk and every module of it (OPT asks `model.decoder`): returns what it was given."""
-
-    def __init__(self, trunk: torch.nn.Module, hidden_BLH: torch.Tensor):
-        self.trunk, self.output = trunk, TrunkOutput([hidden_BLH])
-
-    def __call__(self, *args, **kwargs) -> "TrunkOutput":
-        """As a trunk is called."""
-        return self.output
-
-    def __getattr__(self, name: str):
-        value = getattr(self.trunk, name)
-        return self if isinstance(value, torch.nn.Module) else value
-
-
-class TrunkOutput(tuple):
-    """Hidden states (B, L, H), first or by name; None for all else that a head's code may look for."""
-
-    last_hidden_state = property(lambda self: self[0])
-
-    def __getattr__(self, name: str) -> None:
-        return None
-
-
-def split_by_tokens(rollouts: list[dict], limit: int) -> list[list[dict]]:
-    """Micro-batches of at most `limit` tokens after padding, in order; a longer rollout gets its own."""
-    parts: list[list[dict]] = []
-    longest = 0
-    for rollout in rollouts:
-        length = len(rollout["prompt"]) + len(rollout["completion"])
-        longest = max(longest, length)
-        if not parts or (len(parts[-1]) + 1) * longest > limit:
+def split_by_tokens(rollouts: list[Rollout], limit: int) -> list[list[Rollout]]:
+    """Micro-batches of at most `limit` tokens after padding, short ones first; a longer one gets its own."""
+    parts: list[list[Rollout]] = []
+    for rollout in sorted(rollouts, key=lambda each: len(each.prompt + each.completion)):
+        length = len(rollout.prompt + rollout.completion)  # the longest so far
+        if not parts or (len(parts[-1]) + 1) * length > limit:
             parts.append([])
-            longest = length
         parts[-1].append(rollout)
     return parts
 
 
 # ----- 6. The engine ----------------------------------------------------------------------------------------
-
-# Log-probabilities of the sampled tokens alone. vLLM would decode every token as it comes and make the GPU
-# wait at hundreds of sequences; `MyLLM.generate` decodes at the end.
-ROLLOUT = dict(logprobs=0, flat_logprobs=True, detokenize=False)
-
-
 class RolloutLLM(MyLLM):
-    """`MyLLM`, made fast at what rollouts need: log-probabilities of sampled tokens, decoded at the end."""
-
-    def __init__(self, *args, **kwargs):
-        if kwargs.get("distributed_executor_backend") == "mp":
-            fork_workers()
-        output_processor.LogprobsProcessor = SampledLogprobs
-        super().__init__(*args, **kwargs)
-
-    def generate(self, *args, **kwargs):
-        """LLM.generate; decodes each answer at its end if vLLM did not token by token.
-
-        Each output says which `weights_version` it comes from, and how many `seconds` all of them took.
-        """
-        start = time.perf_counter()
-        outputs, tokenizer = super().generate(*args, **kwargs), self.get_tokenizer()
-        seconds = time.perf_counter() - start
-        for output in outputs:
-            output.weights_version, output.seconds = self.weights_version, seconds
-            for answer in output.outputs:
-                if not isinstance(answer.stop_reason, str):  # which vLLM has taken away
-                    answer.text = answer.text or decode(tokenizer, output.prompt_token_ids, answer.token_ids)
-        return outputs
-
-    def shutdown(self) -> None:
-        """Stop the engine's processes."""
-        self.llm_engine.engine_core.shutdown()
-
-
-def fork_workers() -> None:
-    """Let vLLM fork its CPU workers from one process that has imported everything, instead of two."""
-    from vllm.v1.executor import multiproc_executor
-
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__, "vllm.v1.worker.cpu_worker"])
-    multiprocessing.forkserver.ensure_running()
-    multiproc_executor.get_mp_context = lambda: context
-
-
-class SampledLogprobs(LogprobsProcessor):
-    """vLLM's, which takes in the log-probability of a sampled token alone (`ROLLOUT`) by a shorter way."""
-
-    # Why: vLLM builds lists and iterators for all likely tokens, though there is one, for each sequence and
-    # step (`tests/bench_loop.py` compares). Delete when: vLLM appends a single one directly.
-    def _update_sample_logprobs(self, new) -> None:
-        flat = self.logprobs
-        one = len(new.logprobs) == 1 and isinstance(flat, FlatLogprobs)
-        if self.num_logprobs or self.tokenizer or not one:
-            return super()._update_sample_logprobs(new)
-        position, logprob = len(flat.logprobs), new.logprobs.item(0)
-        flat.start_indices.append(position)
-        flat.end_indices.append(position + 1)
-        flat.token_ids.append(new.logprob_token_ids.item(0))
-        flat.logprobs.append(logprob)
-        flat.ranks.append(new.sampled_token_ranks.item(0))
-        flat.decoded_tokens.append(None)
-        self.cumulative_logprob += logprob
+    def rollout(self, prompts: list[Prompt], params: list[dict]) -> tuple[list[Rollout], float, int]:
+        """All completions, prompt by prompt; seconds; version of the weights. `params`: of SamplingParams."""
+        start, asked = time.perf_counter(), [{"prompt_token_ids": prompt.token_ids} for prompt in prompts]
+        outputs = self.generate(asked, [SamplingParams(**each) for each in params], use_tqdm=False)
+        seconds, tokenizer, rollouts = time.perf_counter() - start, self.get_tokenizer(), []
+        for prompt, output in zip(prompts, outputs, strict=True):
+            for said in output.outputs:
+                ids, logprobs = list(said.token_ids), list(said.logprobs.logprobs)
+                assert len(ids) == len(logprobs), "vLLM gave more than the sampled tokens' log-probabilities"
+                text = decode(tokenizer, prompt.token_ids, ids)
+                rollouts.append(Rollout(prompt.token_ids, ids, logprobs, text, said.finish_reason))
+        return rollouts, seconds, self.weights_version
 
 
 def decode(tokenizer, prompt: list[int], answer: list[int]) -> str:
@@ -915,6 +596,11 @@ def decode(tokenizer, prompt: list[int], answer: list[int]) -> str:
 
 
 VLLM_SCHEMES = ("fp8_per_channel", "fp8_per_block", "fp8_per_tensor")  # its online quantization
+# The lower bound keeps an all-zero activation row from being divided by its scale of 0; no other row changes.
+# Inductor's settings stay vLLM's: torchao's tune by timing, for minutes and not repeatably.
+BY_ROWS = dict(granularity=PerRow(), activation_value_lb=1e-12, set_inductor_config=False)
+TORCHAO_CONFIGS = {"fp8-dynamic": Float8DynamicActivationFloat8WeightConfig(**BY_ROWS)}
+TORCHAO_CONFIGS["fp8-weight-only"] = Float8WeightOnlyConfig(set_inductor_config=False)
 
 
 def quantization_arguments(quantization: str) -> dict:
@@ -923,362 +609,236 @@ def quantization_arguments(quantization: str) -> dict:
         return {"quantization": None}
     if quantization in VLLM_SCHEMES:  # routers, which are small, stay BF16; padded ones could not be replayed
         return {"quantization": quantization, "quantization_config": {"ignore": ["re:.*(gate|router)$"]}}
-    as_json = json.dumps(config_to_dict(torchao_config(quantization)))
+    choices = ", ".join([*TORCHAO_CONFIGS, *VLLM_SCHEMES, "none"])
+    with expected(f"--quantization {quantization}", f"{choices}, or a file with the JSON of config_to_dict"):
+        config = TORCHAO_CONFIGS.get(quantization)
+        config = config or config_from_dict(json.loads(Path(quantization).read_text()))
+        as_json = json.dumps(config_to_dict(config))
     return {"quantization": "torchao", "hf_overrides": {"quantization_config_dict_json": as_json}}
 
 
-def torchao_config(quantization: str) -> AOBaseConfig:
-    """What `--quantization` means to torchao. Raises ValueError."""
-    named = {
-        # The lower bound keeps an all-zero activation row from being divided by its scale of 0, no other row
-        # changes. Inductor's settings stay vLLM's: torchao's tune by timing, for minutes and not repeatably.
-        "fp8-dynamic": Float8DynamicActivationFloat8WeightConfig(
-            granularity=PerRow(), activation_value_lb=1e-12, set_inductor_config=False
-        ),
-        "fp8-weight-only": Float8WeightOnlyConfig(set_inductor_config=False),
-    }
-    if quantization in named:
-        return named[quantization]
-    choices = ", ".join([*named, *VLLM_SCHEMES, "none"])
-    with expected(f"--quantization {quantization}", f"{choices}, or a file with the JSON of config_to_dict"):
-        return config_from_dict(json.loads(Path(quantization).read_text()))
-
-
-def engine_arguments(config: Config, path: str, device: str) -> dict:
+def engine_arguments(config: Config, device: str) -> dict:
     """Keyword arguments for `LLM`: an FP8 engine whose workers can receive weights. Raises ValueError."""
-    on_cpu = "mp" if config.tensor_parallel_size > 1 else "uni"  # vLLM has no Ray workers on the CPU
-    defaults = dict(gpu_memory_utilization=0.8, seed=config.seed, use_tqdm_on_load=not QUIET)
+    tp, model = config.tensor_parallel_size, str(config.resume or config.model)  # the trainer's weights
+    workers = "ray" if device == "cuda" else "mp" if tp > 1 else "uni"  # vLLM has no Ray workers on the CPU
+    defaults = dict(gpu_memory_utilization=0.8, seed=config.seed, enforce_eager=device == "cpu")
     if device == "cpu":  # vLLM fails there when it cuts a prompt of a seeded request in two
         defaults["enable_chunked_prefill"] = False
-    fixed = dict(
-        model=path,
-        dtype="bfloat16",  # torchao's PerRow quantizes nothing else
-        tensor_parallel_size=config.tensor_parallel_size,
-        distributed_executor_backend="ray" if device == "cuda" else on_cpu,
-        worker_extension_cls="rlhf_utils.WorkerExtension",
-        enforce_eager=config.enforce_eager or device == "cpu",
-        max_model_len=config.max_model_len,
-        logprobs_mode="processed_logprobs",  # of the distribution that is sampled from, temperature included
-        quantization_config=None,
-    )
-    fixed |= quantization_arguments(config.quantization)
-    example = """such as '{"kv_cache_dtype": "fp8"}'"""
-    what = f"a JSON object with keywords of vllm.LLM that the program does not set, {example}"
+    fixed = {"quantization_config": None} | quantization_arguments(config.quantization)
+    fixed |= dict(model=model, dtype="bfloat16")  # torchao's PerRow quantizes no other dtype
+    fixed |= dict(tensor_parallel_size=tp, distributed_executor_backend=workers)
+    fixed |= dict(worker_extension_cls="rlhf_utils.WorkerExtension")
+    fixed |= dict(logprobs_mode="processed_logprobs")  # of what is sampled from, temperature included
+    what = """a JSON object of keywords that the program does not set, such as '{"kv_cache_dtype": "fp8"}'"""
     with expected(f"--engine-args {config.engine_args}", what):
-        more = json.loads(config.engine_args)
-        known = {*inspect.signature(vllm.EngineArgs).parameters, *inspect.signature(LLM).parameters}
-        if not isinstance(more, dict):
-            raise TypeError(f"a {type(more).__name__}")
-        if wrong := (more.keys() - known) | (more.keys() & fixed.keys()):
+        more = dict(**json.loads(config.engine_args))
+        inspect.signature(vllm.EngineArgs).bind(**more)
+        if wrong := more.keys() & fixed.keys():
             raise ValueError(", ".join(sorted(wrong)))
     return defaults | more | fixed
 
 
 # ----- 7. Start and stop ------------------------------------------------------------------------------------
-
-# A process of its own that waits for the driver's clean-up or end, gives what carries the run's mark 4 s and
-# kills what is left: a process that is orphaned, stopped or stuck in a collective does not end itself.
+# A process of its own, which waits for the driver's end and then takes care that nothing with the run's mark
+# is left after 4 s: a process that is orphaned, stopped or stuck in a collective does not end itself.
 REAPER = """
 import contextlib, sys, time, psutil
 sys.stdin.read()  # until the driver's end of the pipe is closed
-killing = time.monotonic() + 4
-while time.monotonic() < killing + 4:
-    left = []
-    for process in psutil.process_iter():
-        with contextlib.suppress(psutil.Error):  # it ended, or is not ours
-            if process.environ().get("RLHF_RUN") == sys.argv[1]:
-                left.append(process)
-                if time.monotonic() > killing:
-                    process.kill()
+for moment in range(40):
+    processes = psutil.process_iter(["environ"])
+    left = [one for one in processes if (one.info["environ"] or {}).get("RLHF_RUN") == sys.argv[1]]
+    for process in left if moment > 20 else ():
+        with contextlib.suppress(psutil.Error):
+            process.kill()
     if not left:
         break
     time.sleep(0.2)
 """
 
 
-def actor_environment() -> dict[str, str]:
-    """Environment of every process of the run; what the user has set wins, and goes to other nodes too."""
-    passed_on = ("HF_", "HUGGING", "NCCL_", "TORCH", "TRANSFORMERS_", "VLLM_")
-    return ENVIRONMENT | {n: v for n, v in os.environ.items() if n in ENVIRONMENT or n.startswith(passed_on)}
-
-
 def connect(config: Config, cleanup: contextlib.ExitStack) -> int:
     """Connect to Ray, or start a private cluster of which `cleanup` leaves nothing. Returns how many GPUs."""
-    address = config.ray_address
-    if address not in (None, "auto", "local"):
+    address, mark = config.ray_address, f"{os.getpid()} {time.time_ns()}"
+    if address not in (None, "auto"):  # Ray would try for minutes
         with expected(f"--ray-address {address}", "HOST:PORT, as `ray start --head` prints it, or `auto`"):
             host, _, port = address.removeprefix("ray://").rpartition(":")
             socket.create_connection((host.strip("[]"), int(port)), timeout=5).close()
-    # A killed actor takes its children along.
-    os.environ.setdefault("RAY_process_group_cleanup_enabled", "true")
+    os.environ.setdefault("RAY_process_group_cleanup_enabled", "true")  # a killed actor's children end, too
     os.environ.setdefault("SPT_NOENV", "1")  # setproctitle leaves what the reaper reads as it is
-    mark = uuid.uuid4().hex
     reaper = [sys.executable, "-c", REAPER, mark]
     cleanup.enter_context(subprocess.Popen(reaper, stdin=subprocess.PIPE, start_new_session=True))
     cleanup.callback(ray.shutdown)  # it kills the raylet after a second and may orphan the others
+    passed_on = ("HF_", "HUGGING", "NCCL_", "TORCH", "TRANSFORMERS_", "VLLM_")
+    variables = {name: value for name, value in os.environ.items() if name.startswith(passed_on)}
     modules = [__file__, str(Path(__file__).with_name("rlhf_utils.py"))]  # for other nodes
-    environment = {"env_vars": actor_environment(), "py_modules": modules}
-    options = dict(runtime_env=environment, logging_level=logging.ERROR if QUIET else logging.INFO)
+    options = dict(runtime_env={"env_vars": ENVIRONMENT | variables, "py_modules": modules})
+    options |= dict(log_to_driver=not QUIET, logging_level="ERROR" if QUIET else "INFO")
     if address is None:
-        os.environ["RLHF_RUN"] = mark  # for what starts here; what comes later, a tracker say, lives on
-        try:
-            ray.init("local", num_cpus=1 + config.world_size, include_dashboard=False, **options)
-        finally:
-            del os.environ["RLHF_RUN"]
+        os.environ["RLHF_RUN"] = mark
+        ray.init("local", num_cpus=1 + config.world_size, include_dashboard=False, **options)
+        del os.environ["RLHF_RUN"]  # what starts later, a tracker say, lives on
     else:
-        try:
+        with expected(f"--ray-address {address}", "a cluster of this Ray (is RAY_AUTH_MODE=token wanted?)"):
             ray.init(address, **options)
-        except ConnectionError as error:  # Ray does not say why
-            error.add_note("If it was started beside a token in ~/.ray, it asks for it: RAY_AUTH_MODE=token")
-            raise
     return int(ray.cluster_resources().get("GPU", 0))
 
 
-def start(config: Config, path: str, device: str, cleanup: contextlib.ExitStack) -> tuple:
+def start(config: Config, device: str, cleanup: contextlib.ExitStack) -> tuple:
     """Trainer and engines, loaded side by side, in one group; returns handles and what `prove_fp8` found."""
-    trainer = start_trainer(config, path, cleanup)  # first, so that it gets GPU 0
+    trainer = start_trainer(config, cleanup)  # first, so that it gets GPU 0
     first_ranks = range(1, config.world_size, config.tensor_parallel_size)
-    weights = str(config.resume or path)  # those of the trainer
-    engines = [start_engine(config, weights, device, cleanup, first_rank) for first_rank in first_ranks]
-    join_group(trainer, engines, timeout_s=config.timeout_s)
+    engines = [start_engine(config, device, cleanup, first_rank) for first_rank in first_ranks]
+    rlhf_utils.join_group(trainer, engines, timeout_s=config.timeout_s)
     wanted = config.quantization != "none"
-    return trainer, engines, prove_fp8(engines, expect_fp8=wanted, timeout_s=config.timeout_s)
+    return trainer, engines, rlhf_utils.prove_fp8(engines, expect_fp8=wanted, timeout_s=config.timeout_s)
 
 
-def start_trainer(config: Config, path: str, cleanup: contextlib.ExitStack):
-    """Start loading the trainer."""
+def start_trainer(config: Config, cleanup: contextlib.ExitStack):
     gpus = int(config.trainer_device == "cuda")
-    name, bundles, arguments = "trainer (rank 0)", [{"CPU": 1, "GPU": gpus}], dict(config=config, path=path)
-    return start_actor(Trainer, name, arguments, bundles, gpus, config.timeout_s, cleanup)
+    return start_actor(Trainer, "trainer (rank 0)", [{"CPU": 1, "GPU": gpus}], gpus, cleanup, config=config)
 
 
-def start_engine(config: Config, path: str, device: str, cleanup: contextlib.ExitStack, first_rank: int = 1):
+def start_engine(config: Config, device: str, cleanup: contextlib.ExitStack, first_rank: int = 1):
     """Start loading an engine, one GPU bundle per worker."""
-    arguments = engine_arguments(config, path, device)
     bundles = [{"GPU": 1} if device == "cuda" else {"CPU": 1}] * config.tensor_parallel_size
-    ranks = range(first_rank, first_rank + config.tensor_parallel_size)
-    name = f"engine (rank {', '.join(map(str, ranks))})"
-    return start_actor(RolloutLLM, name, arguments, bundles, 0, config.timeout_s, cleanup)
+    ranks = ", ".join(str(first_rank + i) for i in range(config.tensor_parallel_size))
+    arguments = engine_arguments(config, device)
+    return start_actor(RolloutLLM, f"engine (rank {ranks})", bundles, 0, cleanup, **arguments)
 
 
-def start_actor(
-    kind: type, name: str, arguments: dict, bundles: list[dict], gpus: int, limit_s: float, cleanup
-):
+def start_actor(kind: type, name: str, bundles: list[dict], gpus: int, cleanup, **arguments):
     """Start an actor in a placement group of its own; returns its handle, `cleanup` stops it."""
     group = placement_group(bundles)
     cleanup.callback(remove_placement_group, group)
-    wait([group.ready()], limit_s, f"reserving {bundles} in the Ray cluster")
-    placement = PlacementGroupSchedulingStrategy(
-        group, placement_group_bundle_index=0, placement_group_capture_child_tasks=True
-    )
-    options = dict(num_cpus=0, num_gpus=gpus, scheduling_strategy=placement)
+    wait([group.ready()], 30, f"reserving {bundles} in the Ray cluster")
+    inside = PlacementGroupSchedulingStrategy(group, 0, placement_group_capture_child_tasks=True)
+    options = dict(num_cpus=0, num_gpus=gpus, scheduling_strategy=inside)
     actor = ray.remote(kind).options(**options).remote(**arguments)
-    ACTORS[name] = actor._actor_id
-    cleanup.callback(stop_actor, name, actor)
+    rlhf_utils.ACTORS[name] = actor._actor_id
+    cleanup.callback(ray.kill, actor)
+    cleanup.callback(rlhf_utils.ACTORS.pop, name, None)
     return actor
 
 
-def stop_actor(name: str, actor) -> None:
-    """Let vLLM stop its processes, if it is an engine; kill the actor in any case."""
-    if ACTORS.get(name) == actor._actor_id:
-        del ACTORS[name]
-    try:
-        if hasattr(actor, "shutdown"):
-            ray.get(actor.shutdown.remote(), timeout=5)
-    except ray.exceptions.RayError as error:  # a GetTimeoutError is one
-        print(f"{name} did not shut down by itself ({type(error).__name__}): killed", file=sys.stderr)
-    ray.kill(actor)
-
-
 # ----- 8. Before anything starts, and main ------------------------------------------------------------------
+def resolve(config: Config, gpus: int) -> tuple[Config, str]:
+    """Fill in every `auto` and None; returns the config and the engines' device. Raises ValueError."""
+    model = config.model if config.model != "auto" else "facebook/opt-125m" if gpus else str(TINY)
+    model = str(Path(model).resolve()) if Path(model).is_dir() else model  # actors work elsewhere
+    tiny, own = model == str(TINY), model == str(TINY) and config.prompts_file is None
+    if tiny and not TINY.is_dir():
+        raise ValueError(f"the model without a GPU, {TINY}, is not there; type --model and another one")
+    defaults = dict(trainer_device="cuda" if gpus else "cpu", reward="backwards" if own else "letters")
+    defaults["quantization"] = "fp8-dynamic" if gpus else "fp8-weight-only"
+    defaults |= dict(learning_rate=2e-3, epochs=2) if tiny else dict(learning_rate=1e-6, epochs=1)
+    if own:
+        defaults |= dict(prompts_file=TINY / "prompts.jsonl", held_out_file=TINY / "held_out.jsonl")
+    missing = {name: value for name, value in defaults.items() if getattr(config, name) in ("auto", None)}
+    missing["resume"] = config.resume and config.resume.absolute()
+    missing |= dict(model=model, output_dir=config.output_dir.absolute())
+    config = dataclasses.replace(config, **missing)
+    for_engines, for_trainer = config.world_size - 1 if gpus else 0, int(config.trainer_device == "cuda")
+    if gpus < for_engines + for_trainer:
+        wanted = f"{for_engines} for engines (--num-engines x --tensor-parallel-size) and {for_trainer}"
+        fits = f"--num-engines 1 --tensor-parallel-size 1{' --trainer-device cpu' if gpus < 2 else ''}"
+        found = f"found {gpus} GPU(s); expected {wanted} for the trainer"
+        raise ValueError(f"{found}. What fits here: {fits}")
+    return config, "cuda" if gpus else "cpu"
 
-# Smallest and largest value of flags.
-LIMITS = {
-    ("steps", "save_every"): (0, 10**9),
-    ("max_model_len", "max_tokens", "tokens_per_microbatch"): (1, 10**9),
-    ("prompts_per_step", "epochs"): (1, 10**6),
-    ("samples_per_prompt",): (2, 10**6),  # advantages compare different answers to one prompt
-    ("tensor_parallel_size", "num_engines"): (1, 64),
-    ("seed",): (0, 2**31 - 1),
-    ("learning_rate",): (0.0, 1.0),
-    ("kl_coef",): (0.0, 1000.0),
-    ("temperature",): (0.01, 100.0),  # below, vLLM samples at 0.01 all the same
-    ("timeout_s",): (1.0, 1e6),
-}
 
-
-def check_flags(config: Config) -> tuple[list[str], int]:
-    """What can be known without cluster and model. Returns prompts and first step; raises ValueError."""
-    for names, (low, high) in LIMITS.items():
-        for name in names:
-            value = getattr(config, name)
-            if value is not None and not low <= value <= high:  # NaN is not, either
-                flag = name.replace("_", "-")
-                raise ValueError(f"--{flag}: expected {low:g} to {high:g}, found {value:g}")
+def check(config: Config, device: str) -> tuple[Config, list[Prompt], list[Prompt], Callable, int]:
+    """What can be known before anything starts: the config with the engine's longest sequence, prompts,
+    held-out prompts, reward, first step. Raises ValueError, with what to type."""
     if config.track != "none" and importlib.util.find_spec(config.track) is None:
         raise ValueError(f"--track {config.track}: not installed here; pip install {config.track}")
-    load_reward("letters" if config.reward == "auto" else config.reward)
-    quantization = "fp8-dynamic" if config.quantization == "auto" else config.quantization
-    engine_arguments(dataclasses.replace(config, quantization=quantization), "", "cpu")
     with expected(f"--output-dir {config.output_dir}", "a folder that can be written to"):
         config.output_dir.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=config.output_dir).close()
+        (config.output_dir / "metrics.jsonl").open("a").close()
     first = 0
     if config.resume:
-        read_metrics(config.output_dir)
-        with expected(f"--resume {config.resume}", "checkpoint-N of an earlier run"):
-            first = torch.load(config.resume / "trainer.pt", mmap=True, weights_only=True)["step"]
-            transformers.AutoConfig.from_pretrained(config.resume)
-            if type(first) is not int or first < 0 or not any(config.resume.glob("*.safetensors")):
-                raise ValueError(
-                    f"step {first!r}, and {sorted(file.name for file in config.resume.iterdir())}"
-                )
-    if first > config.steps:
-        raise ValueError(f"--steps {config.steps}: expected at least the {first} of {config.resume}")
-    prompts = PROMPTS
-    if config.prompts_file:
-        with expected(f"--prompts-file {config.prompts_file}", "UTF-8 text, one prompt a line"):
-            text = config.prompts_file.read_text(encoding="utf-8-sig")
-            prompts = [line for line in text.split("\n") if line.strip()]
-            if not prompts:
-                raise ValueError("no line with text")
-    return prompts, first
+        read_metrics(config.output_dir / "metrics.jsonl")
+        what = f"checkpoint-N of an earlier run, N at most {config.steps}, the --steps"
+        with expected(f"--resume {config.resume}", what):
+            state = torch.load(config.resume / "trainer.pt", "cpu", mmap=True, weights_only=True)
+            first = state["step"]
+            transformers.AutoConfig.from_pretrained(config.resume, trust_remote_code=False)
+            if first not in range(config.steps + 1) or not any(config.resume.glob("*.safetensors")):
+                raise ValueError(f"step {first!r}, and {sorted(f.name for f in config.resume.iterdir())}")
+    where = "a model and its tokenizer on the Hugging Face hub (public or logged in), or in a local folder"
+    with expected(f"--model {config.model}", where):
+        model = transformers.AutoConfig.from_pretrained(config.model, trust_remote_code=False)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(config.model, trust_remote_code=False)
+        if len(tokenizer) <= len(tokenizer.all_special_ids):  # transformers made one up
+            raise ValueError("a tokenizer that knows special tokens only")
+    examples = [to_prompt({"prompt": prompt}, tokenizer) for prompt in PROMPTS]
+    prompts = read_prompts("--prompts-file", config.prompts_file, tokenizer) or examples
+    held_out = read_prompts("--held-out-file", config.held_out_file, tokenizer)
+    columns = prompts[0].columns.keys()
+    if held_out and held_out[0].columns.keys() != columns:
+        found = f"--held-out-file {config.held_out_file}: found the columns {[*held_out[0].columns]}"
+        raise ValueError(f"{found}, expected those of --prompts-file: {[*columns]}")
+    reward = load_reward(config.reward, {*columns})
+    longest = config.max_tokens + max(len(prompt.token_ids) for prompt in prompts + held_out)
+    check_model(config, model.get_text_config(), longest, device)
+    length = engine_arguments(config, device).get("max_model_len", longest)
+    if type(length) is int and 0 < length < longest:
+        found = f"--engine-args: max_model_len {length}"
+        raise ValueError(f"{found}; expected at least {longest}, the longest prompt and --max-tokens")
+    more = json.loads(config.engine_args) | {"max_model_len": length}
+    return dataclasses.replace(config, engine_args=json.dumps(more)), prompts, held_out, reward, first
 
 
-def resolve(config: Config, gpus: int) -> tuple[Config, str]:
-    """Fill in every `auto`; returns the config and the engines' device. Raises ValueError: too few GPUs."""
-    device = "cuda" if gpus else "cpu"
-    on_gpus = {"model": "facebook/opt-125m", "quantization": "fp8-dynamic", "trainer_device": "cuda"}
-    on_cpu = {"model": "tiny", "quantization": "fp8-weight-only", "trainer_device": "cpu"}
-    here = on_gpus if gpus else on_cpu
-    here = {name: value for name, value in here.items() if getattr(config, name) == "auto"}
-    config = dataclasses.replace(config, output_dir=config.output_dir.absolute(), **here)
-    for_engines = config.num_engines * config.tensor_parallel_size if gpus else 0
-    needed = for_engines + (config.trainer_device == "cuda")
-    if gpus < needed:
-        fits = ["--num-engines 1"] if config.num_engines > 1 else []
-        fits += ["--tensor-parallel-size 1"] if gpus else []
-        fits += ["--trainer-device cpu"] if gpus < 2 else []
-        found = f"Found {gpus} GPU(s), need {needed}: {for_engines} for the engine (--num-engines x "
-        found += f"--tensor-parallel-size) and {needed - for_engines} for the trainer"
-        raise ValueError(f"{found}.\nWhat fits here: python {Path(sys.argv[0]).name} {' '.join(fits)}")
-    if config.learning_rate is None:
-        config.learning_rate = 2e-3 if config.model == "tiny" else 1e-6
-    if config.epochs is None:
-        config.epochs = 2 if config.model == "tiny" else 1
-    if config.reward == "auto":
-        config.reward = "backwards" if config.model == "tiny" and config.prompts_file is None else "letters"
-    if config.model != "tiny" and Path(config.model).is_dir():
-        config.model = str(Path(config.model).absolute())  # actors work elsewhere
-    if config.resume:
-        config.resume = config.resume.absolute()
-    return config, device
-
-
-def check_model(config: Config, path: str, prompts: list[str], device: str = "cuda") -> None:
-    """Does the model at `path` fit the flags and the prompts, on the engines' device? Raises ValueError if
-    not, with what to type.
-    """
-    where = "on the Hugging Face hub (public or logged in), a local folder with config.json, or `tiny`"
-    with expected(f"--model {config.model}", f"a model {where}"):
-        model = transformers.AutoConfig.from_pretrained(path, trust_remote_code=False).get_text_config()
-    size, kv_heads = config.tensor_parallel_size, getattr(model, "num_key_value_heads", None) or 1
-    cut = ("num_attention_heads", "intermediate_size", "ffn_dim", "moe_intermediate_size")
-    sizes = {name: getattr(model, name) for name in cut if getattr(model, name, None)}
-    divisors = [n for n in range(1, size + 1) if math.gcd(*sizes.values()) % n == 0]
-    fits = [n for n in divisors if kv_heads % n == 0 or n % kv_heads == 0]
-    if size not in fits:
-        raise ValueError(
-            f"--tensor-parallel-size {size}: expected a divisor of the model's {sizes}, and a divisor or "
-            f"multiple of its {kv_heads} key-value heads; type --tensor-parallel-size {fits[-1]}"
-        )
-    if device == "cpu" and config.quantization in VLLM_SCHEMES:
-        names = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
-        if config.quantization != "fp8_per_channel" or any(getattr(model, name, None) for name in names):
-            found = f"--quantization {config.quantization} of {config.model}, without a GPU"
-            fits = "fp8_per_channel for a model without experts, which is what vLLM has there"
-            raise ValueError(f"found {found}; expected {fits}. Type --quantization fp8-weight-only")
+def check_model(config: Config, model: transformers.PretrainedConfig, longest: int, device: str) -> None:
+    """What would fail late, or make trainer and engine compute different things. Raises ValueError."""
+    experts = any("expert" in name and value for name, value in vars(model).items())
+    on_cpu = ["fp8_per_channel"] if not experts else []
+    if device == "cpu" and config.quantization in VLLM_SCHEMES and config.quantization not in on_cpu:
+        fits = "without a GPU vLLM has fp8_per_channel alone, for models without experts"
+        raise ValueError(f"--quantization {config.quantization}: {fits}; type --quantization fp8-weight-only")
     rope = getattr(model, "rope_parameters", None) or {}
-    ropes = [rope, *(inside for inside in rope.values() if isinstance(inside, dict))]  # one a kind of layer
-    kinds = {rope.get("rope_type", "default") for rope in ropes}
-    longest = getattr(model, "max_position_embeddings", None)
+    known = getattr(model, "max_position_embeddings", None)
+    kinds = {each.get("rope_type", "default") for each in (rope, *rope.values()) if isinstance(each, dict)}
+    if "dynamic" in kinds:
+        raise ValueError("found dynamic RoPE scaling, which trainer and engine compute differently")
     if "longrope" in kinds:  # transformers changes its factors within a sequence, vLLM has one for all
         original = "original_max_position_embeddings"
-        longest = rope.get(original) or getattr(model, original, 0)
-    differ = "trainer and engine would compute different things"
-    if kinds <= {"default", "longrope"} and longest and config.max_model_len > longest:
-        found = f"--max-model-len {config.max_model_len}: this model has positions for {longest} tokens"
-        raise ValueError(f"{found}; beyond, {differ}. Type at most that")
-    if "dynamic" in kinds:
-        raise ValueError(f"found dynamic RoPE scaling, expected another rope_type in config.json: {differ}")
-    with expected(f"--model {config.model}", "a tokenizer beside the model"):
-        tokenizer = transformers.AutoTokenizer.from_pretrained(path)
-        if len(tokenizer) <= len(tokenizer.all_special_ids):  # transformers made one up
-            raise ValueError("one that knows special tokens only")
-    lengths = {i: len(tokenizer(prompt).input_ids) for i, prompt in enumerate(prompts, start=1)}
-    room = config.max_model_len - config.max_tokens
-    if long := [f"prompt {i} has {n} tokens" for i, n in lengths.items() if n > room]:
-        found = f"{len(long)} prompts that leave no room for --max-tokens {config.max_tokens}: {some(long)}"
-        wanted = f"at most --max-model-len {config.max_model_len} in all; shorten them, or type"
-        needed = max(lengths.values()) + config.max_tokens
-        fits = f"--max-model-len {min(needed, longest or needed)}"
-        if longest and needed > longest:
-            fits = f"--max-tokens {max(1, longest - max(lengths.values()))} {fits}"
-        raise ValueError(f"Found {found}. Expected {wanted} {fits}")
+        known = rope.get(original) or getattr(model, original, 0)
+    if kinds <= {"default", "longrope"} and known and longest > known:
+        found = f"a prompt of {longest - config.max_tokens} tokens with --max-tokens {config.max_tokens}"
+        raise ValueError(f"found {found}; expected at most the {known} that the model has positions for")
 
 
-TINY = dict(vocab_size=3 + 256, hidden_size=128, num_hidden_layers=2, num_attention_heads=4)
-TINY |= dict(max_position_embeddings=512, pad_token_id=0, bos_token_id=1, eos_token_id=2)
+def read_prompts(flag: str, file: Path | None, tokenizer) -> list[Prompt]:
+    """The prompts of a file, text or JSON lines; none without a file. Raises ValueError."""
+    if file is None:
+        return []
+    what = "UTF-8 text, a prompt a line, or JSON lines: `prompt` (text or chat messages) and equal columns"
+    with expected(f"{flag} {file}", what):
+        lines = file.read_text(encoding="utf-8-sig").split("\n")
+        in_json, prompts = "".join(lines).lstrip().startswith("{"), []
+        for number, line in enumerate(lines, start=1):
+            with expected(f"line {number}", "a prompt like those before"):
+                if line.strip():
+                    row = json.loads(line) if in_json else {"prompt": line}
+                    prompts.append(to_prompt(row, tokenizer))
+                    if prompts[-1].columns.keys() != prompts[0].columns.keys():
+                        raise ValueError(f"columns {[*prompts[-1].columns]}, not {[*prompts[0].columns]}")
+        if not prompts:
+            raise ValueError("no line with text")
+    return prompts
 
 
-def build_tiny_model(folder: str, seed: int = 0) -> str:
-    """Write a random BF16 OPT of 0.4 million weights to `folder`, one token per byte; returns the folder."""
-    transformers.set_seed(seed)
-    config = transformers.OPTConfig(**TINY, ffn_dim=256, word_embed_proj_dim=128, tie_word_embeddings=True)
-    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
-    with torch.no_grad():
-        for parameter in model.parameters():  # none stays at 0 or 1: one that is forgotten would not show
-            parameter.add_(torch.randn_like(parameter), alpha=0.1)
-    model.save_pretrained(folder)
-    byte_tokenizer().save_pretrained(folder)
-    return folder
-
-
-def warm_up(folder: str, seed: int) -> None:
-    """Teach the model in `folder` by example until it gets so much right that `backwards` can teach the rest.
-
-    RL may never learn a place of the word that was only ever right by chance. So this ends when at each of
-    the 5 places a fifth of the letters is right (chance: 1 in 26), in a batch of words not seen before.
-    """
-    tokenizer = byte_tokenizer()
-    torch.set_num_threads(1)  # how many there are changes the last bits, and with them the curve
-    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
-    for batch in range(1, 301):
-        prompts = ask_backwards(f"{seed} warm-up {batch - 1}", 64)
-        examples = [f"{prompt} {prompt.split()[1][::-1]}</s>" for prompt in prompts]
-        tokens_BL = torch.tensor(tokenizer(examples).input_ids)
-        # The last 7 tokens: a space, the letters, the end.
-        logits_BTV, answers_BT = model(input_ids=tokens_BL).logits[:, -8:-1], tokens_BL[:, -7:]
-        torch.nn.functional.cross_entropy(logits_BTV.flatten(0, 1), answers_BT.flatten()).backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        right_5 = (logits_BTV.argmax(-1) == answers_BT)[:, 1:-1].float().mean(0)
-        if right_5.min() >= 0.2:
-            break
-    print(f"Taught the tiny model by {batch} x 64 words: {right_5.mean():.0%} of the letters are right")
-    model.to(torch.bfloat16).save_pretrained(folder)
-
-
-def byte_tokenizer(more: list[str] | None = None) -> transformers.PreTrainedTokenizerFast:
-    """One token per byte, after three special ones and before any `more`."""
-    alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {token: i for i, token in enumerate(["<pad>", "<s>", "</s>", *alphabet, *(more or [])])}
-    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=vocabulary, merges=[]))
-    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = tokenizers.decoders.ByteLevel()
-    special = dict(pad_token="<pad>", bos_token="<s>", eos_token="</s>")
-    return transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special)
+def to_prompt(row: dict, tokenizer) -> Prompt:
+    """A line as the model is to read it: chat messages by the tokenizer's own template, and no second BOS."""
+    asked, columns = row["prompt"], {name: value for name, value in row.items() if name != "prompt"}
+    if asked and isinstance(asked, str):
+        return Prompt(asked, columns, tokenizer(asked).input_ids, asked)
+    if not asked or not isinstance(asked, list) or not all(isinstance(each, dict) for each in asked):
+        raise ValueError(f"{str(asked)[:80]}, neither text nor a list of messages")
+    begun = asked[-1].get("role") == "assistant"  # the completion goes on from there
+    how = dict(tokenize=False, add_generation_prompt=not begun, continue_final_message=begun)
+    text = tokenizer.apply_chat_template(asked, **how)
+    return Prompt(asked, columns, tokenizer(text, add_special_tokens=False).input_ids, text)
 
 
 @contextlib.contextmanager
@@ -1287,8 +847,8 @@ def one_message() -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        known = isinstance(error, (RuntimeError, OSError, ValueError, ray.exceptions.RayError))
-        what = f"FAILED: {error}" if known else f"FAILED: {type(error).__name__}: {error}"
+        known = (RuntimeError, OSError, ValueError, ray.exceptions.RayError)
+        what = f"FAILED: {'' if isinstance(error, known) else type(error).__name__ + ': '}{error}"
         print("\n".join([what, *getattr(error, "__notes__", [])]), file=sys.stderr, flush=True)
         raise SystemExit(1) from error
     except KeyboardInterrupt as error:
@@ -1298,96 +858,63 @@ def one_message() -> Iterator[None]:
 
 def main(config: Config) -> dict:
     """Run once and return what summary.json holds."""
-    began = psutil.Process().create_time()
     with contextlib.ExitStack() as cleanup, one_message():
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # cleans up, too
-        prompts, first = check_flags(config)
         gpus = connect(config, cleanup) if config.ray_address else torch.cuda.device_count()
         config, device = resolve(config, gpus)
-        if device == "cpu":
-            print("No GPU found: the same processes on the CPU (gloo; weight-only FP8 and tiny by default)")
-        folder = cleanup.enter_context(tempfile.TemporaryDirectory())
-        path = build_tiny_model(folder, config.seed) if config.model == "tiny" else config.model
-        asked = prompts_of_step(config, prompts, 0) if config.draws_prompts else prompts
-        check_model(config, path, asked, device)
-        if config.model == "tiny" and config.reward == "backwards":
-            warm_up(path, config.seed)
+        config, prompts, held_out, reward, first = check(config, device)
         layout = f"{config.num_engines} engine(s) ({device}, TP={config.tensor_parallel_size})"
         print(f"Starting Ray, trainer ({config.trainer_device}) and {layout} ...", flush=True)
         if not config.ray_address:
             connect(config, cleanup)
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # again: Ray's own would kill the cluster
-        trainer, engines, ranks = start(config, path, device, cleanup)
-        samples = prompts_of_step(config, prompts, 0)[:4]
-        if config.reward == "backwards" and config.draws_prompts:
-            samples = ask_backwards("held out", 100, held_out=True)
+        trainer, engines, ranks = start(config, device, cleanup)
+        samples = [{"prompt_token_ids": p.token_ids, "prompt": p.text} for p in (held_out or prompts)[:4]]
         try:
             sync = prove_sync(trainer, engines, samples, config.max_tokens, timeout_s=config.timeout_s)
         except RuntimeError as error:
             raise RuntimeError(f"{config.model}: {error}") from error
-        print(f"Ready after {time.time() - began:.1f} s", flush=True)
-        rows = train(config, trainer, engines, prompts, first)
-        return report(config, device, engines[0], ranks, sync, rows)
+        print(f"Ready after {time.time() - psutil.Process().create_time():.1f} s", flush=True)
+        before = ask_held_out(config, engines, held_out, reward)
+        rows = train(config, trainer, engines, prompts, reward, first)
+        after = ask_held_out(config, engines, held_out, reward)
+        [answers] = wait([engines[0].answer.remote()], 10 * config.timeout_s, "asking the engine")
+        pairs = zip(sync.pop("before"), answers, strict=True)
+        texts = [{"prompt": old["prompt"], "before": old["text"], "after": new["text"]} for old, new in pairs]
+        libraries = (torch, vllm, torchao, ray, transformers)
+        summary = {name: getattr(config, name) for name in ("model", "quantization", "world_size")}
+        summary |= {"device": device, "fp8_linear_layers": ranks[0]["fp8_linear_layers"], "ranks": ranks}
+        summary |= {"sync": sync, "last_step": json.loads(to_json(rows[-1])) if rows else None}
+        summary |= {"held_out": {name: [before[name], after[name]] for name in before}, "samples": texts}
+        summary |= {"versions": {library.__name__: library.__version__ for library in libraries}}
+        report(config, summary)
+        return summary
 
 
-def report(config: Config, device: str, engine, ranks: list[dict], sync: dict, rows: list[dict]) -> dict:
-    """Write summary.json and curves.png, print answers before and after training; returns the summary.
+def ask_held_out(config: Config, engines: list, held_out: list[Prompt], reward: Callable) -> dict[str, float]:
+    """Mean reward of the greedy answers to held-out prompts, and the share that is rewarded with 1."""
+    if not held_out:
+        return {}
+    rollouts, *_ = take_in(ask(engines, held_out, config, greedy=True), config)
+    rewards = compute_rewards(held_out, rollouts, reward, config.timeout_s)
+    return {"reward": rewards.mean().item(), "all_right": (rewards == 1).double().mean().item()}
 
-    `ranks` is from `start`, `sync` from `prove_sync`, `rows` from `train`.
-    """
-    asked = [engine.answer.remote(), engine.get_weights_version.remote()]
-    after, version = wait(asked, 10 * config.timeout_s, "asking the engine")
-    before, libraries = sync["before"], (torch, vllm, torchao, ray, transformers)
-    summary = {
-        "device": device,
-        "model": config.model,
-        "world_size": config.world_size,
-        "quantization": config.quantization,
-        "fp8_linear_layers": ranks[0]["fp8_linear_layers"],
-        **{size: sum(rank[size] for rank in ranks) for size in ranks[0] if size.endswith("_gib")},
-        "ranks": ranks,
-        "sync": {name: value for name, value in sync.items() if name != "before"},
-        "weights_version": version,
-        "last_step": json.loads(to_json(rows[-1])) if rows else None,
-        "samples": [
-            {"prompt": old["prompt"], "before": old["text"], "after": new["text"]}
-            for old, new in zip(before, after, strict=True)
-        ],
-        "all_right": [all_right(before), all_right(after)] if config.reward == "backwards" else None,
-        "versions": {"python": sys.version.split()[0]} | {lib.__name__: lib.__version__ for lib in libraries},
-    }
+
+def report(config: Config, summary: dict) -> None:
+    """Write summary.json and curves.png, print answers before and after training."""
     (config.output_dir / "summary.json").write_text(json.dumps(summary, indent=2))
-    plot_curves(config.output_dir)
+    rows, figure = read_metrics(config.output_dir / "metrics.jsonl"), Figure((20, 4), layout="constrained")
+    names = ("reward", "mismatch_kl", "mismatch_abs_mean", "rollout_s", "train_s", "sync_s")
+    for axis, name in zip(figure.subplots(1, len(names)), names, strict=True):
+        axis.plot([row["step"] for row in rows], [row.get(name) for row in rows])
+        axis.set(xlabel="step", title=name, yscale="log" if "mismatch" in name else "linear")
+    figure.savefig(config.output_dir / "curves.png")
     print("Greedy answers before and after training:")
-    for sample in summary["samples"][:4]:
-        print(f"  {sample['prompt']!r} -> {sample['before'][:24]!r} -> {sample['after'][:24]!r}")
-    if right := summary["all_right"]:
-        print(f"Words without a mistake: {right[0]:.0%} before training, {right[1]:.0%} after")
+    for sample in summary["samples"][:2]:
+        print(f"  {sample['prompt'][-60:]!r} -> {sample['before'][:24]!r} -> {sample['after'][:24]!r}")
+    for name, (before, after) in summary["held_out"].items():
+        print(f"Held-out prompts, {name}: {before:.3f} before training, {after:.3f} after")
     print(f"Wrote summary.json, metrics.jsonl and curves.png to {config.output_dir}")
-    return summary
-
-
-def all_right(answers: list[dict]) -> float:
-    """The share of greedy answers in which `backwards` finds no mistake."""
-    rewards = backwards([answer["prompt"] for answer in answers], [answer["text"] for answer in answers])
-    return rewards.count(1.0) / len(rewards)
-
-
-def plot_curves(folder: Path) -> None:
-    """Draw curves.png from metrics.jsonl: reward, mismatch, and where the time went, by step."""
-    import matplotlib.pyplot as plt
-
-    rows = read_metrics(folder)
-    panels = [["reward"], ["mismatch_kl", "mismatch_abs_mean"], ["rollout_s", "train_s", "sync_s"]]
-    figure, axes = plt.subplots(1, len(panels), figsize=(15, 4), layout="constrained")
-    for axis, names in zip(axes, panels, strict=True):
-        for name in names:
-            axis.plot([row["step"] for row in rows], [row.get(name) for row in rows], label=name)
-        axis.set_xlabel("step")
-        axis.xaxis.get_major_locator().set_params(integer=True)
-        axis.legend()
-    axes[1].set_yscale("log")
-    figure.savefig(folder / "curves.png")
 
 
 if __name__ == "__main__":

@@ -327,7 +327,7 @@ def cause_of(error: Exception) -> str:
     if isinstance(error, ray.exceptions.RayTaskError):
         said = str(error.cause)
         if said in ("cancelled", "Executor failed."):  # vLLM, whatever was under way or is asked then
-            said = f"a worker has died, see the log above ({said})"
+            said = f"a worker has died, see /tmp/ray/session_latest/logs ({said})"
         return f"{type(error.cause).__name__}: {said}"
     text = re.sub(r"\x1b\[\d+m", "", str(error))
     # If it died while it was made, Ray gives all frames, and the error behind the last one.

@@ -19,7 +19,7 @@ import transformers
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, set_seed
 
-from harness import DEVICE, driver, helper
+from harness import DEVICE, helper
 from local import CONFIG, Local, local_engine, local_pair
 from random_models import tokenizer_of
 
@@ -156,11 +156,11 @@ def follow(name: str, tensor_parallel_size: int, folder: str, fresh=(0, 1, 2, 3)
     _, scheme, mode = [*name.split("@"), "", ""][:3]
     config = dataclasses.replace(CONFIG, tensor_parallel_size=tensor_parallel_size)
     config.quantization = scheme or config.quantization
-    config.enforce_eager = mode == "eager"
+    more |= {"enforce_eager": True} if mode == "eager" else {}
     old = build(f"{folder}/old", name)
     settings = dict(bucket_bytes=100_000, timeout_s=60)
     slow = scheme and DEVICE == "cpu"  # vLLM's product is
-    asked = (["a"], 2) if slow else (driver.PROMPTS, 4 if DEVICE == "cpu" else 8)
+    asked = (["a"], 2) if slow else (helper.PROMPTS, 4 if DEVICE == "cpu" else 8)
     found, observed = {"paths": []}, []
     with local_pair(old, config, **more) as (trainer, engine):
         proof = helper.prove_sync(trainer, engine, *asked, **settings)

@@ -9,12 +9,14 @@ import pytest
 
 os.environ["OMP_NUM_THREADS"] = "1"  # as Ray gives its actors: the number of threads changes the last bits
 
-from harness import DEVICE, Remote, connect, driver, helper
+from harness import DEVICE, Remote, RolloutLLM, connect, driver, helper, with_length
 from random_models import build_random_model
 
 # Without a GPU the engine is not compiled but for one small function at TP > 1; finding a compiler takes each
 # worker 3 s. (This process, which has imported PyTorch, compiles on.)
 os.environ["TORCH_COMPILE_DISABLE"] = "1"
+if DEVICE == "cpu":
+    driver.RolloutLLM = RolloutLLM
 
 
 @pytest.fixture(scope="session")
@@ -36,12 +38,9 @@ def models(tmp_path_factory):
 def config():
     """The program's defaults on this machine, connected to a private Ray."""
     with contextlib.ExitStack() as cleanup:
-        on_gpus = (
-            dict(tensor_parallel_size=1, enforce_eager=True, engine_args='{"gpu_memory_utilization": 0.1}')
-            if DEVICE == "cuda"
-            else {}
-        )
-        wanted = driver.Config(epochs=1, **on_gpus)
+        eager = '{"enforce_eager": true, "gpu_memory_utilization": 0.1}'
+        on_gpus = dict(tensor_parallel_size=1, engine_args=eager) if DEVICE == "cuda" else {}
+        wanted = with_length(driver.Config(epochs=1, **on_gpus))
         config, _ = driver.resolve(wanted, connect(dataclasses.replace(wanted, num_engines=3), cleanup))
         yield config
 
@@ -52,8 +51,8 @@ def pair(config, models):
     old, new = models("tiny-opt")
     with contextlib.ExitStack() as cleanup:
         trainer_only = contextlib.ExitStack()
-        trainer = driver.start_trainer(config, new, trainer_only)
-        actor = driver.start_engine(config, old, "cpu", cleanup)
+        trainer = driver.start_trainer(dataclasses.replace(config, model=new), trainer_only)
+        actor = driver.start_engine(dataclasses.replace(config, model=old), "cpu", cleanup)
         helper.join_group(trainer, [actor], timeout_s=config.timeout_s)
         helper.prove_fp8([actor])
         pair = SimpleNamespace(trainer=trainer, actor=actor, llm=Remote(actor), old=old, new=new)

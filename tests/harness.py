@@ -3,7 +3,9 @@ start.
 """
 
 import contextlib
+import dataclasses
 import json
+import multiprocessing.forkserver
 import os
 import signal
 import statistics
@@ -13,12 +15,15 @@ import time
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-sys.path[:0] = [str(HERE), str(HERE.parent)]
+FOLDERS = [str(HERE), str(HERE / "bench"), str(HERE.parent)]  # of all modules that tests and benchmarks name
+sys.path[:0] = FOLDERS
+os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")  # as in the program, before the driver is imported
 
 import ray  # noqa: E402
 import torch  # noqa: E402
 import transformers  # noqa: E402
 from vllm import LLM, SamplingParams  # noqa: E402
+from vllm.v1.executor import multiproc_executor  # noqa: E402
 
 import rlhf_online_quant as driver  # noqa: E402
 import rlhf_utils as helper  # noqa: E402
@@ -36,10 +41,27 @@ class Extension(WorkerExtension):
         return os.getpid()
 
 
+def fork_server():
+    """A context that starts processes as forks of one that has imported everything."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["rlhf_online_quant", "vllm.v1.worker.cpu_worker"])
+    multiprocessing.forkserver.ensure_running()
+    return context
+
+
+class RolloutLLM(driver.RolloutLLM):
+    """The driver's, whose workers are forked from one process instead of importing everything each."""
+
+    def __init__(self, *args, **kwargs):
+        if kwargs.get("distributed_executor_backend") == "mp":
+            multiproc_executor.get_mp_context = fork_server
+        super().__init__(*args, **kwargs)
+
+
 def connect(config: driver.Config, cleanup: contextlib.ExitStack) -> int:
-    """The driver's `connect`, with this folder's modules for the actors."""
+    """The driver's `connect`, with the modules of tests and benchmarks for the actors."""
     before = os.environ.get("PYTHONPATH", "")
-    os.environ["PYTHONPATH"] = os.pathsep.join([str(HERE), str(HERE.parent), before])
+    os.environ["PYTHONPATH"] = os.pathsep.join([*FOLDERS, before])
     try:
         return driver.connect(config, cleanup)
     finally:
@@ -55,6 +77,18 @@ def vllm_arguments(**more):
         yield
     finally:
         driver.engine_arguments = plain
+
+
+def with_length(config: driver.Config, length: int = 512) -> driver.Config:
+    """An engine's longest sequence, unless `--engine-args` has it; the program's `check` would find it."""
+    more = {"max_model_len": length} | json.loads(config.engine_args)
+    return dataclasses.replace(config, engine_args=json.dumps(more))
+
+
+def to_prompts(model: str, texts: list[str] = helper.PROMPTS) -> list[driver.Prompt]:
+    """As the program reads them, for a model."""
+    tokenizer = transformers.AutoTokenizer.from_pretrained(model)
+    return [driver.to_prompt({"prompt": text}, tokenizer) for text in texts]
 
 
 class Remote:
@@ -74,10 +108,11 @@ class Remote:
 
 def write_result(config, device: str, name: str, **found) -> dict:
     """What a benchmark found and on what, which it also writes to OUTPUT_DIR/NAME_SHAPE.json."""
+    eager = device == "cpu" or json.loads(config.engine_args).get("enforce_eager")
     result = {
         "shape": config.shape,
         "layout": f"TP={config.tensor_parallel_size}, trainer {config.trainer_device} {config.trainer_dtype}",
-        "mode": "eager" if config.enforce_eager or device == "cpu" else "compiled, CUDA graphs",
+        "mode": "eager" if eager else "compiled, CUDA graphs",
         "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
         "quantization": config.quantization,
         **found,
@@ -108,8 +143,8 @@ def checksums(llm) -> dict[str, str]:
 
 
 @contextlib.contextmanager
-def fresh_engine(config: driver.Config, path: str, device: str, visible_gpus: str = ""):
-    """Start a fresh engine from a checkpoint in a process of its own; yields a function that waits for what
+def fresh_engine(config: driver.Config, device: str, visible_gpus: str = ""):
+    """Start a fresh engine of `config.model` in a process of its own; yields a function that waits for what
     it says.
 
     It is no part of any group and knows nothing of a sync: outputs and checksums of what vLLM and torchao
@@ -117,13 +152,13 @@ def fresh_engine(config: driver.Config, path: str, device: str, visible_gpus: st
     """
     executor = "mp" if config.tensor_parallel_size > 1 else "uni"
     own = dict(distributed_executor_backend=executor, worker_extension_cls="harness.Extension")
-    arguments = driver.engine_arguments(config, path, device) | own
-    environment = os.environ | driver.actor_environment()
+    arguments = driver.engine_arguments(config, device) | own
+    environment = driver.ENVIRONMENT | os.environ
     environment["OMP_NUM_THREADS"] = (
         "1"  # as Ray sets it for the engine: the count changes the last bits on the CPU
     )
     if device == "cuda":
-        environment |= {"CUDA_VISIBLE_DEVICES": visible_gpus, "VLLM_CACHE_ROOT": f"{path}/vllm_cache"}
+        environment |= {"CUDA_VISIBLE_DEVICES": visible_gpus, "VLLM_CACHE_ROOT": f"{config.model}/vllm_cache"}
     process = subprocess.Popen(
         [sys.executable, __file__, json.dumps(arguments)],
         env=environment,
@@ -212,11 +247,12 @@ def sync_versus_cold_start(
     at the end. Returns measurements, some of them medians.
     """
     result, start = {}, time.perf_counter()
+    config, later = (dataclasses.replace(config, model=folder) for folder in (old, new))
     with contextlib.ExitStack() as cleanup:
-        trainer = driver.start_trainer(config, old, cleanup)
+        trainer = driver.start_trainer(config, cleanup)
         with vllm_arguments(worker_extension_cls="harness.Extension"):
-            actor = driver.start_engine(config, old, device, cleanup)
-        fresh = cleanup.enter_context(fresh_engine(config, new, device, visible_gpus))
+            actor = driver.start_engine(config, device, cleanup)
+        fresh = cleanup.enter_context(fresh_engine(later, device, visible_gpus))
         helper.join_group(trainer, [actor], timeout_s=config.timeout_s)
         result["ranks"] = account_for_fp8([actor], config)
         result["startup_s"] = time.perf_counter() - start
@@ -268,7 +304,7 @@ def sync_versus_cold_start(
 
 
 @torch.no_grad()
-def mismatch_kl(trainer: driver.Trainer, rollouts: list[dict], precision: str) -> float:
+def mismatch_kl(trainer: driver.Trainer, rollouts: list[driver.Rollout], precision: str) -> float:
     """In the trainer: the engine's mismatch in nats per token, with products in that precision."""
     usual, trainer.in_bf16, limit = (
         trainer.in_bf16,
@@ -282,10 +318,10 @@ def mismatch_kl(trainer: driver.Trainer, rollouts: list[dict], precision: str) -
     return driver.measure_mismatch(torch.cat(ours), torch.cat(engine))["mismatch_kl"]
 
 
-def sampled(config: driver.Config, engines: list) -> list[dict]:
+def sampled(config: driver.Config, engines: list) -> list[driver.Rollout]:
     """Rollouts of the first step, without advantages."""
-    outputs = driver.generate(engines, driver.prompts_of_step(config, driver.PROMPTS, 0), config)
-    return driver.to_rollouts(outputs, torch.zeros(len(outputs), config.samples_per_prompt))
+    prompts = driver.prompts_of_step(config, to_prompts(config.model), 0)
+    return driver.take_in(driver.ask(engines, prompts, config), config)[0]
 
 
 def act_before_bucket(trainer, number: int | None, pid: int | None, how: int) -> None:

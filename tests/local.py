@@ -5,6 +5,7 @@ The sync, its proof, vLLM, torchao and gloo are the real ones; `Local` stands in
 
 import concurrent.futures
 import contextlib
+import dataclasses
 import functools
 import gc
 import os
@@ -18,8 +19,9 @@ import torch
 from vllm import LLM
 from vllm.model_executor.models import registry
 from vllm.model_executor.models.transformers import base
+from vllm.v1.executor import multiproc_executor
 
-from harness import DEVICE, account_for_fp8, driver, helper
+from harness import DEVICE, account_for_fp8, driver, fork_server, helper
 
 if DEVICE == "cuda":
     from vllm.v1.worker.gpu_worker import Worker
@@ -80,8 +82,9 @@ def wait(refs: list, timeout_s: float, doing: str, patience_s: float = 0.0) -> l
 def local_engine(
     path: str, config: driver.Config, kind: type[LLM] = driver.RolloutLLM, **more
 ) -> Iterator[LLM]:
-    """An engine in this process."""
-    os.environ |= driver.actor_environment()
+    """An engine of the model at `path` in this process."""
+    os.environ |= driver.ENVIRONMENT | os.environ
+    arguments = driver.engine_arguments(dataclasses.replace(config, model=path), DEVICE) | SMALL | more
     with contextlib.ExitStack() as cleanup:
         cleanup.callback(torch.set_default_dtype, torch.get_default_dtype())  # an error may leave vLLM's
         # vLLM looks at the class of each model in a process of its own: 5 s each, unless it is in a cache.
@@ -99,7 +102,10 @@ def local_engine(
             cleanup.callback(torch.cuda.empty_cache)
             cleanup.callback(gc.collect)
         cleanup.callback(setattr, Worker, "__bases__", Worker.__bases__)  # vLLM adds the extension
-        llm = kind(**driver.engine_arguments(config, path, DEVICE) | SMALL | more)
+        if arguments["distributed_executor_backend"] == "mp":
+            forked = mock.patch.object(multiproc_executor, "get_mp_context", fork_server)
+            cleanup.enter_context(forked)
+        llm = kind(**{"max_model_len": 512} | arguments)
         cleanup.callback(llm.llm_engine.engine_core.shutdown)
         yield llm
 
@@ -108,11 +114,12 @@ def local_engine(
 def local_actors(**more) -> Iterator[None]:
     """Meanwhile the driver's trainer and engines (with more arguments) start in this process, without Ray."""
 
-    def start_trainer(config, path, cleanup):
-        return Local("trainer (rank 0)", driver.Trainer(config, path))
+    def start_trainer(config, cleanup):
+        return Local("trainer (rank 0)", driver.Trainer(config))
 
-    def start_engine(config, path, device, cleanup, first_rank=1):
-        return Local(f"engine (rank {first_rank})", cleanup.enter_context(local_engine(path, config, **more)))
+    def start_engine(config, device, cleanup, first_rank=1):
+        engine = local_engine(str(config.resume or config.model), config, **more)
+        return Local(f"engine (rank {first_rank})", cleanup.enter_context(engine))
 
     parts = dict(wait=wait, start_trainer=start_trainer, start_engine=start_engine, connect=lambda *_: 0)
     one_node = mock.patch.object(ray, "nodes", lambda: [{"Alive": True}])
@@ -125,10 +132,11 @@ def local_actors(**more) -> Iterator[None]:
 
 @contextlib.contextmanager
 def local_pair(path: str, config: driver.Config, **more) -> Iterator[tuple[Local, Local]]:
-    """Handles of a trainer and an engine in this process, in one gloo group."""
+    """Handles of a trainer and an engine of the model at `path` in this process, in one gloo group."""
+    config = dataclasses.replace(config, model=path)
     with local_actors(**more), contextlib.ExitStack() as cleanup:
-        trainer = driver.start_trainer(config, path, cleanup)
-        engine = driver.start_engine(config, path, DEVICE, cleanup)
+        trainer = driver.start_trainer(config, cleanup)
+        engine = driver.start_engine(config, DEVICE, cleanup)
         helper.join_group(trainer, [engine], backend="gloo", timeout_s=config.timeout_s)
         account_for_fp8([engine], config)
         yield trainer, engine

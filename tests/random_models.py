@@ -19,7 +19,7 @@ from transformers import (
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from rlhf_online_quant import TINY, byte_tokenizer  # noqa: E402
+from make_tiny import TINY, byte_tokenizer  # noqa: E402
 
 IDS = dict(pad_token_id=0, bos_token_id=1, eos_token_id=2)
 QWEN3 = IDS | dict(vocab_size=151936, num_key_value_heads=8, head_dim=128, max_position_embeddings=40960)

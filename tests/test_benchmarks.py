@@ -4,7 +4,6 @@ import contextlib
 import dataclasses
 import itertools
 import json
-from unittest import mock
 
 import bench_loop
 import bench_memory
@@ -52,10 +51,6 @@ def test_rollout(tmp_path):
 
 def test_loop(tmp_path, capsys, monkeypatch):
     """Both modes of gradient checkpointing; TRL's part needs GPUs, here is what it would say."""
-    own = bench_loop.driver.LogprobsProcessor
-    vllms = mock.patch.object(
-        own, "_update_sample_logprobs", autospec=True, side_effect=own._update_sample_logprobs
-    )
     said = {"step_s": 3.0, "trainer_gib": 5.0}
     monkeypatch.setattr(bench_loop, "trl_server", lambda *_: contextlib.nullcontext(1))
     monkeypatch.setattr(bench_loop, "wait_for_server", lambda port: port)
@@ -64,10 +59,7 @@ def test_loop(tmp_path, capsys, monkeypatch):
     )
     flags = ["--tensor-parallel-size", "1", "--prompts-per-step", "2", "--lengths", "8", "--repeats", "2"]
     flags += ["--peer", "trl", "--output-dir", str(tmp_path)]
-    with vllms as called:
-        bench_loop.main(tyro.cli(bench_loop.Benchmark, args=flags))
-    proof = 7 * 4 * 32  # answers, which are decoded as they come
-    assert 5 * 100 < called.call_count <= 5 * 2 * 16 * 8 + proof, "each token of `former`, and none else"
+    bench_loop.main(tyro.cli(bench_loop.Benchmark, args=flags))
     found = json.loads((tmp_path / "loop_tiny-opt.json").read_text())["lengths"]["8"]
     for mode, way in itertools.product(("on", "off"), ("in turn", "overlapped")):
         row = found[mode][way]
@@ -77,10 +69,10 @@ def test_loop(tmp_path, capsys, monkeypatch):
     assert row["rollout_s"] + row["train_s"] < row["step_s"] * 1.05
     assert found["on"]["TRL"]["step_s"] == 3.0 and found["off"]["TRL"]["step_s"] == 2.0
     rates, kl = found["rollout_tokens_per_s"], found["mismatch_kl_of_the_first_batch"]
-    assert set(rates) == {"loop", "former", "plain"} and min(rates.values()) > 0
+    assert set(rates) == {"loop", "plain"} and min(rates.values()) > 0
     assert kl["bfloat16"] != kl["float32"] and kl["float32"] == pytest.approx(2.5e-3, rel=0.5)
     printed = capsys.readouterr().out
-    assert printed.count("times as fast as TRL") == 4 and printed.count("of plain LLM.generate") == 2
+    assert printed.count("times as fast as TRL") == 4 and printed.count("of plain LLM.generate") == 1
     assert f"{2.0 / found['off']['in turn']['step_s']:.2f} times as fast" in printed
     assert (tmp_path / "loop_tiny-opt.png").stat().st_size > 10_000
 
@@ -88,8 +80,8 @@ def test_loop(tmp_path, capsys, monkeypatch):
 @pytest.mark.parametrize("mode", ["on", "off"])
 def test_the_measured_trainer_switches(models, mode):
     """What is kept for the backward pass, in bytes, says whether activations are computed again."""
-    config = bench_loop.driver.Config(trainer_device="cpu", learning_rate=0.0, epochs=1)
-    trainer = bench_loop.MeasuredTrainer(config, models("tiny-opt")[0])
+    path, settings = models("tiny-opt")[0], dict(trainer_device="cpu", learning_rate=0.0, epochs=1)
+    trainer = bench_loop.MeasuredTrainer(bench_loop.driver.Config(model=path, **settings))
     for other in ("off", "on", mode):
         trainer.checkpoint_activations(other)
     layers = trainer.model.model.decoder.layers
@@ -98,7 +90,7 @@ def test_the_measured_trainer_switches(models, mode):
         for layer in layers:
             layer(torch.ones(1, 64, 128, requires_grad=True))
             kept.append(-sum(kept))
-    assert trainer.model.training == (mode == "on")
+    assert not trainer.model.training
     first, second = (-size for size in kept if size < 0)
     assert (second < first / 5) == (mode == "on"), (
         "the first layer keeps its activations, the second does not"
@@ -107,9 +99,9 @@ def test_the_measured_trainer_switches(models, mode):
 
 def test_compare_memory(models, tmp_path, capsys):
     """FP8 halves the linear layers and nothing else."""
-    wanted = bench_memory.driver.Config(tensor_parallel_size=1, output_dir=tmp_path)
-    config, _ = bench_memory.driver.resolve(wanted, 0)
-    found = bench_memory.compare_memory(config, models("tiny-llama")[0], "cpu")
+    settings = dict(model=models("tiny-llama")[0], tensor_parallel_size=1, output_dir=tmp_path)
+    config, _ = bench_memory.driver.resolve(bench_memory.driver.Config(**settings), 0)
+    found = bench_memory.compare_memory(config, "cpu")
     assert found == json.loads((tmp_path / "memory.json").read_text())
     bf16, fp8 = found.values()
     assert 0.5 < fp8["linear_gib"] / bf16["linear_gib"] < 0.53, "bytes, and a scale of 4 for each row"
@@ -119,4 +111,4 @@ def test_compare_memory(models, tmp_path, capsys):
         "Saved on each rank: 0.0003 GiB of weights, of which linear layers 0.0003" in capsys.readouterr().out
     )
     with pytest.raises(SystemExit, match="expected what BF16 is to be compared with"):
-        bench_memory.compare_memory(dataclasses.replace(config, quantization="none"), "", "cpu")
+        bench_memory.compare_memory(dataclasses.replace(config, quantization="none"), "cpu")

@@ -35,6 +35,7 @@ from harness import (
     helper,
     observe,
     sync,
+    to_prompts,
     vllm_arguments,
     zero_and_sync,
 )
@@ -57,7 +58,7 @@ def start_engine(config, models, cleanup, shape: str = SHAPE):
     """An engine from a checkpoint, whose workers say their pids."""
     kv_cache = {"kv_cache_memory_bytes": 2**30} if DEVICE == "cuda" else {}
     with vllm_arguments(worker_extension_cls="harness.Extension", **kv_cache):
-        return driver.start_engine(config, models(shape)[0], DEVICE, cleanup)
+        return driver.start_engine(dataclasses.replace(config, model=models(shape)[0]), DEVICE, cleanup)
 
 
 def start(config, models, cleanup, shape: str = SHAPE):
@@ -65,7 +66,7 @@ def start(config, models, cleanup, shape: str = SHAPE):
     likes.
     """
     trainer_only, new = cleanup.enter_context(contextlib.ExitStack()), models(shape)[1]
-    trainer = driver.start_trainer(config, new, trainer_only)
+    trainer = driver.start_trainer(dataclasses.replace(config, model=new), trainer_only)
     actor = start_engine(config, models, cleanup, shape)
     helper.join_group(trainer, [actor], timeout_s=config.timeout_s)
     return SimpleNamespace(
@@ -146,7 +147,8 @@ def test_trainer_dies_before_and_during_a_broadcast(quick, mortal, request):
 
     def load():
         trainer_only = contextlib.ExitStack()
-        return driver.start_trainer(quick, pair.new, trainer_only), trainer_only
+        own = dataclasses.replace(quick, model=pair.new)
+        return driver.start_trainer(own, trainer_only), trainer_only
 
     spares = [load(), load()] if DEVICE == "cpu" else []  # side by side, where they need no GPU
     request.addfinalizer(lambda: [trainer_only.close() for _, trainer_only in spares])
@@ -192,7 +194,7 @@ def sync_with_a_dying_worker(config, pair, how: int) -> list[int]:
     else:
         message = failing_sync(config, pair)
         assert re.search(r"rank 0, bucket [4-8] of 8 \(.*\.(weight|bias) \.\. .*\.(weight|bias)\)", message)
-    assert any(name in message for name, actor in driver.ACTORS.items() if actor == pair.actor._actor_id)
+    assert any(name in message for name, actor in helper.ACTORS.items() if actor == pair.actor._actor_id)
     if how == signal.SIGSTOP and len(workers) > 1:
         assert "Ranks 1 failed" in message, "of those that live, the engine names who does not"
     if how == signal.SIGKILL:
@@ -302,8 +304,8 @@ def test_weights_that_are_not_finite_are_not_sent(quick, pair):
     def overflow(trainer) -> None:
         plain, weights = trainer.optimizer.step, list(trainer.model.parameters())
         trainer.optimizer.step = lambda: [weight.data.mul_(3e38).mul_(10) for weight in weights]
-        rollout = {"prompt": [3, 4], "completion": [6, 7], "logprobs": [-5.0] * 2, "advantage": 1.0}
-        trainer.train_step([rollout, rollout | {"advantage": -0.5}])
+        rollouts = [driver.Rollout([3, 4], [6, 7], [-5.0] * 2, advantage=value) for value in (1.0, -0.5)]
+        trainer.train_step(rollouts)
         trainer.optimizer.step = plain
 
     with as_it_was(pair):
@@ -393,9 +395,7 @@ def test_failed_loads_and_resets_leave_a_torn_engine_until_a_sync_succeeds(quick
             sync(config, pair.trainer, pair.actor, bucket_bytes=BUCKET_BYTES)
             assert observe(pair.llm) == expected
         on(pair.trainer, lambda trainer: setattr(trainer.model, "forward", fail))
-        step = pair.trainer.train_step.remote(
-            [{"prompt": [3], "completion": [4], "logprobs": [-1.0], "advantage": 1.0}]
-        )
+        step = pair.trainer.train_step.remote([driver.Rollout([3], [4], [-1.0], advantage=1.0)])
         with pytest.raises(
             RuntimeError, match=r"training: trainer \(rank 0\): OutOfMemoryError: no memory left"
         ):
@@ -403,22 +403,24 @@ def test_failed_loads_and_resets_leave_a_torn_engine_until_a_sync_succeeds(quick
 
 
 def test_generation_and_syncs_asked_for_during_a_sync(quick, pair):
-    """The driver's functions refuse; a call to the actor itself waits, and sees the complete new weights."""
+    """Another sync is refused; who asks for answers waits, and gets those of the complete new weights."""
+    prompts = to_prompts(pair.old, PROMPTS)
     helper.join_group(pair.trainer, [pair.actor], timeout_s=quick.timeout_s)
     sync(quick, pair.trainer, pair.actor)
     expected, results = observe(pair.llm)["outputs"], []
+    rollouts, _, version = driver.take_in(driver.ask([pair.actor], prompts, quick), quick)
     on(pair.trainer, act_before_bucket, 0, None, signal.SIGCONT)  # a signal that does nothing, and 0.4 s
     pair.llm.collective_rpc("reset_weights")
     syncing = threading.Thread(target=lambda: results.append(sync(quick, pair.trainer, pair.actor)))
     syncing.start()
     time.sleep(0.1)
-    with pytest.raises(RuntimeError, match="refusing to generate: a weight sync is running"):
-        driver.generate([pair.actor], PROMPTS, quick)
+    asked = driver.ask([pair.actor], prompts, quick)
     with pytest.raises(RuntimeError, match="refusing to sync: another weight sync is running"):
         sync(quick, pair.trainer, pair.actor)
     assert syncing.is_alive() and generate(pair.llm) == expected
     syncing.join()
-    assert results and len(driver.generate([pair.actor], PROMPTS, quick)) == 4
+    again, _, new_version = driver.take_in(asked, quick)
+    assert results and new_version == version + 1 and again == rollouts
     assert_as_by_session(quick, pair)
 
 
@@ -454,53 +456,54 @@ def test_two_hundred_syncs_do_not_drift(quick, pair):
 
 
 def test_full_disk_leaves_the_last_complete_checkpoint(tmp_path, models, monkeypatch):
-    path = models("tiny-opt")[0]
+    path, rollouts = models("tiny-opt")[0], [driver.Rollout([3], [4], [-1.0], advantage=1.0)]
     config = driver.Config(model=path, trainer_device="cpu", learning_rate=1e-3, epochs=1)
-    trainer = driver.Trainer(config, path)
+    trainer = driver.Trainer(config)
+    trainer.train_step(rollouts)
     _, folder = trainer.save_checkpoint(tmp_path)
     weights = {name: tensor.clone() for name, tensor in trainer.model.state_dict().items()}
-    trainer.train_step([{"prompt": [3], "completion": [4], "logprobs": [-1.0], "advantage": 1.0}])
+    trainer.train_step(rollouts)
 
     def full(*_):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(torch, "save", full)
-    for trainer.step in (0, 1):  # the same folder again, and the next one
+    for trainer.step in (1, 2):  # the same folder again, and the next one
         with pytest.raises(OSError, match="No space left"):
             trainer.save_checkpoint(tmp_path)
-    assert not (tmp_path / "checkpoint-1").exists()
-    resumed = driver.Trainer(dataclasses.replace(config, resume=folder), path)
+    assert folder == tmp_path / "checkpoint-1" and not (tmp_path / "checkpoint-2").exists()
+    resumed = driver.Trainer(dataclasses.replace(config, resume=folder))
     assert all(torch.equal(tensor, weights[name]) for name, tensor in resumed.model.state_dict().items())
 
 
 @pytest.mark.parametrize("fails", ["the disk", "the reward"])
-def test_what_was_learned_is_saved_when_a_run_dies(quick, pair, tmp_path, capfd, monkeypatch, fails):
+def test_what_was_learned_is_saved_when_a_run_dies(quick, pair, tmp_path, capfd, fails):
     """A line of the metrics that cannot be written is an error, not a hole in the curve; one message names it
     all.
     """
-    config = dataclasses.replace(quick, steps=1000, output_dir=tmp_path)
-    calls = []
+    config = dataclasses.replace(quick, model=pair.new, steps=1000, output_dir=tmp_path)
+    calls, prompts = [], to_prompts(pair.new, PROMPTS[:2])
 
-    def reward(prompts, completions):
+    def reward(completions, **_):
         calls.append(len(completions))
-        return driver.letters(prompts, completions) if len(calls) < 3 else [math.nan] * len(completions)
+        if fails == "the reward" and len(calls) == 3:
+            return [math.nan] * len(completions)
+        return driver.letters(completions)
 
     if fails == "the disk":
         (tmp_path / "metrics.jsonl").symlink_to("/dev/full")
-    else:
-        monkeypatch.setattr(driver, "load_reward", lambda name: reward)
     helper.join_group(pair.trainer, [pair.actor], timeout_s=config.timeout_s)
     with as_it_was(pair), pytest.raises(SystemExit) as end, driver.one_message():
         on(pair.trainer, lambda trainer: setattr(trainer, "step", 0))
-        driver.train(config, pair.trainer, [pair.actor], PROMPTS[:2])
+        driver.train(config, pair.trainer, [pair.actor], prompts, reward, first=0)
     printed, steps = capfd.readouterr().err, {"the disk": 1, "the reward": 2}[fails]
     message = {
         "the disk": "[Errno 28] No space left on device",
-        "the reward": "reward function reward: expected",
+        "the reward": "the reward function: expected",
     }
     assert end.value.code == 1 and f"FAILED: {message[fails]}" in printed
     assert f"{steps} complete steps are saved: go on with --resume {tmp_path}/checkpoint-{steps}\n" in printed
-    resumed = driver.Trainer(dataclasses.replace(config, resume=tmp_path / f"checkpoint-{steps}"), pair.new)
+    resumed = driver.Trainer(dataclasses.replace(config, resume=tmp_path / f"checkpoint-{steps}"))
     assert resumed.step == steps
 
 
@@ -523,12 +526,20 @@ def test_corrupt_and_unsafe_models(models, tmp_path):
     from vllm.model_executor.model_loader.weight_utils import pt_weights_iterator
 
     good, canary = models("tiny-opt")[0], tmp_path / "canary"
-    config = driver.Config(trainer_device="cpu", learning_rate=1e-3, epochs=1)
+
+    def config(folder) -> driver.Config:
+        return driver.Config(model=str(folder), trainer_device="cpu", learning_rate=1e-3, epochs=1)
+
+    def check(folder) -> None:
+        own = dataclasses.replace(config(folder), quantization="none", output_dir=tmp_path / "out")
+        driver.check(dataclasses.replace(own, reward="letters"), "cpu")
+
+    check(good)
     evil = tmp_path / "evil"
     shutil.copytree(good, evil, ignore=shutil.ignore_patterns("*.safetensors"))
     torch.save({"lm_head.weight": Malicious(canary)}, evil / "pytorch_model.bin")
     with pytest.raises(pickle.UnpicklingError, match="Weights only load failed|weights_only"):
-        driver.Trainer(config, str(evil))
+        driver.Trainer(config(evil))
     with pytest.raises(
         pickle.UnpicklingError, match="Weights only load failed|weights_only"
     ):  # vLLM's reader
@@ -540,7 +551,7 @@ def test_corrupt_and_unsafe_models(models, tmp_path):
     weights = short / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1000])
     with pytest.raises(Exception, match="incomplete|Incomplete|invalid"):
-        driver.Trainer(config, str(short))
+        driver.Trainer(config(short))
 
     remote = tmp_path / "remote"
     shutil.copytree(good, remote)
@@ -549,8 +560,8 @@ def test_corrupt_and_unsafe_models(models, tmp_path):
     (remote / "config.json").write_text(json.dumps(settings))
     (remote / "mine.py").write_text(f"open({str(canary)!r}, 'w')")
     with pytest.raises(ValueError, match="--model .*remote: expected a model"):
-        driver.check_model(dataclasses.replace(config, model=str(remote)), str(remote), ["a"])
+        check(remote)
     (remote / "config.json").write_text("{")
     with pytest.raises(ValueError, match="--model .*remote: expected a model"):
-        driver.check_model(dataclasses.replace(config, model=str(remote)), str(remote), ["a"])
+        check(remote)
     assert not canary.exists()

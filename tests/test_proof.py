@@ -11,6 +11,7 @@ from test_program import ENDS, end
 from vllm import SamplingParams
 from vllm.config import set_current_vllm_config
 from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
+from vllm.sampling_params import BeamSearchParams
 from vllm.utils.network_utils import get_open_port
 
 import rlhf_utils
@@ -74,7 +75,7 @@ def test_a_falsified_replay_is_caught_and_sessions_serve(ends, llama, monkeypatc
 
     monkeypatch.setattr(Replay, "__init__", init)
     with local_pair(llama, CONFIG) as (trainer, engine):
-        cold = helper.observe([engine], 60, driver.PROMPTS, 8)
+        cold = helper.observe([engine], 60, helper.PROMPTS, 8)
         proof = helper.prove_sync(trainer, engine, max_tokens=8, **SETTINGS)
         assert proof["verified"] and proof["path"] == "session"
         assert (
@@ -244,7 +245,7 @@ def test_a_model_that_cannot_be_synced_ends_the_run_before_the_first_step(tmp_pa
         driver.main(driver.Config(**settings))
     printed = capsys.readouterr().err
     assert end.value.code == 1 and f"FAILED: {path}: this model cannot be synced" in printed
-    assert "attn.sinks" in printed and not (tmp_path / "outputs" / "metrics.jsonl").exists()
+    assert "attn.sinks" in printed and not (tmp_path / "outputs" / "metrics.jsonl").read_text()
 
 
 def test_a_weight_that_the_trainer_does_not_send_is_missed_though_it_is_zero(llama, tmp_path):
@@ -359,7 +360,7 @@ def test_a_torn_engine_refuses_every_way_to_ask(llama):
                 [{"role": "user", "content": "a"}], params, chat_template="{{ messages[0].content }}"
             ),
             lambda: llm.enqueue(["a"], params),
-            lambda: llm.beam_search([{"prompt": "a"}], driver.vllm.sampling_params.BeamSearchParams(2, 2)),
+            lambda: llm.beam_search([{"prompt": "a"}], BeamSearchParams(2, 2)),
             lambda: llm.wait_for_completion(use_tqdm=False),
             lambda: llm.answer(["a"]),
         ):
@@ -505,7 +506,7 @@ def test_an_error_while_generating_blocks_no_sync(llama, monkeypatch):
             return plain()
 
         for ask in (
-            lambda: llm.generate(driver.PROMPTS, SamplingParams(max_tokens=20), use_tqdm=False),
+            lambda: llm.generate(helper.PROMPTS, SamplingParams(max_tokens=20), use_tqdm=False),
             lambda: llm.answer(["a", "b"], 20),
         ):
             steps.clear()

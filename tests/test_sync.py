@@ -2,6 +2,8 @@
 
 import contextlib
 import dataclasses
+import json
+import os
 import re
 import shutil
 import subprocess
@@ -27,6 +29,7 @@ from harness import (
     seed_group,
     seed_loop,
     sync,
+    to_prompts,
     vllm_arguments,
 )
 from local import CONFIG, local_actors, local_pair, worker
@@ -69,7 +72,7 @@ def recipe(tmp_path_factory):
         assert code.count(here) == 1, here
         code = code.replace(here, instead)
     (folder / "mine.py").write_text(code)
-    environment = driver.os.environ | driver.ENVIRONMENT
+    environment = driver.ENVIRONMENT | os.environ
     pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     with subprocess.Popen([sys.executable, "mine.py"], cwd=folder, env=environment, **pipes) as process:
         yield process
@@ -78,10 +81,11 @@ def recipe(tmp_path_factory):
 
 def test_two_engines_replay_the_same_weights(models, capsys):
     """One broadcast for both; each is proved."""
-    config, (old, new) = dataclasses.replace(CONFIG, num_engines=2), models("tiny-opt")
+    old, new = models("tiny-opt")
+    config = dataclasses.replace(CONFIG, model=old, num_engines=2)
     apart = vllm_arguments(distributed_executor_backend="mp")  # what vLLM computes with is global
     with local_actors(), apart, contextlib.ExitStack() as cleanup:
-        trainer, engines, ranks = driver.start(config, old, "cpu", cleanup)
+        trainer, engines, ranks = driver.start(config, "cpu", cleanup)
         assert len(ranks) == 2 and "worker (rank 2): 8 linear layers in FP8" in capsys.readouterr().out
         proof = prove(config, trainer, engines)
         assert proof["path"] == "replay" and proof["tensors"] == 2 * 48 and proof["answers"] == 8
@@ -96,7 +100,8 @@ def test_two_engines_replay_the_same_weights(models, capsys):
 
 def test_parameters_may_be_replaced_and_move(models, capsys):
     """In the trainer, in the engine, and another size of buckets, each between two syncs."""
-    config, (old, new) = CONFIG, models("tiny-llama")
+    old, new = models("tiny-llama")
+    config = dataclasses.replace(CONFIG, model=old)
 
     def replace_a_weight(trainer) -> None:
         head = trainer.model.lm_head
@@ -111,7 +116,7 @@ def test_parameters_may_be_replaced_and_move(models, capsys):
         norm.weight.data = norm.weight.data.clone()
 
     with local_actors(), contextlib.ExitStack() as cleanup:
-        trainer, [actor], _ = driver.start(config, old, "cpu", cleanup)
+        trainer, [actor], _ = driver.start(config, "cpu", cleanup)
         prove(config, trainer, actor)
         driver.wait([trainer.__ray_call__.remote(load_weights, new)], 60, "loading")
         assert sync(config, trainer, actor)["path"] == "replay"
@@ -169,7 +174,8 @@ def test_a_sharded_trainer(config, models, tmp_path):
         trainers = [ray.remote(Sharded).options(num_cpus=0).remote(old, rank, port) for rank in (0, 1)]
         for trainer in trainers:
             cleanup.callback(ray.kill, trainer)
-        actor, fresh = (driver.start_engine(config, path, "cpu", cleanup) for path in (old, str(tmp_path)))
+        both = [dataclasses.replace(config, model=str(path)) for path in (old, tmp_path)]
+        actor, fresh = (driver.start_engine(each, "cpu", cleanup) for each in both)
         helper.join_group(trainers[0], [actor], timeout_s=config.timeout_s)
         helper.prove_fp8([actor, fresh])
         assert prove(config, trainers, actor)["path"] == "replay"
@@ -178,48 +184,61 @@ def test_a_sharded_trainer(config, models, tmp_path):
             [129, 128],
         ]
         assert sync(config, trainers, actor)["path"] == "replay"
-        assert not helper.differences([actor], helper.observe([fresh], 60, driver.PROMPTS, 16), 60)
+        assert not helper.differences([actor], helper.observe([fresh], 60, helper.PROMPTS, 16), 60)
 
 
-def test_answers_read_as_vllm_decodes_them(pair):
-    """Decoded at their end, all of them; letters and spaces only, because vLLM drops half a character at the
-    end.
+def test_rollouts_are_what_vllm_says(config, pair):
+    """Ids, texts, log-probabilities: vLLM's own code decodes token by token, and makes a dictionary for each.
+
+    Letters and spaces only, because vLLM drops half a character at the end.
     """
     letters = pair.llm.get_tokenizer()("abc xyz.").input_ids
-    same = dict(max_tokens=12, seed=0, n=3, allowed_token_ids=letters)
-    answers = [
-        [
-            answer.text
-            for output in pair.llm.generate(PROMPTS, params, use_tqdm=False)
-            for answer in output.outputs
-        ]
-        for params in (SamplingParams(**same), SamplingParams(**same | driver.ROLLOUT))
-    ]
-    assert (
-        answers[0] == answers[1] and len(set(answers[0])) > 6 and all(len(text) == 12 for text in answers[0])
-    )
+    same = dict(max_tokens=12, n=3, allowed_token_ids=letters, logprobs=0)
+    prompts, seeds = to_prompts(pair.old, PROMPTS), range(0, 12, 3)
+    asked = [same | dict(seed=seed, flat_logprobs=True, detokenize=False) for seed in seeds]
+    rollouts, seconds, version = pair.llm.rollout(prompts, asked)
+    params = [SamplingParams(**same, seed=seed) for seed in seeds]
+    outputs = pair.llm.generate(PROMPTS, params, use_tqdm=False)
+    plain = [(output.prompt_token_ids, answer) for output in outputs for answer in output.outputs]
+    for rollout, (prompt, answer) in zip(rollouts, plain, strict=True):
+        assert (rollout.prompt, rollout.completion) == (list(prompt), list(answer.token_ids))
+        assert (rollout.text, rollout.finish_reason) == (answer.text, answer.finish_reason)
+        said = zip(answer.token_ids, answer.logprobs, strict=True)
+        assert rollout.logprobs == [step[token].logprob for token, step in said]
+        assert len(rollout.text) == 12 and rollout.finish_reason == "length"
+    assert len({rollout.text for rollout in rollouts}) > 6, "each has a seed of its own"
+    assert seconds > 0 and version == pair.llm.get_weights_version()
 
 
-def test_log_probabilities_are_as_vllm_gathers_them(pair):
-    """Tokens, log-probabilities, ranks: vLLM's own code makes a dictionary of them for each token."""
-    used = pair.actor.__ray_call__.remote(lambda _: driver.output_processor.LogprobsProcessor.__name__)
-    assert driver.wait([used], 60, "asking the engine") == ["SampledLogprobs"]
-    same, answers = dict(max_tokens=12, seed=0, n=3) | driver.ROLLOUT, []
-    for params in (SamplingParams(**same), SamplingParams(**same | dict(flat_logprobs=False))):
-        outputs = pair.llm.generate(PROMPTS, params, use_tqdm=False)
-        answers.append([answer for output in outputs for answer in output.outputs])
-    for ours, plain in zip(*answers, strict=True):
-        assert list(ours.logprobs) == plain.logprobs and ours.logprobs[3] == plain.logprobs[3]
-        assert ours.logprobs.token_ids == list(ours.token_ids)
-        assert ours.cumulative_logprob == plain.cumulative_logprob == sum(ours.logprobs.logprobs)
+def test_what_the_loop_asks_for(config, pair):
+    """Each prompt's G answers stand together, repeat for a step, and differ from those of another step, also
+    to the same prompt; greedy there is one. Answers that ended by themselves end with the token that says so.
+    """
+    config = dataclasses.replace(config, samples_per_prompt=3, max_tokens=20)
+    prompts = to_prompts(pair.old, [PROMPTS[0]] * 2 + PROMPTS[1:3])
+
+    def ask(config=config, **how) -> list:
+        rollouts, seconds, version = driver.take_in(driver.ask([pair.actor], prompts, config, **how), config)
+        assert seconds > 0 and version == pair.llm.get_weights_version()
+        return rollouts
+
+    first, greedy = ask(step=1), ask(greedy=True)
+    assert first == ask(step=1) and not {*texts(first)} & {*texts(ask(step=2))}
+    assert [each.prompt for each in first] == [prompt.token_ids for prompt in prompts for _ in range(3)]
+    assert len({*texts(first)}) == 12 and texts(greedy) == texts(ask(step=7, greedy=True))
+    assert len(greedy) == 4 and greedy[0] == greedy[1]
+    end = pair.llm.get_tokenizer().eos_token_id
+    longer = ask(dataclasses.replace(config, max_tokens=100), step=1)
+    assert {each.finish_reason for each in longer} == {"stop", "length"}
+    for each in longer:
+        assert (each.finish_reason == "stop") == (each.completion[-1] == end)
+        assert each.finish_reason == "stop" or len(each.completion) == 100
+        assert end not in each.completion[:-1] and "</s>" not in each.text
+        assert len(each.logprobs) == len(each.completion) and max(each.logprobs) <= 0
 
 
-def test_a_stop_string_is_not_put_back(pair):
-    """vLLM takes it away; an answer that it leaves empty is no answer that was not decoded."""
-    only = dict(allowed_token_ids=driver.byte_tokenizer()("S").input_ids, max_tokens=2)
-    for stop, text in ((None, "SS"), ("S", "")):
-        [output] = pair.llm.generate(["a"], SamplingParams(stop=stop, **only), use_tqdm=False)
-        assert (output.outputs[0].text, output.outputs[0].stop_reason) == (text, stop)
+def texts(rollouts: list) -> list[str]:
+    return [rollout.text for rollout in rollouts]
 
 
 def test_prefix_cache_is_reset(config, pair):
@@ -316,7 +335,7 @@ def test_no_fp8_layer_is_an_error(models, tmp_path):
     from torchao.quantization import ModuleFqnToConfig
 
     file = tmp_path / "nothing.json"
-    file.write_text(driver.json.dumps(config_to_dict(ModuleFqnToConfig({"_default": None}))))
+    file.write_text(json.dumps(config_to_dict(ModuleFqnToConfig({"_default": None}))))
     config, [path, _] = dataclasses.replace(CONFIG, quantization=str(file)), models("tiny-opt")
     with pytest.raises(ValueError, match="a worker has no weight in FP8"):
         with local_pair(path, config):

@@ -1,21 +1,21 @@
-"""Small pieces, and the messages for bad input."""
+"""Small pieces of the helper, and what the driver makes of flags and prompts."""
 
 import doctest
 import itertools
 import json
 import math
+import re
 import subprocess
 import sys
 import threading
 from types import SimpleNamespace
 
-import numpy as np
 import psutil
 import pytest
 import torch
 import triton
 from safetensors.torch import load_file
-from tokenizers import Tokenizer, decoders, models
+from tokenizers import Tokenizer, decoders, models, processors
 from torchao.float8.inference import Float8MMConfig, addmm_float8_unwrapped_inference
 from torchao.quantization import Float8Tensor, PerBlock, PerRow, PerTensor
 from torchao.quantization.quantize_.workflows.float8 import float8_tensor
@@ -23,14 +23,13 @@ from torchao.quantization.quantize_.workflows.float8.float8_tensor import Quanti
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, set_seed
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from vllm.logprobs import FlatLogprobs
 from vllm.model_executor.layers.quantization.online import fp8 as online_fp8
 from vllm.model_executor.layers.quantization.utils.quant_utils import weight_amax
-from vllm.v1.outputs import LogprobsLists
 
 import rlhf_utils
 from harness import driver
-from random_models import SHAPES
+from make_tiny import byte_tokenizer
+from random_models import SHAPES, write_config
 from rlhf_utils import (
     Buckets,
     Copy,
@@ -455,7 +454,7 @@ def test_zero_activation_rows_stay_finite():
     """Dynamic quantization divides by an activation row's scale too; the bound must leave every other row
     alone.
     """
-    bound = driver.torchao_config("fp8-dynamic").activation_value_lb
+    bound = driver.TORCHAO_CONFIGS["fp8-dynamic"].activation_value_lb
     activations = torch.randn(8, 64, dtype=torch.bfloat16)
     activations[2] = 0
     plain, bounded = Float8Tensor.from_hp(activations), Float8Tensor.from_hp(activations, hp_value_lb=bound)
@@ -465,39 +464,43 @@ def test_zero_activation_rows_stay_finite():
 
 
 @pytest.mark.parametrize(
-    ("gpus", "flags", "found", "fits"),
+    ("gpus", "flags", "wanted"),
     [
-        (1, {}, "Found 1 GPU(s), need 3: 2 for the engine", "--tensor-parallel-size 1 --trainer-device cpu"),
-        (2, {}, "Found 2 GPU(s), need 3: 2 for the engine", "--tensor-parallel-size 1"),
-        (
-            2,
-            dict(tensor_parallel_size=4, trainer_device="cpu"),
-            "need 4: 4 for the engine",
-            "--tensor-parallel-size 1",
-        ),
-        (0, dict(trainer_device="cuda"), "Found 0 GPU(s), need 1", "--trainer-device cpu"),
+        (1, {}, (2, 1)),
+        (2, {}, (2, 1)),
+        (2, dict(tensor_parallel_size=4, trainer_device="cpu"), (4, 0)),
+        (5, dict(num_engines=3), (6, 1)),
+        (0, dict(trainer_device="cuda"), (0, 1)),
     ],
 )
-def test_too_few_gpus(gpus, flags, found, fits):
+def test_too_few_gpus(gpus, flags, wanted):
+    """What is there, what is wanted, and flags that fit."""
     with pytest.raises(ValueError) as error:
         driver.resolve(driver.Config(**flags), gpus)
-    message = str(error.value)
-    assert found in message and message.endswith(fits)
-    words = fits.split()
-    answer = {name[2:].replace("-", "_"): value for name, value in zip(words[::2], words[1::2])}
-    answer = {name: int(value) if value.isdigit() else value for name, value in answer.items()}
-    driver.resolve(driver.Config(**flags | answer), gpus)  # the advice works
+    found, advice = str(error.value).split("What fits here: ")
+    assert tuple(map(int, re.findall(r"\d+", found))) == (gpus, *wanted)
+    words = advice.split()
+    advice = {name[2:].replace("-", "_"): value for name, value in zip(words[::2], words[1::2], strict=True)}
+    driver.resolve(driver.Config(**flags | advice), gpus)
 
 
-def test_defaults_follow_the_machine():
+def test_defaults_follow_the_machine(tmp_path, monkeypatch):
     on_gpus, device = driver.resolve(driver.Config(), 3)
     assert (device, on_gpus.model, on_gpus.quantization) == ("cuda", "facebook/opt-125m", "fp8-dynamic")
+    assert (on_gpus.trainer_device, on_gpus.learning_rate, on_gpus.epochs) == ("cuda", 1e-6, 1)
+    assert (on_gpus.reward, on_gpus.prompts_file, on_gpus.held_out_file) == ("letters", None, None)
     on_cpu, device = driver.resolve(driver.Config(), 0)
-    assert (device, on_cpu.model, on_cpu.quantization) == ("cpu", "tiny", "fp8-weight-only")
-    assert (on_gpus.reward, on_cpu.reward) == ("letters", "backwards")
-    own = driver.Config(prompts_file=driver.Path("prompts.txt"))
-    assert driver.resolve(own, 0)[0].reward == "letters"
-    assert driver.resolve(driver.Config(reward="backwards"), 3)[0].reward == "backwards"
+    assert (device, on_cpu.model, on_cpu.quantization) == ("cpu", str(driver.TINY), "fp8-weight-only")
+    assert (on_cpu.trainer_device, on_cpu.learning_rate, on_cpu.epochs) == ("cpu", 2e-3, 2)
+    assert (on_cpu.reward, on_cpu.held_out_file) == ("backwards", driver.TINY / "held_out.jsonl")
+    monkeypatch.chdir(driver.TINY.parent)
+    by_path, _ = driver.resolve(driver.Config(model="tiny", resume="checkpoint-1", output_dir="out"), 3)
+    assert (by_path.model, by_path.prompts_file) == (on_cpu.model, driver.TINY / "prompts.jsonl")
+    assert by_path.resume == driver.Path.cwd() / "checkpoint-1" and by_path.output_dir.is_absolute()
+    own, _ = driver.resolve(driver.Config(prompts_file="prompts.txt"), 0)
+    assert (own.reward, own.held_out_file, own.learning_rate) == ("letters", None, 2e-3)
+    given, _ = driver.resolve(driver.Config(reward="backwards", epochs=3, learning_rate=0), 3)
+    assert (given.reward, given.epochs, given.learning_rate) == ("backwards", 3, 0)
 
 
 @pytest.mark.parametrize(
@@ -511,13 +514,14 @@ def test_bad_quantization(tmp_path, content):
         ValueError,
         match="expected fp8-dynamic, fp8-weight-only, fp8_per_channel, .*, none, or a file with the JSON of",
     ):
-        driver.torchao_config(str(file))
+        driver.quantization_arguments(str(file))
 
 
 def test_serialized_config_is_the_same_as_the_named_one(tmp_path):
     file = tmp_path / "torchao.json"
-    file.write_text(json.dumps(driver.config_to_dict(driver.torchao_config("fp8-weight-only"))))
-    assert driver.torchao_config(str(file)) == driver.torchao_config("fp8-weight-only")
+    for name, config in driver.TORCHAO_CONFIGS.items():
+        file.write_text(json.dumps(driver.config_to_dict(config)))
+        assert driver.quantization_arguments(str(file)) == driver.quantization_arguments(name)
 
 
 def test_compiled_code_with_fp8_weights_can_be_stored():
@@ -531,18 +535,105 @@ def test_compiled_code_with_fp8_weights_can_be_stored():
     assert (empty.shape, empty.dtype, empty.block_size) == (weight.shape, weight.dtype, weight.block_size)
 
 
-@pytest.mark.parametrize(
-    "asked", [dict(num_logprobs=0), dict(num_logprobs=2), dict(tokenizer=driver.byte_tokenizer())]
-)
-def test_sampled_log_probabilities_are_vllms(asked):
-    """Other requests go vLLM's way, as do steps of several tokens; what both have appended fits together."""
-    settings = dict(tokenizer=None, num_logprobs=0, cumulative_logprob=0.0) | asked
-    seen = []
-    for kind in (driver.SampledLogprobs, driver.LogprobsProcessor):
-        processor = kind(logprobs=FlatLogprobs(), prompt_logprobs=None, num_prompt_logprobs=None, **settings)
-        for step, tokens in enumerate((1, 2, 1)):
-            ids = 70 + 9 * step + np.arange(3 * tokens, dtype=np.int32).reshape(tokens, 3)
-            new = LogprobsLists(ids, -0.1 * ids.astype(np.float32), ids[:, 0] - 60)
-            processor._update_sample_logprobs(new)
-        seen.append((processor.logprobs, processor.cumulative_logprob))
-    assert seen[0] == seen[1] and len(seen[0][0]) == 4 and len(seen[0][0][3]) == 1 + settings["num_logprobs"]
+# ----- Prompts ----------------------------------------------------------------------------------------------
+
+
+def chat_tokenizer() -> PreTrainedTokenizerFast:
+    """It puts a BOS before every text, and so does its template."""
+    tokenizer = byte_tokenizer()
+    bos = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    tokenizer.backend_tokenizer.post_processor = bos
+    turns = "{% for turn in messages %}[{{ turn.role }}]{{ turn.content }}{% endfor %}"
+    tokenizer.chat_template = "<s>" + turns + "{% if add_generation_prompt %}[assistant]{% endif %}"
+    return tokenizer
+
+
+def test_a_line_of_a_prompts_file_is_what_ends_with_a_newline(tmp_path):
+    file, tokenizer = tmp_path / "prompts.txt", byte_tokenizer()
+    file.write_bytes("\ufeffa\u2028b\x0cc\r\n\nd\x85e".encode())
+    prompts = driver.read_prompts("--prompts-file", file, tokenizer)
+    assert [(prompt.asked, prompt.text, prompt.columns) for prompt in prompts] == [
+        ("a\u2028b\x0cc", "a\u2028b\x0cc", {}),
+        ("d\x85e", "d\x85e", {}),
+    ]
+    assert [prompt.token_ids for prompt in prompts] == tokenizer(["a\u2028b\x0cc", "d\x85e"]).input_ids
+
+
+def test_json_lines(tmp_path):
+    """Texts with line breaks and lists of messages; other columns, of any kind, are the reward's."""
+    file, tokenizer = tmp_path / "prompts.jsonl", chat_tokenizer()
+    question = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "1 + 1 =\n"}]
+    begun = [*question, {"role": "assistant", "content": "It is"}]
+    rows = [
+        {"prompt": "one\u2028line\nand another", "answer": "2", "tags": ["a", "b"]},
+        {"prompt": question, "answer": 2, "tags": None},
+        {"tags": {}, "answer": 0.5, "prompt": begun},
+    ]
+    lines = [json.dumps(row, ensure_ascii=False) for row in rows]
+    file.write_bytes(("\ufeff" + "\r\n\n".join(lines)).encode())
+    prompts = driver.read_prompts("--prompts-file", file, tokenizer)
+    assert [{"prompt": prompt.asked} | prompt.columns for prompt in prompts] == rows
+    text = "[system]Be brief.[user]1 + 1 =\n[assistant]"
+    assert [prompt.text for prompt in prompts] == [rows[0]["prompt"], f"<s>{text}", f"<s>{text}It is"]
+    for prompt, expected in zip(prompts, [rows[0]["prompt"], text, f"{text}It is"], strict=True):
+        assert prompt.token_ids == [1, *byte_tokenizer()(expected).input_ids], "one BOS"
+
+
+def checked(folder, **flags) -> tuple:
+    """As `main` looks at its flags, on a machine without a GPU."""
+    config, device = driver.resolve(driver.Config(output_dir=folder / "out", **flags), 0)
+    return driver.check(config, device)
+
+
+def test_the_engine_has_room_for_the_longest(tmp_path):
+    """Of prompts and held-out ones, and what follows; more may be asked for."""
+    prompts, held_out = tmp_path / "prompts.txt", tmp_path / "held_out.txt"
+    prompts.write_text("x" * 30 + "\nshort\n")
+    held_out.write_text("short\n" + "x" * 40)
+    flags = dict(prompts_file=prompts, max_tokens=7)
+    for more, length in (
+        ({}, 37),
+        (dict(held_out_file=held_out), 47),
+        (dict(engine_args='{"max_model_len": 99}'), 99),
+        (dict(engine_args='{"max_num_seqs": 8}', tensor_parallel_size=1), 37),
+    ):
+        config, read, read_held_out, _, first = checked(tmp_path, **flags | more)
+        arguments = driver.engine_arguments(config, "cpu")
+        assert arguments["max_model_len"] == length and first == 0
+        assert arguments.get("max_num_seqs", 8) == 8 and arguments["model"] == str(driver.TINY)
+        assert [len(prompt.token_ids) for prompt in read] == [30, 5]
+        assert [len(prompt.token_ids) for prompt in read_held_out] == [5, 40] * ("held_out_file" in more)
+
+
+def test_without_a_file_vllms_examples_are_asked(tmp_path):
+    _, prompts, held_out, _, _ = checked(tmp_path, model=write_config(tmp_path / "model", "tiny-opt"))
+    assert [prompt.asked for prompt in prompts] == driver.PROMPTS and held_out == []
+
+
+def test_each_prompt_has_its_turn_and_each_sample_its_seed():
+    """Also with several engines; vLLM counts on from a prompt's seed for its samples."""
+    config = driver.Config(prompts_per_step=3, samples_per_prompt=4, max_tokens=5, temperature=0.7)
+    prompts = [driver.Prompt(str(i), {}, [i], str(i)) for i in range(5)]
+    calls = []
+    engine = SimpleNamespace(rollout=SimpleNamespace(remote=lambda *args: calls.append(args)))
+    for step in range(3):
+        batch = driver.prompts_of_step(config, prompts, step)
+        assert [prompt.asked for prompt in batch] == [str((3 * step + i) % 5) for i in range(3)]
+        assert len(driver.ask([engine, engine], batch, config, step)) == 2
+    assert [len(asked) for asked, _ in calls] == [2, 1] * 3
+    params = [driver.SamplingParams(**each) for _, settings in calls for each in settings]
+    seeds = [each.seed + i for each in params for i in range(each.n)]
+    assert len(set(seeds)) == len(seeds) == 3 * 3 * 4
+    assert {(each.temperature, each.max_tokens, each.logprobs) for each in params} == {(0.7, 5, 0)}
+    calls.clear()
+    driver.ask([engine] * 4, prompts, config, greedy=True)  # two each; none is left for the last
+    assert [len(asked) for asked, _ in calls] == [2, 2, 1]
+    assert {(each["n"], each["temperature"]) for _, settings in calls for each in settings} == {(1, 0)}
+
+
+def test_rollouts_of_all_engines_come_in_order(monkeypatch):
+    """With the seconds of the slowest engine, and the oldest weights."""
+    monkeypatch.setattr(driver, "wait", lambda asked, *_: asked)
+    rollouts = [driver.Rollout([3], [i], [-1.0]) for i in range(3)]
+    asked = [(rollouts[:2], 1.5, 7), (rollouts[2:], 0.5, 8)]
+    assert driver.take_in(asked, driver.Config()) == (rollouts, 1.5, 7)

@@ -1,7 +1,7 @@
 """What a weight sync costs, beside a raw broadcast of the same bytes and what others do; for one model shape,
 in one run.
 
-    python tests/bench_weight_sync.py --shape qwen3-8b --tensor-parallel-size 1 [any flag of the driver]
+    python tests/bench/bench_weight_sync.py --shape qwen3-8b --tensor-parallel-size 1 [any flag of the driver]
 
 Trainer and engine start from one checkpoint of random weights. The sync is proved, and each method begins
 with an engine whose weights are all zero; afterwards every stored tensor and every answer is compared with
@@ -23,6 +23,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import matplotlib.pyplot as plt
+import tests_on_path  # noqa: F401
 import torch
 import tyro
 from transformers import AutoModelForCausalLM
@@ -39,6 +40,7 @@ from harness import (
     sampled,
     sync,
     vllm_arguments,
+    with_length,
     write_result,
     zero_and_sync,
 )
@@ -162,7 +164,7 @@ def join_vllm(trainer: driver.Trainer, llm, world_size: int) -> None:
 class DummyTrainer(WeightSender):
     """A trainer whose model is made in place, in BF16, without an optimizer."""
 
-    def __init__(self, config: Benchmark, path: str):
+    def __init__(self, config: Benchmark):
         with torch.device(config.trainer_device):
             model = AutoModelForCausalLM.from_config(SHAPES[config.shape], dtype=torch.bfloat16)
         super().__init__(model, config.trainer_device)
@@ -178,7 +180,8 @@ def main(config: Benchmark) -> dict:
         folder = Path(cleanup.enter_context(tempfile.TemporaryDirectory()))
         path = (write_config if config.dummy else build_random_model)(folder / "model", config.shape)
         torch.cuda.empty_cache()
-        config, device = driver.resolve(config, connect(config, cleanup))
+        wanted = with_length(dataclasses.replace(config, model=path))
+        config, device = driver.resolve(wanted, connect(wanted, cleanup))
         own = {"worker_extension_cls": "bench_weight_sync.BenchmarkExtension"}
         own |= {"gpu_memory_utilization": config.gpu_memory_utilization}
         own |= {"load_format": "dummy"} if config.dummy else {}
@@ -190,8 +193,8 @@ def main(config: Benchmark) -> dict:
             config = dataclasses.replace(config, trainer_dtype="bfloat16")  # as DummyTrainer makes it
         start = time.perf_counter()
         with vllm_arguments(**own):
-            trainer = driver.start_trainer(config, path, cleanup)
-            actor = driver.start_engine(config, path, device, cleanup)
+            trainer = driver.start_trainer(config, cleanup)
+            actor = driver.start_engine(config, device, cleanup)
             helper.join_group(trainer, [actor], timeout_s=config.timeout_s)
         ranks = account_for_fp8([actor], config)
         startup_s = time.perf_counter() - start
@@ -227,7 +230,7 @@ def measure_raw(config: Benchmark, trainer, actor) -> list[float]:
 def measure(config: Benchmark, device: str, trainer, actor) -> dict:
     """Every method: seconds, extra memory of both sides, and is the engine then as at its cold start?"""
     llm, rows, ask_trainer = Remote(actor), {}, functools.partial(on_trainer, config, trainer)
-    [cold] = helper.observe([actor], config.timeout_s, driver.PROMPTS, 16)
+    [cold] = helper.observe([actor], config.timeout_s, helper.PROMPTS, 16)
     syncs, factors = [], [2.0, 0.5]
 
     def our_sync() -> float:
@@ -339,7 +342,7 @@ def report(result: dict) -> None:
     print(f"{title}\n{'':42} {'ms':>10} {'GB/s':>7} {'x raw':>8}  extra GiB: trainer, ranks | as before?")
     for method, row in result["rows"].items():
         extra = ", ".join(f"{gib:.2f}" for gib in row["extra_gib"])
-        equal = driver.some(row["different"]) or "yes" if "different" in row else ""
+        equal = helper.some(row["different"]) or "yes" if "different" in row else ""
         figures = f"{1e3 * row['seconds']:10.2f} {row['gb_per_s']:7.2f} {row['ratio']:8.2f}"
         print(f"{method:42} {figures}  {extra} | {equal}")
     calls = ", ".join(f"{name} {1e3 * seconds:.2f} ms" for name, seconds in result["calls"].items())

@@ -1,6 +1,6 @@
 """What an engine holds in memory, in BF16 and with `--quantization`; in one run.
 
-    python tests/bench_memory.py --model Qwen/Qwen3-8B --tensor-parallel-size 1 [any flag of the driver]
+    python tests/bench/bench_memory.py --model Qwen/Qwen3-8B --tensor-parallel-size 1 [any flag of the driver]
 
 Prints both and their ratio, and writes OUTPUT_DIR/memory.json.
 """
@@ -8,13 +8,13 @@ Prints both and their ratio, and writes OUTPUT_DIR/memory.json.
 import contextlib
 import dataclasses
 import json
-import tempfile
 
 import psutil
+import tests_on_path  # noqa: F401
 import torch
 import tyro
 
-from harness import connect, driver, helper, vllm_arguments
+from harness import connect, driver, helper, sampled, vllm_arguments, with_length
 from rlhf_utils import Reached, WorkerExtension
 
 
@@ -49,7 +49,8 @@ def measure_inference_memory(
     config: driver.Config | None = None,
     device: str | None = None,
 ) -> dict[str, float]:
-    """What an engine holds with `config`, or with the same in BF16; it and a trainer start for this and end.
+    """What an engine of a model holds with `config`, or with the same in BF16; it and a trainer start for
+    this and end.
 
     Without `config` and `device` it uses the defaults and connects to Ray itself. Returns, each the most of
     all engine ranks: `weights_gib`; `linear_gib`, of linear layers alone; `kv_cache_tokens`; and the most GiB
@@ -59,9 +60,10 @@ def measure_inference_memory(
     with contextlib.ExitStack() as cleanup:
         if config is None:
             config, device = driver.resolve(driver.Config(), connect(driver.Config(), cleanup))
-        config = dataclasses.replace(config, quantization=config.quantization if use_quantization else "none")
+        quantization = config.quantization if use_quantization else "none"
+        config = with_length(dataclasses.replace(config, model=model_name, quantization=quantization))
         cleanup.enter_context(vllm_arguments(worker_extension_cls="bench_memory.Extension"))
-        trainer, engines, ranks = driver.start(config, model_name, device, cleanup)
+        trainer, engines, ranks = driver.start(config, device, cleanup)
 
         def most(method: str) -> float:
             """Of all ranks."""
@@ -72,17 +74,17 @@ def measure_inference_memory(
         memory["startup_gib"] = most("peak_memory_gib")
         helper.sync_weights_to_quantized_engine(trainer, engines, timeout_s=config.timeout_s)
         memory["sync_gib"] = most("peak_memory_gib")
-        driver.generate(engines, driver.PROMPTS, config)
+        sampled(config, engines)
         memory["generation_gib"] = most("peak_memory_gib")
     return memory
 
 
-def compare_memory(config: driver.Config, path: str, device: str) -> dict:
+def compare_memory(config: driver.Config, device: str) -> dict:
     """Print, and write to memory.json, what the same memory holds in BF16 and with `--quantization`."""
     if config.quantization == "none":
         raise SystemExit("--quantization none: expected what BF16 is to be compared with: fp8-dynamic")
     found = {
-        name: measure_inference_memory(path, name != "BF16", config, device)
+        name: measure_inference_memory(config.model, name != "BF16", config, device)
         for name in ("BF16", config.quantization)
     }
     bf16, fp8 = found.values()
@@ -104,12 +106,10 @@ def compare_memory(config: driver.Config, path: str, device: str) -> dict:
 
 
 def main(config: driver.Config) -> None:
-    """Connect, find the model, compare."""
+    """Connect, compare."""
     with contextlib.ExitStack() as cleanup:
         config, device = driver.resolve(config, connect(config, cleanup))
-        folder = cleanup.enter_context(tempfile.TemporaryDirectory())
-        path = driver.build_tiny_model(folder) if config.model == "tiny" else config.model
-        compare_memory(config, path, device)
+        compare_memory(config, device)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """How long a start takes, cold and with what the first start compiled; in one run.
 
-    python tests/bench_startup.py --shape qwen3-0.6b --tensor-parallel-size 1 [any flag of the driver]
+    python tests/bench/bench_startup.py --shape qwen3-0.6b --tensor-parallel-size 1 [any flag of the driver]
 
 Each start is the driver's (trainer, engine, group), in new processes, and both share a fresh cache folder of
 vLLM's. On the CPU, where vLLM compiles more simply, its way for GPUs is switched on. Writes
@@ -10,14 +10,17 @@ OUTPUT_DIR/startup_SHAPE.json.
 import contextlib
 import dataclasses
 import importlib
+import os
 import tempfile
 import time
 from pathlib import Path
+from unittest import mock
 
+import tests_on_path  # noqa: F401
 import torch
 import tyro
 
-from harness import Remote, connect, driver, generate, vllm_arguments, write_result
+from harness import Remote, connect, driver, generate, vllm_arguments, with_length, write_result
 from random_models import build_random_model
 from rlhf_utils import WorkerExtension
 
@@ -57,7 +60,7 @@ def compile_as_on_gpus() -> dict:
     return {"enforce_eager": False, "compilation_config": {"pass_config": without}}
 
 
-class CompilingOnCPU(driver.MyLLM):
+class CompilingOnCPU(driver.RolloutLLM):
     """The engine, compiled on the CPU as well."""
 
     def __init__(self, **arguments):
@@ -67,20 +70,21 @@ class CompilingOnCPU(driver.MyLLM):
 def main(config: Benchmark) -> dict:
     """Start twice, write and print."""
     seconds, outputs = {"start": [], "of which compilation": []}, []
-    actor_environment = driver.actor_environment
     with contextlib.ExitStack() as cleanup:
         folder = Path(cleanup.enter_context(tempfile.TemporaryDirectory()))
         path = build_random_model(folder / "model", config.shape)
         torch.cuda.empty_cache()
-        driver.actor_environment = lambda: actor_environment() | {"VLLM_CACHE_ROOT": str(folder / "cache")}
-        config, device = driver.resolve(config, connect(config, cleanup))
+        cleanup.enter_context(mock.patch.dict(os.environ, VLLM_CACHE_ROOT=str(folder / "cache")))
+        wanted = with_length(dataclasses.replace(config, model=path))
+        config, device = driver.resolve(wanted, connect(wanted, cleanup))
         if device == "cpu":  # by its module's name, which is not __main__ for the actors
-            driver.MyLLM = importlib.import_module("bench_startup").CompilingOnCPU
+            kind = importlib.import_module("bench_startup").CompilingOnCPU
+            cleanup.enter_context(mock.patch.object(driver, "RolloutLLM", kind))
         cleanup.enter_context(vllm_arguments(worker_extension_cls="bench_startup.Extension"))
         for _ in ("first", "second"):
             with contextlib.ExitStack() as stop:
                 began = time.perf_counter()
-                _, [actor], _ = driver.start(config, path, device, stop)
+                _, [actor], _ = driver.start(config, device, stop)
                 seconds["start"].append(time.perf_counter() - began)
                 llm = Remote(actor)
                 seconds["of which compilation"].append(max(llm.collective_rpc("compilation_s")))

@@ -1,6 +1,6 @@
 """The program with random models, several steps; then its engine beside a fresh one from its checkpoint.
 
-    python tests/check_program.py --shapes small-mixtral --quantization fp8_per_channel [the driver's flags]
+    python tests/bench/check_program.py --shapes small-mixtral --quantization fp8_per_channel [any flag]
 
 Prints a line for each.
 """
@@ -14,11 +14,12 @@ from pathlib import Path
 from unittest import mock
 
 import ray
+import tests_on_path  # noqa: F401
 import torch
 import transformers
 import tyro
 
-from harness import Remote, assert_same, driver, fresh_engine, helper, observe, vllm_arguments
+from harness import Remote, assert_same, driver, fresh_engine, helper, observe, vllm_arguments, with_length
 from random_models import build_random_model, write_config
 
 
@@ -41,13 +42,14 @@ class Check(driver.Config):
 class DummyTrainer(driver.Trainer):
     """Memory for weights alone."""
 
-    def __init__(self, config: Check, path: str):
-        def made(folder: str, config: transformers.PreTrainedConfig, dtype, **_) -> torch.nn.Module:
-            with torch.device(self.config.trainer_device):
-                return transformers.AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype))
+    def __init__(self, config: Check):
+        def made(folder: str, dtype: str, **_) -> torch.nn.Module:
+            shape = transformers.AutoConfig.from_pretrained(folder)
+            with torch.device(config.trainer_device):
+                return transformers.AutoModelForCausalLM.from_config(shape, dtype=getattr(torch, dtype))
 
         with mock.patch.object(transformers.AutoModelForCausalLM, "from_pretrained", made):
-            super().__init__(config, path)
+            super().__init__(config)
         for parameter in self.model.parameters():
             parameter.register_post_accumulate_grad_hook(self._use)
 
@@ -56,14 +58,13 @@ class DummyTrainer(driver.Trainer):
         parameter.sub_(parameter.grad.sign_(), alpha=self.config.learning_rate)
         parameter.grad = None
 
-    def save_checkpoint(self, output_dir: Path) -> tuple[int, Path]:
+    def save_checkpoint(self, output_dir: Path, **_) -> tuple[int, Path]:
         """Nowhere."""
         return self.step, output_dir
 
 
-def run(check: Check, path: str) -> tuple[dict, dict, driver.Config, str]:
-    """The program's summary; what its engine held and said at the end (`harness.observe`); its config and the
-    engine's device."""
+def run(check: Check) -> tuple[dict, dict, driver.Config]:
+    """The program's summary; what its engine held and said at the end (`harness.observe`); its config."""
     seen, plain_start, plain_report = [], driver.start, driver.report
 
     def start(*args):
@@ -72,21 +73,22 @@ def run(check: Check, path: str) -> tuple[dict, dict, driver.Config, str]:
             helper.find_agreement([trainer], [engine], helper.BUCKET_BYTES, check.timeout_s)
             helper.bring_weights([trainer], [engine], check.timeout_s, by_session=True)
             ray.get(engine.__ray_call__.remote(lambda llm: setattr(llm, "weights_version", 0)))
-        seen.append(trainer)
+        seen.extend([trainer, engine])
         return trainer, [engine], ranks
 
-    def report(config, device, engine, *more):
-        trainer, then = seen.pop(), observe(Remote(engine))
+    def report(config, summary):
+        trainer, engine = seen
+        then = observe(Remote(engine))
         if check.dummy:
             driver.wait(helper.on_workers([engine], "zero_weights"), 60, "setting weights to zero")
             helper.bring_weights([trainer], [engine], config.timeout_s, by_session=True)
             assert_same(then, observe(Remote(engine)))
-        seen.extend([then, config, device])
-        return plain_report(config, device, engine, *more)
+        seen[:] = then, config
+        plain_report(config, summary)
 
     kind = DummyTrainer if check.dummy else driver.Trainer
     with mock.patch.multiple(driver, start=start, report=report, Trainer=kind):
-        summary = driver.main(dataclasses.replace(check, model=path))
+        summary = driver.main(check)
     return summary, *seen
 
 
@@ -96,11 +98,12 @@ def main(check: Check) -> None:
         with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as cleanup:
             path = (write_config if check.dummy else build_random_model)(f"{folder}/model", shape)
             torch.cuda.empty_cache()
-            own = dataclasses.replace(check, output_dir=Path(folder))
+            own = with_length(dataclasses.replace(check, model=path, output_dir=Path(folder)))
             with vllm_arguments(**({"load_format": "dummy"} if check.dummy else {})):
-                summary, seen, config, device = run(own, path)
+                summary, seen, config = run(own)
             if not check.dummy:
-                fresh = fresh_engine(config, f"{folder}/checkpoint-{check.steps}", device, "0,1")
+                learned = dataclasses.replace(config, model=f"{folder}/checkpoint-{check.steps}")
+                fresh = fresh_engine(learned, summary["device"], "0,1")
                 assert_same(seen, cleanup.enter_context(fresh)())
         proof, last = summary["sync"], summary["last_step"]
         found = (

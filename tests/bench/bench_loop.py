@@ -1,7 +1,7 @@
 """Seconds of a training step by phase, in turn and overlapped, in one run; with `--peer trl` beside TRL's.
 
-    python tests/bench_loop.py --shape qwen3-0.6b --tensor-parallel-size 1 --max-model-len 1024 \
-        --lengths 128 512 --peer trl [any flag of the driver]
+    python tests/bench/bench_loop.py --shape qwen3-0.6b --tensor-parallel-size 1 --lengths 128 512 \
+        --peer trl [any flag of the driver]
 
 Trainer and engine start once, from one checkpoint of random weights, whose answers have full length. For each
 length: the engine's mismatch with the trainer, by precision of the trainer's products; rollouts as the loop
@@ -25,16 +25,16 @@ import time
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Literal
 from unittest import mock
 
 import matplotlib.pyplot as plt
+import tests_on_path  # noqa: F401
 import tyro
 from vllm import SamplingParams
 from vllm.utils.network_utils import get_open_port
 
-from harness import connect, driver, helper, mismatch_kl, sampled, write_result
+from harness import connect, driver, helper, mismatch_kl, sampled, to_prompts, with_length, write_result
 from random_models import build_random_model
 
 WARM_UP = 2
@@ -66,24 +66,21 @@ class MeasuredTrainer(driver.Trainer):
 
     def checkpoint_activations(self, mode: str) -> None:
         """From now on, as the driver's flag does it at the start."""
+        for module in self.model.modules():
+            vars(module).pop("forward", None)  # what the driver has put before the class's
         if mode == "on":
             driver.checkpoint_layers(self.model)
-        else:
-            self.model.gradient_checkpointing_disable()
-            self.model.eval()
 
 
-def steps(config: Benchmark, trainer, engines: list, overlap: bool) -> dict[str, float]:
+def steps(config: Benchmark, trainer, engines: list, prompts: list, overlap: bool) -> dict[str, float]:
     """Medians of the loop's metrics, the trainer's largest memory, and the first step's mismatch."""
-    rows, ahead = [], None
+    rows, asked = [], None
     count = WARM_UP + config.repeats + overlap  # overlapped, the last one generates nothing
     for step in range(count):
-        prompts = driver.prompts_of_step(config, driver.PROMPTS, step)
-        more = (
-            driver.prompts_of_step(config, driver.PROMPTS, step + 1) if overlap and step + 1 < count else None
-        )
-        *_, row, ahead = driver.rlhf_training_iteration(
-            trainer, engines, prompts, config, step, ahead, next_prompts=more
+        batch, following = (driver.prompts_of_step(config, prompts, number) for number in (step, step + 1))
+        more = following if overlap and step + 1 < count else None
+        row, _, asked = driver.rlhf_training_iteration(
+            trainer, engines, batch, driver.letters, config, step, asked, next_prompts=more
         )
         rows.append(row)
         print(driver.LINE_OF_STEP.format(**row), flush=True)
@@ -94,45 +91,36 @@ def steps(config: Benchmark, trainer, engines: list, overlap: bool) -> dict[str,
     return result | {"trainer_gib": max(row["trainer_gib"] for row in rows)}
 
 
-def generate_formerly(llm, prompts: list[str], params: list[SamplingParams]) -> list:
-    """In the engine: `generate`, while vLLM's own code takes in the log-probabilities."""
-    with mock.patch.object(driver.output_processor, "LogprobsProcessor", driver.LogprobsProcessor):
-        return llm.generate(prompts, params, use_tqdm=False)
+def generate_plainly(llm, prompts: list[list[int]], params: SamplingParams) -> float:
+    """In the engine: tokens per second of vLLM's own `generate`."""
+    start = time.perf_counter()
+    asked = [{"prompt_token_ids": prompt} for prompt in prompts]
+    outputs = llm.generate(asked, params, use_tqdm=False)
+    seconds = time.perf_counter() - start
+    return sum(len(answer.token_ids) for output in outputs for answer in output.outputs) / seconds
 
 
-def rollout_rates(config: Benchmark, engine) -> dict[str, float]:
-    """Tokens per second: `loop`, as the loop asks; `former`, the same, but log-probabilities by vLLM's own
-    code; `plain`, LLM.generate with neither seeds nor log-probabilities.
+def rollout_rates(config: Benchmark, engine, prompts: list) -> dict[str, float]:
+    """Tokens per second: `loop`, as the loop asks; `plain`, LLM.generate with neither seeds nor
+    log-probabilities.
     """
-
-    def ask_formerly(*asked, use_tqdm: bool):
-        return engine.__ray_call__.remote(generate_formerly, *asked)
-
-    formerly = SimpleNamespace(generate=SimpleNamespace(remote=ask_formerly))
-    prompts = driver.prompts_of_step(config, driver.PROMPTS, 0)
-    params = SamplingParams(
-        n=config.samples_per_prompt, max_tokens=config.max_tokens, temperature=config.temperature
-    )
-    rates = {"loop": [], "former": [], "plain": []}
+    batch, rates = driver.prompts_of_step(config, prompts, 0), {"loop": [], "plain": []}
+    samples = dict(n=config.samples_per_prompt, temperature=config.temperature)
+    plainly = [prompt.token_ids for prompt in batch], SamplingParams(max_tokens=config.max_tokens, **samples)
     for step in range(5):  # in turn, so that nothing that drifts favours one
-        asked = {
-            "loop": driver.generate([engine], prompts, config, step),
-            "former": driver.generate([formerly], prompts, config, step),
-        }
-        plain = engine.generate.remote(prompts, params, use_tqdm=False)
-        [asked["plain"]] = driver.wait([plain], 300, "plain generation")
-        for name, outputs in asked.items():
-            tokens = sum(len(answer.token_ids) for output in outputs for answer in output.outputs)
-            rates[name].append(tokens / outputs[0].seconds)
+        rollouts, seconds, _ = driver.take_in(driver.ask([engine], batch, config, step), config)
+        rates["loop"].append(sum(len(rollout.completion) for rollout in rollouts) / seconds)
+        plain = engine.__ray_call__.remote(generate_plainly, *plainly)
+        rates["plain"] += driver.wait([plain], 300, "plain generation")
     return {name: statistics.median(each) for name, each in rates.items()}
 
 
-def measure(config: Benchmark, path: str, device: str, port: int | None) -> dict[int, dict]:
+def measure(config: Benchmark, device: str, port: int | None) -> dict[int, dict]:
     """The program's part: for each length its rates, mismatches, and medians by mode and way."""
-    found = {}
+    found, prompts = {}, to_prompts(config.model)
     with contextlib.ExitStack() as stop:
         stop.enter_context(mock.patch.object(driver, "Trainer", MeasuredTrainer))
-        trainer, engines, _ = driver.start(config, path, device, stop)
+        trainer, engines, _ = driver.start(config, device, stop)
         helper.prove_sync(trainer, engines, timeout_s=config.timeout_s)
         if port:
             wait_for_server(port)  # its start would be measured, too
@@ -144,24 +132,25 @@ def measure(config: Benchmark, path: str, device: str, port: int | None) -> dict
                 [kl[precision]] = driver.wait([comparing], 300, "comparing")
             found[length] = {
                 "mismatch_kl_of_the_first_batch": kl,
-                "rollout_tokens_per_s": rollout_rates(own, engines[0]),
+                "rollout_tokens_per_s": rollout_rates(own, engines[0], prompts),
             }
             for mode in MODES:
                 driver.wait([trainer.checkpoint_activations.remote(mode)], 60, "switching")
                 found[length][mode] = {
-                    "in turn": steps(own, trainer, engines, overlap=False),
-                    "overlapped": steps(own, trainer, engines, overlap=True),
+                    "in turn": steps(own, trainer, engines, prompts, overlap=False),
+                    "overlapped": steps(own, trainer, engines, prompts, overlap=True),
                 }
             print(length, json.dumps(found[length]), flush=True)
     return found
 
 
 @contextlib.contextmanager
-def trl_server(config: Benchmark, path: str) -> Iterator[int]:
+def trl_server(config: Benchmark) -> Iterator[int]:
     """TRL's vLLM server, on our trainer's GPU, where it takes little memory and idles meanwhile; its port."""
-    port = get_open_port()
-    command = [sys.executable, "-m", "trl.scripts.vllm_serve", "--model", path, "--host", "127.0.0.1"]
-    command += ["--port", str(port), "--max_model_len", str(config.max_model_len), "--dtype", "bfloat16"]
+    port, longest = get_open_port(), json.loads(config.engine_args)["max_model_len"]
+    command = [sys.executable, "-m", "trl.scripts.vllm_serve", "--model", config.model]
+    command += ["--host", "127.0.0.1", "--port", str(port), "--max_model_len", str(longest)]
+    command += ["--dtype", "bfloat16"]
     command += ["--gpu_memory_utilization", "0.3"]
     environment = os.environ | {"CUDA_VISIBLE_DEVICES": "0", "VLLM_SERVER_DEV_MODE": "1"}
     with (config.output_dir / "trl_server.log").open("w") as log:
@@ -187,15 +176,16 @@ def wait_for_server(port: int, limit_s: float = 300) -> None:
             time.sleep(1)
 
 
-def measure_trl(config: Benchmark, path: str, port: int) -> dict[int, dict]:
+def measure_trl(config: Benchmark, port: int) -> dict[int, dict]:
     """TRL's part: seconds of a step by length and mode, each in a process of its own, on our engine's GPU."""
     found = {length: {} for length in config.lengths}
     for length, mode in itertools.product(config.lengths, MODES):
         numbers = [WARM_UP + config.repeats, length, config.tokens_per_microbatch // length, port]
-        command = [sys.executable, str(Path(__file__).with_name("peer_trl.py")), path, *map(str, numbers)]
+        program = str(Path(__file__).with_name("peer_trl.py"))
+        command = [sys.executable, program, config.model, *map(str, numbers)]
         with (config.output_dir / f"trl_{length}_{mode}.log").open("w") as log:
             output = subprocess.run(
-                [*command, mode, json.dumps(driver.PROMPTS)],
+                [*command, mode, json.dumps(helper.PROMPTS)],
                 env=os.environ | {"CUDA_VISIBLE_DEVICES": "1"},
                 stdout=subprocess.PIPE,
                 stderr=log,
@@ -214,13 +204,13 @@ def main(config: Benchmark) -> dict:
     config.output_dir.mkdir(parents=True, exist_ok=True)
     with contextlib.ExitStack() as cleanup:
         path = build_random_model(cleanup.enter_context(tempfile.TemporaryDirectory()), config.shape)
-        port = cleanup.enter_context(trl_server(config, path)) if config.peer == "trl" else None
+        config = with_length(dataclasses.replace(config, model=path), 64 + max(config.lengths))
+        port = cleanup.enter_context(trl_server(config)) if config.peer == "trl" else None
         with contextlib.ExitStack() as stop:
-            wanted = dataclasses.replace(config, model=path, reward="letters")
-            config, device = driver.resolve(wanted, connect(config, stop))
-            result = write_result(config, device, "loop", lengths=measure(config, path, device, port))
+            config, device = driver.resolve(config, connect(config, stop))
+            result = write_result(config, device, "loop", lengths=measure(config, device, port))
         if port:
-            for length, said in measure_trl(config, path, port).items():
+            for length, said in measure_trl(config, port).items():
                 for mode in MODES:
                     result["lengths"][length][mode]["TRL"] = said[mode]
     (config.output_dir / f"loop_{config.shape}.json").write_text(json.dumps(result, indent=2))
@@ -257,9 +247,8 @@ def report(result: dict, config: Benchmark) -> None:
                 left += seconds
             axis.text(left, y, f" {left:.2f}", va="center", fontsize="small")
         rates, kl = found["rollout_tokens_per_s"], found["mismatch_kl_of_the_first_batch"]
-        for name in ("loop", "former"):
-            part = f"{rates[name] / rates['plain']:.2f} of plain LLM.generate"
-            print(f"{length:6} rollouts, {name}: {rates[name]:.0f} tokens/s, {part}")
+        part = f"{rates['loop'] / rates['plain']:.2f} of plain LLM.generate"
+        print(f"{length:6} rollouts: {rates['loop']:.0f} tokens/s, {part}")
         print(f"{length:6} mismatch KL: BF16 products {kl['bfloat16']:.2e}, FP32 {kl['float32']:.2e}")
         axis.set(title=f"{length} tokens", xlabel="seconds a step", yticks=[*bars.values()])
         axis.set_yticklabels(bars)

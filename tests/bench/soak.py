@@ -1,12 +1,13 @@
 """Long runs outside CI: the loop for minutes on end, and signals at random moments of many short runs.
 
-    python tests/soak.py --minutes 15 --signals 20
+    python tests/bench/soak.py --minutes 15 --signals 20
 
 Prints memory, handles and the time of a sync over the run, and for each signal in which phase it came and how
 long it took until every process was gone. Fails if anything drifts or stays.
 """
 
 import dataclasses
+import os
 import random
 import re
 import signal
@@ -16,6 +17,7 @@ import time
 from pathlib import Path
 
 import psutil
+import tests_on_path  # noqa: F401
 import tyro
 from test_program import Program
 
@@ -39,7 +41,7 @@ def usage(program: Program) -> dict[str, tuple[float, int]]:
     found = {}
     for process in (psutil.Process(pid) for pid in program.processes()):
         name = " ".join(process.cmdline())
-        if name.startswith(("ray::Trainer", "ray::MyLLM", "VLLM::Worker")):
+        if name.startswith(("ray::Trainer", "ray::RolloutLLM", "VLLM::Worker")):
             found[re.split("[. ]", name)[0]] = (process.memory_info().rss / 2**20, process.num_fds())
     return found
 
@@ -52,10 +54,10 @@ def loop(minutes: float, folder: Path) -> None:
     first = usage(program)
     time.sleep(60 * minutes - 60)
     last = usage(program)
-    program.process.send_signal(signal.SIGTERM)
-    program.process.wait(30)
+    os.kill(program.process.pid, signal.SIGTERM)
+    program.wait(30)
     program.assert_nothing_left()
-    rows = driver.read_metrics(folder / "outputs")
+    rows = driver.read_metrics(folder / "outputs" / "metrics.jsonl")
     early, late = (statistics.median(row["sync_s"] for row in part) for part in (rows[10:60], rows[-50:]))
     syncs = f"{1e3 * early:.1f} ms at first, {1e3 * late:.1f} at last"
     print(f"{len(rows)} steps in {minutes:g} minutes; median sync {syncs}")
@@ -70,12 +72,12 @@ def signals(count: int, folder: Path) -> None:
     for number in range(count):
         how, after = (signal.SIGINT, signal.SIGTERM, signal.SIGKILL)[number % 3], random.uniform(0, 60)
         (folder / str(number)).mkdir()
-        program = Program("--save-every", "1", cwd=folder / str(number))
-        time.sleep(after)
-        ended = program.process.poll() is not None
-        program.process.send_signal(how)
+        program = Program("--save-every", "1", cwd=folder / str(number), as_typed=how == signal.SIGINT)
+        ended = program.wait(after) is not None
+        if not ended:
+            os.kill(program.process.pid, how)
         began = time.monotonic()
-        code = program.process.wait(30)
+        code = program.wait(30)
         program.assert_nothing_left()
         where = (program.printed().splitlines() or ["nothing printed"])[-1][:60]
         gone = time.monotonic() - began

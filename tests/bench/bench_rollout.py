@@ -1,6 +1,6 @@
 """Does FP8 pay? Sampled tokens per second of several engines of one model shape, beside BF16, in one run.
 
-    python tests/bench_rollout.py --shape qwen3-8b --tensor-parallel-size 1 --batches 1 16 64 256 512 \
+    python tests/bench/bench_rollout.py --shape qwen3-8b --tensor-parallel-size 1 --batches 1 16 64 256 512 \
         --contexts 128x128 4096x128 --engines bf16 fp8 fp8-kv fp8-per-channel bf16-eager fp8-eager \
         [any flag of the driver]
 
@@ -17,22 +17,23 @@ import time
 from pathlib import Path
 
 import matplotlib.pyplot as plt
+import tests_on_path  # noqa: F401
 import torch
 import tyro
-from vllm import SamplingParams
 
 from harness import Remote, connect, driver, vllm_arguments, write_result
 from random_models import write_config
 
 # Name -> what it changes in the program's settings, and in vLLM's arguments.
+EAGER = {"enforce_eager": True}
 ENGINES = {
     "bf16": ({"quantization": "none"}, {}),
     "fp8": ({}, {}),
     "fp8-as-shipped": ({}, {"worker_extension_cls": "as_shipped.AsShipped"}),  # torchao's own product
     "fp8-kv": ({}, {"kv_cache_dtype": "fp8"}),
     "fp8-per-channel": ({"quantization": "fp8_per_channel"}, {}),  # vLLM's own online quantization
-    "bf16-eager": ({"quantization": "none", "enforce_eager": True}, {}),
-    "fp8-eager": ({"enforce_eager": True}, {}),
+    "bf16-eager": ({"quantization": "none"}, EAGER),
+    "fp8-eager": ({}, EAGER),
 }
 
 
@@ -56,12 +57,12 @@ class Benchmark(driver.Config):
     """There is none."""
 
 
-def random_prompts(batch: int, length: int, repeat: int) -> list[dict]:
+def random_prompts(batch: int, length: int, repeat: int) -> list[driver.Prompt]:
     """Token ids, other ones each time, so that no prompt is in the prefix cache."""
     ids = torch.randint(
         3, 250, (batch, length), generator=torch.Generator().manual_seed(1000 * batch + repeat)
     )
-    return [{"prompt_token_ids": row} for row in ids.tolist()]
+    return [driver.Prompt("", {}, row, "") for row in ids.tolist()]
 
 
 def measure(config: Benchmark, llm: Remote) -> dict[str, float]:
@@ -69,14 +70,14 @@ def measure(config: Benchmark, llm: Remote) -> dict[str, float]:
     result = {}
     for context in config.contexts:
         length, new = map(int, context.split("x"))
-        params = SamplingParams(max_tokens=new, ignore_eos=True, **driver.ROLLOUT)
+        params = dict(max_tokens=new, ignore_eos=True, logprobs=0, flat_logprobs=True, detokenize=False)
         for batch in config.batches:
             seconds = []
             for repeat in range(1 + config.repeats):
                 start = time.perf_counter()
-                outputs = llm.generate(random_prompts(batch, length, repeat), params, use_tqdm=False)
+                rollouts, *_ = llm.rollout(random_prompts(batch, length, repeat), [params] * batch)
                 seconds.append(time.perf_counter() - start)
-                assert all(len(output.outputs[0].token_ids) == new for output in outputs)
+                assert [len(rollout.completion) for rollout in rollouts] == [new] * batch
             result[f"{context}, batch {batch}"] = batch * new / statistics.median(seconds[1:])
     return result
 
@@ -87,15 +88,17 @@ def main(config: Benchmark) -> dict:
     longest = max(sum(map(int, context.split("x"))) for context in config.contexts)
     with contextlib.ExitStack() as cleanup:
         path = write_config(cleanup.enter_context(tempfile.TemporaryDirectory()), config.shape)
-        config, device = driver.resolve(config, connect(config, cleanup))
+        wanted = dataclasses.replace(config, model=path)
+        config, device = driver.resolve(wanted, connect(wanted, cleanup))
         for name in config.engines:
             settings, arguments = ENGINES[name]
-            arguments = {"load_format": "dummy", "worker_extension_cls": "bench_memory.Extension"} | arguments
-            own = dataclasses.replace(config, max_model_len=longest, **settings)
+            fixed = {"load_format": "dummy", "worker_extension_cls": "bench_memory.Extension"}
+            arguments = fixed | {"max_model_len": longest} | arguments
+            own = dataclasses.replace(config, **settings)
             with contextlib.ExitStack() as stop:
                 stop.enter_context(vllm_arguments(**arguments))
                 start = time.perf_counter()
-                llm = Remote(driver.start_engine(own, path, device, stop), 900)
+                llm = Remote(driver.start_engine(own, device, stop), 900)
                 ranks = llm.collective_rpc("inspect_weights")
                 found[name] = {
                     "startup_s": time.perf_counter() - start,

@@ -1,6 +1,6 @@
 """Sync equals cold start, on GPUs, for one shape and layout; prints one line with what was measured.
 
-    python tests/check_on_gpus.py --shape qwen3-0.6b --tensor-parallel-size 1 [any flag of the driver]
+    python tests/bench/check_on_gpus.py --shape qwen3-0.6b --tensor-parallel-size 1 [any flag of the driver]
 
 A second engine, fresh from the trainer's checkpoint, starts beside the synced one: on the trainer's GPU if it
 has one.
@@ -13,10 +13,19 @@ import os
 import tempfile
 from pathlib import Path
 
+import tests_on_path  # noqa: F401
 import torch
 import tyro
 
-from harness import connect, driver, seed_demonstration, seed_group, sync_versus_cold_start, vllm_arguments
+from harness import (
+    connect,
+    driver,
+    seed_demonstration,
+    seed_group,
+    sync_versus_cold_start,
+    vllm_arguments,
+    with_length,
+)
 from random_models import build_random_model
 
 
@@ -51,7 +60,8 @@ def main(check: Check) -> None:
         folder = Path(cleanup.enter_context(tempfile.TemporaryDirectory()))
         old, new = (build_random_model(folder / str(seed), check.shape, seed=seed) for seed in (1, 2))
         torch.cuda.empty_cache()
-        config, device = driver.resolve(check, connect(check, cleanup))
+        wanted = with_length(dataclasses.replace(check, model=old))
+        config, device = driver.resolve(wanted, connect(wanted, cleanup))
         own_device = torch.device("cuda:0" if config.trainer_device == "cuda" else "cpu")
 
         def demonstrate(llm, path: str) -> dict:
@@ -71,7 +81,7 @@ def main(check: Check) -> None:
             kill_a_worker=check.kill_a_worker,
         )
     config.output_dir.mkdir(parents=True, exist_ok=True)
-    mode = "eager" if check.enforce_eager else "compiled"
+    mode = "eager" if json.loads(check.engine_args).get("enforce_eager") else "compiled"
     layout = f"{check.shape} TP={check.tensor_parallel_size} trainer={config.trainer_device} {mode}"
     (config.output_dir / f"{layout.replace(' ', '_').replace('=', '')}.json").write_text(
         json.dumps(result, indent=2)
