@@ -7,14 +7,14 @@
 
     prove_sync(trainer, engines)                            # syncs are right, or the run ends here
     for every step:                                         # `rlhf_training_iteration`
-        rollouts = engines.generate(prompts)                # G answers to each, with log-probabilities
-        advantages = compute_advantages(compute_rewards(prompts, rollouts))
-        trainer.train_step(rollouts, advantages)            # PPO's loss, corrected for FP8
+        rollouts = engines.rollout(prompts)                 # G answers to each, with log-probabilities
+        rollouts.advantage = compute_advantages(compute_rewards(prompts, rollouts))
+        trainer.train_step(rollouts)                        # PPO's loss, corrected for FP8
         sync_weights_to_quantized_engine(trainer, engines)  # the next answers come from these weights
 
-Left out, because it hides the pattern: a value network (advantages come from the group), rollouts older than
-`--overlap` makes them, sharded trainers (rlhf_utils.py, with both ends of the wire, takes them). Without a
-GPU the same processes run on the CPU: gloo, weight-only FP8, the model in tests/tiny.
+How weights are sent, quantized and proved is in rlhf_utils.py: both ends of the wire, to be copied alone.
+Left out, because it hides the pattern: a value network, rollouts older than `--overlap` makes them, sharded
+trainers. Without a GPU the same processes run on the CPU: gloo, weight-only FP8, the model in tests/tiny.
 
 Dimensions: P prompts, G samples per prompt, B sequences of a micro-batch, L tokens of a sequence, T = L - 1
 predicted ones, H hidden size, V vocabulary, N sampled tokens at hand; `rewards_PG` has the shape (P, G).
@@ -31,7 +31,6 @@ import logging
 import math
 import os
 import pkgutil
-import re
 import shutil
 import signal
 import socket
@@ -47,22 +46,21 @@ from unittest import mock
 
 # What every process of a run has in its environment, unless the user has set it.
 ENVIRONMENT = {
-    "VLLM_LOGGING_LEVEL": "ERROR",  # anything else, such as INFO: all that libraries say, in every process
+    "VLLM_LOGGING_LEVEL": "ERROR",  # INFO: more in Ray's logs (/tmp/ray/session_latest/logs)
     "TRANSFORMERS_VERBOSITY": "error",
     "TORCH_LOGS": "-torch.utils._pytree",
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # vLLM's scheduler in the actor: batches do not depend on timing
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # without a GPU two workers share a NUMA node
     "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB
+    "RAY_process_group_cleanup_enabled": "true",  # a killed actor's children end, too
+    "SPT_NOENV": "1",  # setproctitle leaves what the reaper reads as it is
 }
 if __name__ == "__main__":
     os.environ |= ENVIRONMENT | os.environ
-    print("Importing PyTorch, vLLM and Ray ...", flush=True)
-    signal.signal(signal.SIGINT, lambda *_: os._exit(130))  # until `main` can say more
-QUIET = os.environ.get("VLLM_LOGGING_LEVEL") == "ERROR"
-if QUIET:
     warnings.simplefilter("ignore")
-    for name in ("ray", "torchao", "vllm"):
-        logging.getLogger(name).setLevel(logging.ERROR)
+    logging.disable(logging.WARNING)
+    signal.signal(signal.SIGINT, lambda *_: os._exit(130))  # until `main` can say more
+    print("Importing PyTorch, vLLM and Ray ...", flush=True)
 
 import psutil
 import ray
@@ -74,13 +72,11 @@ import vllm
 from matplotlib.figure import Figure
 from pydantic import Field, NonNegativeInt, PositiveInt
 from pydantic.dataclasses import dataclass
-from ray.util.placement_group import placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from torch.utils.checkpoint import checkpoint
 from torchao.core.config import config_from_dict, config_to_dict
 from torchao.quantization import Float8DynamicActivationFloat8WeightConfig, Float8WeightOnlyConfig, PerRow
 from transformers.modeling_layers import GradientCheckpointingLayer
-from vllm import SamplingParams
 
 import rlhf_utils
 from rlhf_utils import PROMPTS, MyLLM, WeightSender, prove_sync, sync_weights_to_quantized_engine, wait
@@ -95,8 +91,7 @@ class Config:
 
     model: str = "auto"  # Hugging Face name or folder; `auto`: facebook/opt-125m on GPUs, tests/tiny without
     trainer_device: Literal["auto", "cuda", "cpu"] = "auto"  # auto: a GPU if there is any; products in BF16
-    trainer_dtype: Literal["float32", "bfloat16"] = "float32"
-    """Of weights, optimizer and checkpoints. In bfloat16 small steps are lost in rounding."""
+    trainer_dtype: Literal["float32", "bfloat16"] = "float32"  # bfloat16 loses small steps
     gradient_checkpointing: bool = True  # compute activations of 2 layers in 3 again: less memory, more time
     tensor_parallel_size: PositiveInt = 2  # GPUs of an engine (CPU: processes), besides the trainer's
     num_engines: PositiveInt = 1  # they share the prompts of a step, each with GPUs of its own
@@ -106,8 +101,7 @@ class Config:
     engine_args: str = "{}"  # JSON with any other keywords of vllm.LLM: '{"enforce_eager": true}'
     steps: NonNegativeInt = 20  # rollouts, rewards, optimizer, sync; 0 only starts, proves and samples
     prompts_file: Path | None = None
-    """UTF-8 text, one prompt a line; or JSON lines: `prompt` (text or chat messages), columns for the reward.
-    Default: vLLM's four examples; the tiny model has its own."""
+    """Text, one prompt a line; or JSON lines: `prompt` (text or chat messages), columns for the reward."""
     held_out_file: Path | None = None  # prompts whose greedy answers are rewarded before and after training
     reward: str = "auto"  # letters (share of a-z), backwards (tests/tiny), module:function (called as by TRL)
     prompts_per_step: PositiveInt = 32  # P, the next of the file, in turn
@@ -117,16 +111,14 @@ class Config:
     learning_rate: Annotated[float, Field(ge=0, le=1)] | None = None  # default: 1e-6 (tests/tiny: 2e-3)
     epochs: PositiveInt | None = None  # optimizer steps on each batch, all of it; default: 1 (tests/tiny: 2)
     overlap: bool = False  # generate the next batch while this is trained on: by weights one step older
-    kl_coef: Annotated[float, Field(ge=0, le=1000)] = 0.0
-    """Weight of the KL divergence to the initial policy; above 0 the trainer keeps a frozen copy."""
+    kl_coef: Annotated[float, Field(ge=0, le=1000)] = 0.0  # of the KL to the initial policy, a frozen copy
     tokens_per_microbatch: PositiveInt = 8192  # longest pass (padded tokens); gradients add up over all
     output_dir: Path = Path("outputs")  # gets metrics.jsonl, curves.png, summary.json, and checkpoint-N
     save_every: NonNegativeInt = 0  # steps between checkpoints; 0: at the end only, and when a run fails
     resume: Path | None = None  # checkpoint-N of a run with the same flags: its model, optimizer and step
     track: Literal["none", "trackio", "wandb"] = "none"  # send metrics there, too (install it yourself)
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0  # of sampling; on the CPU the same gives the same curve
-    timeout_s: Annotated[float, Field(ge=1, le=1e6)] = 30.0
-    """Longest wait (seconds) for a sync or a reward function; ten times that for all that takes longer."""
+    timeout_s: Annotated[float, Field(ge=1, le=1e6)] = 30.0  # limit of a sync, a reward; of others: ten times
     ray_address: str | None = None  # a cluster (auto, 10.0.0.1:6379) whose nodes share folders; or a new one
 
     @property
@@ -149,7 +141,7 @@ def expected(flag: str, what: str) -> Iterator[None]:
 class Prompt:
     """A line of a prompts file, and how the model reads it."""
 
-    asked: str | list[dict]  # as it is in the file: text, or chat messages
+    source: str | list[dict]  # as it is in the file: text, or chat messages
     columns: dict  # what else the line has, for the reward
     token_ids: list[int]
     text: str
@@ -168,18 +160,18 @@ class Rollout:
 
 
 def rlhf_training_iteration(
-    train_model, quantized_llm, prompts, reward, config: Config, step=0, asked=None, next_prompts=None
+    train_model, quantized_llm, prompts, reward, config: Config, step=0, pending=None, next_prompts=None
 ) -> tuple[dict, list[Rollout], list]:
     """Rollouts, rewards, a training step, sync. Given `next_prompts` (`--overlap`), the engines generate for
-    the next step while the trainer learns. Returns metrics, rollouts, and those calls: the next `asked`."""
+    the next step while the trainer learns. Returns metrics, rollouts, and those calls: the next `pending`."""
     start, limit_s = time.perf_counter(), config.timeout_s
-    rollouts, rollout_s, sampled = take_in(asked or ask(quantized_llm, prompts, config, step), config)
-    asked = ask(quantized_llm, next_prompts, config, step + 1) if next_prompts else []
+    rollouts, rollout_s, sampled = take_in(pending or ask(quantized_llm, prompts, config, step), config)
+    pending = ask(quantized_llm, next_prompts, config, step + 1) if next_prompts else []
     rewards_PG = compute_rewards(prompts, rollouts, reward, limit_s)
     for rollout, advantage in zip(rollouts, compute_advantages(rewards_PG).flatten().tolist(), strict=True):
         rollout.advantage = advantage
     [trained] = wait([train_model.train_step.remote(rollouts)], 10 * limit_s, "the training step")
-    wait(asked, 10 * limit_s, "generating for the next step")  # a busy engine cannot be synced
+    wait(pending, 10 * limit_s, "generating for the next step")  # a busy engine cannot be synced
     sync = sync_weights_to_quantized_engine(train_model, quantized_llm, timeout_s=limit_s)
     [version] = wait([quantized_llm[0].get_weights_version.remote()], limit_s, "reading the version")
     tokens = sum(len(rollout.completion) for rollout in rollouts)
@@ -188,7 +180,7 @@ def rlhf_training_iteration(
     metrics |= {"tokens": tokens, "tokens_per_s": tokens / rollout_s, "rollout_s": rollout_s, **trained}
     metrics |= {"sync_path": sync["path"], "sync_gb_per_s": sync["gb_per_s"], "sync_s": sync["seconds"]}
     metrics |= {"sampled_version": sampled, "weights_version": version, "staleness": version - 1 - sampled}
-    return metrics | {"step_s": time.perf_counter() - start}, rollouts, asked
+    return metrics | {"step_s": time.perf_counter() - start}, rollouts, pending
 
 
 LINE_OF_STEP = (
@@ -200,7 +192,7 @@ LINE_OF_STEP = (
 
 def train(config: Config, trainer, engines: list, prompts: list, reward: Callable, first: int) -> list[dict]:
     """Steps from `first` on; returns all metrics. If one fails, what was learned is saved if it can be."""
-    file, asked, saved = config.output_dir / "metrics.jsonl", None, (first, config.resume)
+    file, pending, saved = config.output_dir / "metrics.jsonl", None, (first, config.resume)
     rows = [row for row in read_metrics(file) if row["step"] < first] if config.resume else []
     file.write_text("".join(map(to_json, rows)))
     with contextlib.ExitStack() as cleanup:
@@ -213,8 +205,8 @@ def train(config: Config, trainer, engines: list, prompts: list, reward: Callabl
             batch, next_batch = (prompts_of_step(config, prompts, number) for number in (step, step + 1))
             ahead = next_batch if config.overlap and step + 1 < config.steps else None
             try:
-                done = rlhf_training_iteration(trainer, engines, batch, reward, config, step, asked, ahead)
-                metrics, rollouts, asked = done
+                done = rlhf_training_iteration(trainer, engines, batch, reward, config, step, pending, ahead)
+                metrics, rollouts, pending = done
                 rows.append(metrics)
                 with file.open("a") as lines:
                     lines.write(to_json(metrics))
@@ -230,8 +222,7 @@ def train(config: Config, trainer, engines: list, prompts: list, reward: Callabl
                 # A training step may still be under way, and end. Who is silent has had its time.
                 limit_s = config.timeout_s * (1 if isinstance(error, TimeoutError) else 10)
                 try:  # not by `wait`: that an engine has died does not matter now
-                    saving = trainer.save_checkpoint.remote(config.output_dir, unless=saved[0])
-                    saved = ray.get(saving, timeout=limit_s) or saved
+                    saved = ray.get(trainer.save_checkpoint.remote(config.output_dir), timeout=limit_s)
                 except ray.exceptions.RayError as why:  # a GetTimeoutError is one
                     error.add_note(f"What was learned since could not be saved: {rlhf_utils.cause_of(why)}")
                 kept = f"{saved[0]} complete steps are saved: go on with --resume {saved[1]}"
@@ -254,9 +245,8 @@ def to_json(row: dict) -> str:
 def read_metrics(file: Path) -> list[dict]:
     """The rows of metrics.jsonl, but for a last one that was cut off. Raises ValueError."""
     with expected(str(file), "a JSON object with a `step` a line; move it away"):
-        rows = [json.loads(line) for line in file.read_text().split("\n")[:-1]] if file.exists() else []
-        assert all(type(dict(row)["step"]) is int for row in rows), "a step that is no whole number"
-        return rows
+        lines = file.read_text().split("\n")[:-1] if file.exists() else []
+        return [row | {"step": int(row["step"])} for row in map(json.loads, lines)]
 
 
 # ----- 3. Rollouts and rewards ------------------------------------------------------------------------------
@@ -271,14 +261,13 @@ def ask(engines: list, prompts: list[Prompt], config: Config, step: int = 0, gre
     return [llm.rollout.remote(prompts[i : i + share], seeded[i : i + share]) for llm, i in parts]
 
 
-def take_in(asked: list, config: Config) -> tuple[list[Rollout], float, int]:
+def take_in(pending: list, config: Config) -> tuple[list[Rollout], float, int]:
     """All rollouts in order, the slowest engine's seconds, the oldest version. Raises RuntimeError."""
-    shares, seconds, versions = zip(*wait(asked, 10 * config.timeout_s, "generating"), strict=True)
+    shares, seconds, versions = zip(*wait(pending, 10 * config.timeout_s, "generating"), strict=True)
     rollouts = sum(shares, [])
     if wrong := sum(not all(map(math.isfinite, rollout.logprobs)) for rollout in rollouts):
         found = f"the engine's log-probabilities of {wrong} of {len(rollouts)} completions are not finite"
-        advice = "Lower --learning-rate, or see whether --quantization none helps"
-        raise RuntimeError(f"{found}; nothing was learned from them. {advice}")
+        raise RuntimeError(f"{found}. Lower --learning-rate, or see whether --quantization none helps")
     return rollouts, max(seconds), min(versions)
 
 
@@ -315,16 +304,16 @@ def compute_rewards(prompts: list[Prompt], rollouts: list[Rollout], reward, time
     """Rewards of every completion, shape (P, G), float64.
 
     `reward` is called by name, as TRL calls it, with lists that have an entry for each completion: `prompts`
-    as in the file, `completions` without special tokens (to chat messages [{"role": "assistant", "content":
-    text}]), `completion_ids`, `finish_reasons` ("length" if cut off, else "stop"), the file's columns. Raises
-    RuntimeError unless it returns one finite number for each; TimeoutError (if it frees Python's lock)."""
+    as in the file, `completions` (text; to chat messages [{"role": "assistant", "content": text}]),
+    `completion_ids`, `finish_reasons` ("length": cut off; "stop"), the file's columns. Raises RuntimeError
+    unless it returns one finite number for each; TimeoutError (if it frees Python's lock)."""
     samples, answer = len(rollouts) // len(prompts), concurrent.futures.Future()
-    asked = [prompt for prompt in prompts for _ in range(samples)]
-    given = {name: [prompt.columns[name] for prompt in asked] for name in prompts[0].columns}
-    given |= {"prompts": [prompt.asked for prompt in asked], "completions": []}
-    for prompt, rollout in zip(asked, rollouts, strict=True):
+    of_each = [prompt for prompt in prompts for _ in range(samples)]
+    given = {name: [prompt.columns[name] for prompt in of_each] for name in prompts[0].columns}
+    given |= {"prompts": [prompt.source for prompt in of_each], "completions": []}
+    for prompt, rollout in zip(of_each, rollouts, strict=True):
         said = [{"role": "assistant", "content": rollout.text}]
-        given["completions"].append(rollout.text if isinstance(prompt.asked, str) else said)
+        given["completions"].append(rollout.text if isinstance(prompt.source, str) else said)
     given["completion_ids"] = [[*rollout.completion] for rollout in rollouts]
     given["finish_reasons"] = [rollout.finish_reason for rollout in rollouts]
 
@@ -341,11 +330,7 @@ def compute_rewards(prompts: list[Prompt], rollouts: list[Rollout], reward, time
     if not concurrent.futures.wait([answer], timeout_s).done:
         raise TimeoutError(f"the reward function has not returned for {timeout_s:g} s, the --timeout-s")
     if error := answer.exception():
-        message = f"the reward function failed: {type(error).__name__}: {error}"
-        if "main thread" in str(error):  # signal.alarm, by which math_verify limits its time
-            message += ". It runs in a thread, where signals cannot be set: switch its own time limit off "
-            message += "(math_verify: timeout_seconds=None, parsing_timeout=None); --timeout-s is one"
-        raise RuntimeError(message) from error
+        raise RuntimeError(f"the reward function failed: {type(error).__name__}: {error}") from error
     rewards, largest = answer.result(), torch.finfo(torch.float32).max
     wrong = [f"{value} for {r.text!r}" for value, r in zip(rewards, rollouts) if not abs(value) <= largest]
     if wrong or len(rewards) != len(rollouts):
@@ -376,12 +361,11 @@ def compute_advantages(rewards_PG: torch.Tensor) -> torch.Tensor:
 def compute_ppo_loss(logprobs_BT: torch.Tensor, batch: dict[str, torch.Tensor], config: Config) -> tuple:
     """PPO's clipped loss (Schulman et al. 2017, arXiv:1707.06347, equation 7), with importance weights.
 
-    Clipped is the policy (`logprobs_BT`, with gradient) against the one before the step (`old_BT`). That one
-    is weighted against the one that sampled the tokens (`engine_BT`: FP8; with `--overlap`, a step older), up
-    to a cap: truncated importance sampling (for rollout engines Yao et al. 2025, "Your Efficient RL Framework
-    Secretly Brings You Off-Policy RL"; with clipping Hilton et al. 2021, arXiv:2110.00641). `mask_BT` is True
-    for completion tokens. Loss and metrics are sums over these: divided by all of the batch, each counts the
-    same (DAPO: Yu et al. 2025, arXiv:2503.14476, 3.3)."""
+    The policy (`logprobs_BT`) is clipped against that before the step (`old_BT`), which is weighted against
+    the one that sampled (`engine_BT`: FP8; with `--overlap` a step older), up to a cap: truncated importance
+    sampling (Yao et al. 2025, "Your Efficient RL Framework Secretly Brings You Off-Policy RL"; with clipping
+    Hilton et al. 2021, arXiv:2110.00641). Loss and metrics are sums over completion tokens (`mask_BT`); by
+    those of the batch divided, each counts the same (DAPO: Yu et al. 2025, arXiv:2503.14476, 3.3)."""
     mask_BT = batch["mask_BT"]  # what stands elsewhere must not reach a gradient
     logprobs_N, old_N = logprobs_BT[mask_BT], batch["old_BT"][mask_BT]
     correction_N = old_N - batch["engine_BT"][mask_BT]
@@ -389,11 +373,9 @@ def compute_ppo_loss(logprobs_BT: torch.Tensor, batch: dict[str, torch.Tensor], 
     advantages_N = batch["advantages_B1"].expand_as(mask_BT)[mask_BT]
     ratio_N = (logprobs_N - old_N).exp()
     plain_N, clipped_N = ratio_N * advantages_N, ratio_N.clamp(1 - CLIP, 1 + CLIP) * advantages_N
-    reference_kl_N = (
-        k3(batch["reference_BT"][mask_BT] - logprobs_N) if config.kl_coef else torch.zeros_like(logprobs_N)
-    )
-    loss = (config.kl_coef * reference_kl_N - weights_N * torch.minimum(plain_N, clipped_N)).sum()
-    metrics = {"loss": loss.detach(), "reference_kl": reference_kl_N.detach().sum()}
+    kl_N = k3(batch["reference_BT"][mask_BT] - logprobs_N) if config.kl_coef else 0 * logprobs_N
+    loss = (config.kl_coef * kl_N - weights_N * torch.minimum(plain_N, clipped_N)).sum()
+    metrics = {"loss": loss.detach(), "reference_kl": kl_N.detach().sum()}
     metrics["ppo_clipped"] = (clipped_N < plain_N).sum()
     metrics["corrected"] = (correction_N > math.log(CORRECTION_CAP)).sum()
     return loss, metrics
@@ -406,10 +388,8 @@ def k3(log_ratio: torch.Tensor) -> torch.Tensor:
 
 
 def measure_mismatch(old_N: torch.Tensor, engine_N: torch.Tensor) -> dict[str, float]:
-    """How far the engine's log-probabilities (nats) of its tokens are from the trainer's, for equal weights.
-
-    The effective sample size, (sum r)^2 / sum r^2 with r = trainer's probability / engine's, is a share of
-    the tokens (Kong 1992, "A Note on Importance Sampling using Standardized Weights")."""
+    """How far the engine's log-probabilities (nats) are from the trainer's. The effective sample size is,
+    for ratios r, (sum r)^2 / sum r^2 / N (Kong 1992, Importance Sampling using Standardized Weights)."""
     log_ratio_N = old_N.double() - engine_N.double()
     ratio_N, distance_N = log_ratio_N.exp(), log_ratio_N.abs()
     found = {"mismatch_kl": k3(log_ratio_N).mean(), "mismatch_abs_mean": distance_N.mean()}
@@ -424,16 +404,15 @@ class Trainer(WeightSender):
 
     def __init__(self, config: Config):
         self.config, self.step, self.unfinished = config, 0, False
-        self.in_bf16 = config.trainer_device == "cuda"  # products; weights and optimizer are as they are
         super().__init__(self._load(config.resume or config.model), config.trainer_device)
-        self.check_finite()
         transformers.AutoTokenizer.from_pretrained(config.model, trust_remote_code=False)  # fetches its files
         beside = Path(transformers.utils.cached_file(config.model, "config.json")).parent.iterdir()
-        ours = [file for file in beside if re.search(r"(?<!index)\.(json|jinja|txt|model)$", file.name)]
-        self.beside = {file.name: file.read_bytes() for file in ours if file.name != "config.json"}
+        ours = [file for file in beside if file.suffix in (".json", ".jinja", ".txt", ".model")]
+        self.beside = {file.name: file.read_bytes() for file in ours if "index" not in file.name}
+        del self.beside["config.json"]  # a checkpoint's says its own dtype
         if config.gradient_checkpointing:
             checkpoint_layers(self.model)
-        self.reference = self._load(config.model) if config.kl_coef else None
+        self.reference = self._load(config.model).requires_grad_(False) if config.kl_coef else None
         how = dict(lr=config.learning_rate, weight_decay=0.0, fused=True)
         self.optimizer = torch.optim.AdamW(self.model.parameters(), **how)
         if config.resume:
@@ -441,20 +420,20 @@ class Trainer(WeightSender):
             self.optimizer.load_state_dict(state["optimizer"])
             self.optimizer.param_groups[0] |= how  # the flag's learning rate, not that of the run before
             self.step = state["step"]
+        self.saved = self.step, config.resume
 
     def _load(self, folder: str | Path) -> torch.nn.Module:
         """The model as the engine computes it: in evaluation mode, and with caps on attention scores."""
-        options = {"dtype": self.config.trainer_dtype, "trust_remote_code": False}
         model_config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
-        if getattr(model_config.get_text_config(), "attn_logit_softcapping", None):
-            options["attn_implementation"] = "eager"  # transformers' other ways leave the cap out
+        caps = getattr(model_config.get_text_config(), "attn_logit_softcapping", None)
+        options = dict(dtype=self.config.trainer_dtype, trust_remote_code=False)
+        options |= dict(attn_implementation="eager") if caps else {}  # other ways leave the caps out
         model = transformers.AutoModelForCausalLM.from_pretrained(folder, **options)
         model.generation_config = transformers.GenerationConfig()  # not used; the file is kept as it came
         return model.to(self.config.trainer_device).eval()
 
     def train_step(self, rollouts: list[Rollout]) -> dict:
-        """`epochs` AdamW steps on a batch; returns metrics (README, Metrics). Raises RuntimeError if a
-        gradient is not finite; after the first epoch the weights are then those of no step."""
+        """`epochs` AdamW steps; returns metrics (README, Metrics). RuntimeError: a gradient is not finite."""
         config, start = self.config, time.perf_counter()
         on_gpu = self.device.type == "cuda"
         if on_gpu:
@@ -462,32 +441,27 @@ class Trainer(WeightSender):
         batches = [self._pad(part) for part in split_by_tokens(rollouts, config.tokens_per_microbatch)]
         tokens = sum(len(rollout.completion) for rollout in rollouts)
         sums = dict.fromkeys(("loss", "ppo_clipped", "corrected", "reference_kl"), 0.0)
-        before = self._sample_weights()
         for epoch in range(config.epochs):
             self.optimizer.zero_grad()
             for batch in batches:
-                logprobs_BT = self._logprobs(self.model, batch)
+                logprobs_BT = completion_logprobs(self.model, batch, config.temperature)
                 if epoch == 0:
                     batch["old_BT"] = logprobs_BT.detach()
                     if self.reference:
-                        with torch.no_grad():
-                            batch["reference_BT"] = self._logprobs(self.reference, batch)
+                        batch["reference_BT"] = completion_logprobs(self.reference, batch, config.temperature)
                 loss, metrics = compute_ppo_loss(logprobs_BT, batch, config)
                 (loss / tokens).backward()
                 sums = {name: value + metrics[name] for name, value in sums.items()}
             weights = self.model.parameters()
             norm = torch.nn.utils.clip_grad_norm_(weights, MAX_GRAD_NORM, error_if_nonfinite=True)
-            self.unfinished = True
+            self.unfinished = True  # if another epoch fails, the weights are those of no step
             self.optimizer.step()
-        self.optimizer.zero_grad()
         self.step, self.unfinished = self.step + 1, False
         self.scan_weights()
-        old_N = torch.cat([batch["old_BT"][batch["mask_BT"]] for batch in batches])
-        engine_N = torch.cat([batch["engine_BT"][batch["mask_BT"]] for batch in batches])
+        of_all = lambda name: torch.cat([batch[name][batch["mask_BT"]] for batch in batches])
         memory = torch.cuda.max_memory_allocated() if on_gpu else psutil.Process().memory_info().rss
-        changed = (self._sample_weights() != before).float().mean().item()
         means = {name: float(value) / tokens / config.epochs for name, value in sums.items()}
-        means |= measure_mismatch(old_N, engine_N) | {"weights_changed": changed, "grad_norm": float(norm)}
+        means |= measure_mismatch(of_all("old_BT"), of_all("engine_BT")) | {"grad_norm": float(norm)}
         return means | {"train_s": time.perf_counter() - start, "trainer_gib": memory / 2**30}
 
     def _pad(self, rollouts: list[Rollout]) -> dict[str, torch.Tensor]:
@@ -500,21 +474,11 @@ class Trainer(WeightSender):
         batch["advantages_B1"] = torch.tensor([[each.advantage] for each in rollouts])
         return {name: tensor.to(self.device) for name, tensor in batch.items()}
 
-    def _logprobs(self, model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.in_bf16):
-            return completion_logprobs(model, batch, self.config.temperature)
-
-    @torch.no_grad()
-    def _sample_weights(self) -> torch.Tensor:
-        """Some elements of every weight, rounded to BF16 as they travel."""
-        weights = (weight.flatten() for weight in self.model.parameters())
-        return torch.cat([weight[:: max(1, len(weight) // 1024)].bfloat16() for weight in weights])
-
-    def save_checkpoint(self, output_dir: Path, unless: int = -1) -> tuple[int, Path] | None:
-        """Write all that `--resume` needs to checkpoint-STEP, which appears when it is complete; returns step
-        and folder. None if the step is `unless`. Raises ValueError (a weight is NaN), RuntimeError."""
-        if self.step == unless:
-            return None
+    def save_checkpoint(self, output_dir: Path) -> tuple[int, Path | None]:
+        """Write all that `--resume` needs to checkpoint-STEP, which appears when it is complete. Returns the
+        last step that is saved, and where. Raises ValueError (a weight is NaN) or RuntimeError."""
+        if self.step == self.saved[0]:
+            return self.saved
         if self.unfinished:
             raise RuntimeError("a step has failed half way: the weights are those of no step")
         self.check_finite()
@@ -527,7 +491,8 @@ class Trainer(WeightSender):
         torch.save({"optimizer": self.optimizer.state_dict(), "step": self.step}, aside / "trainer.pt")
         shutil.rmtree(folder, ignore_errors=True)
         aside.rename(folder)
-        return self.step, folder
+        self.saved = self.step, folder
+        return self.saved
 
 
 def checkpoint_layers(model: torch.nn.Module) -> None:
@@ -544,20 +509,22 @@ def checkpoint_layers(model: torch.nn.Module) -> None:
 def completion_logprobs(model, batch: dict[str, torch.Tensor], temperature: float = 1.0) -> torch.Tensor:
     """Log-probability (nats, at a temperature) of each completion token, shape (B, T); 0 elsewhere.
 
-    What stands behind the decoder (heads, scales, caps) sees the completions' tokens alone, `HEAD_ROWS` at a
-    time, and again in the backward pass: never logits of all at once. Padding on the right needs no mask."""
+    Logits, `HEAD_ROWS` at a time, are made again in the backward pass: never all at once, which would take
+    more than the model. Products are BF16's on a GPU. Padding on the right needs no mask."""
     tokens_BL, mask_BT, decoder = batch["tokens_BL"], batch["mask_BT"], model.get_decoder()
-    output = decoder(input_ids=tokens_BL, use_cache=False)
 
     def of_some(hidden_NH: torch.Tensor, targets_N: torch.Tensor) -> torch.Tensor:
         given = type(output)(last_hidden_state=hidden_NH[None])
+        # The model's own forward does what comes behind the decoder, which is made to return these states.
         with mock.patch.object(decoder, "forward", lambda *_, **__: given):
             logits_NV = model(input_ids=targets_N[None], use_cache=False).logits[0].float()
         return -torch.nn.functional.cross_entropy(logits_NV / temperature, targets_N, reduction="none")
 
-    hidden_NH, targets_N = output.last_hidden_state[:, :-1][mask_BT], tokens_BL[:, 1:][mask_BT]
-    parts = zip(hidden_NH.split(HEAD_ROWS), targets_N.split(HEAD_ROWS), strict=True)
-    logprobs_N = torch.cat([checkpoint(of_some, *part, use_reentrant=False) for part in parts])
+    with torch.autocast(tokens_BL.device.type, torch.bfloat16, enabled=tokens_BL.is_cuda):
+        output = decoder(input_ids=tokens_BL, use_cache=False)
+        hidden_NH, targets_N = output.last_hidden_state[:, :-1][mask_BT], tokens_BL[:, 1:][mask_BT]
+        parts = zip(hidden_NH.split(HEAD_ROWS), targets_N.split(HEAD_ROWS), strict=True)
+        logprobs_N = torch.cat([checkpoint(of_some, *part, use_reentrant=False) for part in parts])
     return torch.zeros(mask_BT.shape, device=mask_BT.device).masked_scatter(mask_BT, logprobs_N)
 
 
@@ -576,8 +543,8 @@ def split_by_tokens(rollouts: list[Rollout], limit: int) -> list[list[Rollout]]:
 class RolloutLLM(MyLLM):
     def rollout(self, prompts: list[Prompt], params: list[dict]) -> tuple[list[Rollout], float, int]:
         """All completions, prompt by prompt; seconds; version of the weights. `params`: of SamplingParams."""
-        start, asked = time.perf_counter(), [{"prompt_token_ids": prompt.token_ids} for prompt in prompts]
-        outputs = self.generate(asked, [SamplingParams(**each) for each in params], use_tqdm=False)
+        start, inputs = time.perf_counter(), [{"prompt_token_ids": each.token_ids} for each in prompts]
+        outputs = self.generate(inputs, [vllm.SamplingParams(**each) for each in params], use_tqdm=False)
         seconds, tokenizer, rollouts = time.perf_counter() - start, self.get_tokenizer(), []
         for prompt, output in zip(prompts, outputs, strict=True):
             for said in output.outputs:
@@ -622,12 +589,11 @@ def engine_arguments(config: Config, device: str) -> dict:
     tp, model = config.tensor_parallel_size, str(config.resume or config.model)  # the trainer's weights
     workers = "ray" if device == "cuda" else "mp" if tp > 1 else "uni"  # vLLM has no Ray workers on the CPU
     defaults = dict(gpu_memory_utilization=0.8, seed=config.seed, enforce_eager=device == "cpu")
-    if device == "cpu":  # vLLM fails there when it cuts a prompt of a seeded request in two
-        defaults["enable_chunked_prefill"] = False
+    # vLLM fails on the CPU when it cuts a prompt of a seeded request in two; None: as it decides itself.
+    defaults["enable_chunked_prefill"] = False if device == "cpu" else None
     fixed = {"quantization_config": None} | quantization_arguments(config.quantization)
-    fixed |= dict(model=model, dtype="bfloat16")  # torchao's PerRow quantizes no other dtype
-    fixed |= dict(tensor_parallel_size=tp, distributed_executor_backend=workers)
-    fixed |= dict(worker_extension_cls="rlhf_utils.WorkerExtension")
+    fixed |= dict(model=model, tensor_parallel_size=tp, distributed_executor_backend=workers)
+    fixed |= dict(worker_extension_cls="rlhf_utils.WorkerExtension", dtype="bfloat16")  # PerRow's only one
     fixed |= dict(logprobs_mode="processed_logprobs")  # of what is sampled from, temperature included
     what = """a JSON object of keywords that the program does not set, such as '{"kv_cache_dtype": "fp8"}'"""
     with expected(f"--engine-args {config.engine_args}", what):
@@ -639,46 +605,32 @@ def engine_arguments(config: Config, device: str) -> dict:
 
 
 # ----- 7. Start and stop ------------------------------------------------------------------------------------
-# A process of its own, which waits for the driver's end and then takes care that nothing with the run's mark
-# is left after 4 s: a process that is orphaned, stopped or stuck in a collective does not end itself.
-REAPER = """
-import contextlib, sys, time, psutil
-sys.stdin.read()  # until the driver's end of the pipe is closed
-for moment in range(40):
-    processes = psutil.process_iter(["environ"])
-    left = [one for one in processes if (one.info["environ"] or {}).get("RLHF_RUN") == sys.argv[1]]
-    for process in left if moment > 20 else ():
-        with contextlib.suppress(psutil.Error):
-            process.kill()
-    if not left:
-        break
-    time.sleep(0.2)
-"""
+# A shell waits for the driver's end, and kills what is left after 4 s with the run's mark in its environment:
+# a process that is orphaned, stopped or stuck in a collective does not end itself.
+REAPER = """exec >/dev/null 2>&1; cat; marked() { grep -ls "$0" /proc/[0-9]*/environ | tr -dc '0-9\\n'; }
+for moment in 1 2 3 4 5 6 7 8; do [ "$(marked)" ] && sleep 0.5; done; kill -9 $(marked)"""
 
 
 def connect(config: Config, cleanup: contextlib.ExitStack) -> int:
     """Connect to Ray, or start a private cluster of which `cleanup` leaves nothing. Returns how many GPUs."""
-    address, mark = config.ray_address, f"{os.getpid()} {time.time_ns()}"
-    if address not in (None, "auto"):  # Ray would try for minutes
-        with expected(f"--ray-address {address}", "HOST:PORT, as `ray start --head` prints it, or `auto`"):
-            host, _, port = address.removeprefix("ray://").rpartition(":")
-            socket.create_connection((host.strip("[]"), int(port)), timeout=5).close()
-    os.environ.setdefault("RAY_process_group_cleanup_enabled", "true")  # a killed actor's children end, too
-    os.environ.setdefault("SPT_NOENV", "1")  # setproctitle leaves what the reaper reads as it is
-    reaper = [sys.executable, "-c", REAPER, mark]
+    address, mark = config.ray_address, f"{os.getpid()}.{time.time_ns()}"
+    reaper = ["sh", "-c", REAPER, f"RLHF_RUN={mark}"]
     cleanup.enter_context(subprocess.Popen(reaper, stdin=subprocess.PIPE, start_new_session=True))
     cleanup.callback(ray.shutdown)  # it kills the raylet after a second and may orphan the others
     passed_on = ("HF_", "HUGGING", "NCCL_", "TORCH", "TRANSFORMERS_", "VLLM_")
     variables = {name: value for name, value in os.environ.items() if name.startswith(passed_on)}
     modules = [__file__, str(Path(__file__).with_name("rlhf_utils.py"))]  # for other nodes
     options = dict(runtime_env={"env_vars": ENVIRONMENT | variables, "py_modules": modules})
-    options |= dict(log_to_driver=not QUIET, logging_level="ERROR" if QUIET else "INFO")
+    options |= dict(log_to_driver=False, logging_level="ERROR")
     if address is None:
         os.environ["RLHF_RUN"] = mark
         ray.init("local", num_cpus=1 + config.world_size, include_dashboard=False, **options)
         del os.environ["RLHF_RUN"]  # what starts later, a tracker say, lives on
     else:
-        with expected(f"--ray-address {address}", "a cluster of this Ray (is RAY_AUTH_MODE=token wanted?)"):
+        with expected(f"--ray-address {address}", "auto, or HOST:PORT of a cluster (RAY_AUTH_MODE=token?)"):
+            if address != "auto":  # Ray would try for minutes
+                host, _, port = address.removeprefix("ray://").rpartition(":")
+                socket.create_connection((host.strip("[]"), int(port)), timeout=5).close()
             ray.init(address, **options)
     return int(ray.cluster_resources().get("GPU", 0))
 
@@ -701,15 +653,14 @@ def start_trainer(config: Config, cleanup: contextlib.ExitStack):
 def start_engine(config: Config, device: str, cleanup: contextlib.ExitStack, first_rank: int = 1):
     """Start loading an engine, one GPU bundle per worker."""
     bundles = [{"GPU": 1} if device == "cuda" else {"CPU": 1}] * config.tensor_parallel_size
-    ranks = ", ".join(str(first_rank + i) for i in range(config.tensor_parallel_size))
-    arguments = engine_arguments(config, device)
-    return start_actor(RolloutLLM, f"engine (rank {ranks})", bundles, 0, cleanup, **arguments)
+    name = f"engine (rank {', '.join(str(first_rank + i) for i in range(len(bundles)))})"
+    return start_actor(RolloutLLM, name, bundles, 0, cleanup, **engine_arguments(config, device))
 
 
 def start_actor(kind: type, name: str, bundles: list[dict], gpus: int, cleanup, **arguments):
     """Start an actor in a placement group of its own; returns its handle, `cleanup` stops it."""
-    group = placement_group(bundles)
-    cleanup.callback(remove_placement_group, group)
+    group = ray.util.placement_group(bundles)
+    cleanup.callback(ray.util.remove_placement_group, group)
     wait([group.ready()], 30, f"reserving {bundles} in the Ray cluster")
     inside = PlacementGroupSchedulingStrategy(group, 0, placement_group_capture_child_tasks=True)
     options = dict(num_cpus=0, num_gpus=gpus, scheduling_strategy=inside)
@@ -726,29 +677,24 @@ def resolve(config: Config, gpus: int) -> tuple[Config, str]:
     model = config.model if config.model != "auto" else "facebook/opt-125m" if gpus else str(TINY)
     model = str(Path(model).resolve()) if Path(model).is_dir() else model  # actors work elsewhere
     tiny, own = model == str(TINY), model == str(TINY) and config.prompts_file is None
-    if tiny and not TINY.is_dir():
-        raise ValueError(f"the model without a GPU, {TINY}, is not there; type --model and another one")
     defaults = dict(trainer_device="cuda" if gpus else "cpu", reward="backwards" if own else "letters")
     defaults["quantization"] = "fp8-dynamic" if gpus else "fp8-weight-only"
     defaults |= dict(learning_rate=2e-3, epochs=2) if tiny else dict(learning_rate=1e-6, epochs=1)
     if own:
         defaults |= dict(prompts_file=TINY / "prompts.jsonl", held_out_file=TINY / "held_out.jsonl")
     missing = {name: value for name, value in defaults.items() if getattr(config, name) in ("auto", None)}
-    missing["resume"] = config.resume and config.resume.absolute()
     missing |= dict(model=model, output_dir=config.output_dir.absolute())
-    config = dataclasses.replace(config, **missing)
+    config = dataclasses.replace(config, **missing, resume=config.resume and config.resume.absolute())
     for_engines, for_trainer = config.world_size - 1 if gpus else 0, int(config.trainer_device == "cuda")
     if gpus < for_engines + for_trainer:
-        wanted = f"{for_engines} for engines (--num-engines x --tensor-parallel-size) and {for_trainer}"
+        wanted = f"{for_trainer} for the trainer, {for_engines} for --num-engines x --tensor-parallel-size"
         fits = f"--num-engines 1 --tensor-parallel-size 1{' --trainer-device cpu' if gpus < 2 else ''}"
-        found = f"found {gpus} GPU(s); expected {wanted} for the trainer"
-        raise ValueError(f"{found}. What fits here: {fits}")
+        raise ValueError(f"found {gpus} GPU(s); expected {wanted}. What fits here: {fits}")
     return config, "cuda" if gpus else "cpu"
 
 
 def check(config: Config, device: str) -> tuple[Config, list[Prompt], list[Prompt], Callable, int]:
-    """What can be known before anything starts: the config with the engine's longest sequence, prompts,
-    held-out prompts, reward, first step. Raises ValueError, with what to type."""
+    """Config with the engine's longest sequence, prompts, held-out ones, reward, first step. ValueError."""
     if config.track != "none" and importlib.util.find_spec(config.track) is None:
         raise ValueError(f"--track {config.track}: not installed here; pip install {config.track}")
     with expected(f"--output-dir {config.output_dir}", "a folder that can be written to"):
@@ -757,33 +703,26 @@ def check(config: Config, device: str) -> tuple[Config, list[Prompt], list[Promp
     first = 0
     if config.resume:
         read_metrics(config.output_dir / "metrics.jsonl")
-        what = f"checkpoint-N of an earlier run, N at most {config.steps}, the --steps"
-        with expected(f"--resume {config.resume}", what):
-            state = torch.load(config.resume / "trainer.pt", "cpu", mmap=True, weights_only=True)
-            first = state["step"]
-            transformers.AutoConfig.from_pretrained(config.resume, trust_remote_code=False)
-            if first not in range(config.steps + 1) or not any(config.resume.glob("*.safetensors")):
-                raise ValueError(f"step {first!r}, and {sorted(f.name for f in config.resume.iterdir())}")
-    where = "a model and its tokenizer on the Hugging Face hub (public or logged in), or in a local folder"
-    with expected(f"--model {config.model}", where):
+        with expected(
+            f"--resume {config.resume}", f"checkpoint-N of a run, N at most --steps {config.steps}"
+        ):
+            first = torch.load(config.resume / "trainer.pt", "cpu", mmap=True, weights_only=True)["step"]
+            if first not in range(config.steps + 1):
+                raise ValueError(f"step {first!r}")
+    with expected(f"--model {config.model}", "a Hugging Face model (log in?) or folder, and its tokenizer"):
         model = transformers.AutoConfig.from_pretrained(config.model, trust_remote_code=False)
         tokenizer = transformers.AutoTokenizer.from_pretrained(config.model, trust_remote_code=False)
         if len(tokenizer) <= len(tokenizer.all_special_ids):  # transformers made one up
             raise ValueError("a tokenizer that knows special tokens only")
     examples = [to_prompt({"prompt": prompt}, tokenizer) for prompt in PROMPTS]
     prompts = read_prompts("--prompts-file", config.prompts_file, tokenizer) or examples
-    held_out = read_prompts("--held-out-file", config.held_out_file, tokenizer)
-    columns = prompts[0].columns.keys()
-    if held_out and held_out[0].columns.keys() != columns:
-        found = f"--held-out-file {config.held_out_file}: found the columns {[*held_out[0].columns]}"
-        raise ValueError(f"{found}, expected those of --prompts-file: {[*columns]}")
-    reward = load_reward(config.reward, {*columns})
+    held_out = read_prompts("--held-out-file", config.held_out_file, tokenizer, like=prompts)
+    reward = load_reward(config.reward, {*prompts[0].columns})
     longest = config.max_tokens + max(len(prompt.token_ids) for prompt in prompts + held_out)
     check_model(config, model.get_text_config(), longest, device)
     length = engine_arguments(config, device).get("max_model_len", longest)
     if type(length) is int and 0 < length < longest:
-        found = f"--engine-args: max_model_len {length}"
-        raise ValueError(f"{found}; expected at least {longest}, the longest prompt and --max-tokens")
+        raise ValueError(f"--engine-args: max_model_len {length}; prompts and --max-tokens need {longest}")
     more = json.loads(config.engine_args) | {"max_model_len": length}
     return dataclasses.replace(config, engine_args=json.dumps(more)), prompts, held_out, reward, first
 
@@ -791,25 +730,23 @@ def check(config: Config, device: str) -> tuple[Config, list[Prompt], list[Promp
 def check_model(config: Config, model: transformers.PretrainedConfig, longest: int, device: str) -> None:
     """What would fail late, or make trainer and engine compute different things. Raises ValueError."""
     experts = any("expert" in name and value for name, value in vars(model).items())
-    on_cpu = ["fp8_per_channel"] if not experts else []
-    if device == "cpu" and config.quantization in VLLM_SCHEMES and config.quantization not in on_cpu:
-        fits = "without a GPU vLLM has fp8_per_channel alone, for models without experts"
-        raise ValueError(f"--quantization {config.quantization}: {fits}; type --quantization fp8-weight-only")
+    if device == "cpu" and config.quantization in VLLM_SCHEMES[0 if experts else 1 :]:
+        raise ValueError(f"--quantization {config.quantization}: on GPUs only; type fp8-weight-only instead")
     rope = getattr(model, "rope_parameters", None) or {}
-    known = getattr(model, "max_position_embeddings", None)
+    known = getattr(model, "max_position_embeddings", None) or longest
     kinds = {each.get("rope_type", "default") for each in (rope, *rope.values()) if isinstance(each, dict)}
     if "dynamic" in kinds:
         raise ValueError("found dynamic RoPE scaling, which trainer and engine compute differently")
     if "longrope" in kinds:  # transformers changes its factors within a sequence, vLLM has one for all
         original = "original_max_position_embeddings"
         known = rope.get(original) or getattr(model, original, 0)
-    if kinds <= {"default", "longrope"} and known and longest > known:
+    if kinds <= {"default", "longrope"} and longest > known:
         found = f"a prompt of {longest - config.max_tokens} tokens with --max-tokens {config.max_tokens}"
         raise ValueError(f"found {found}; expected at most the {known} that the model has positions for")
 
 
-def read_prompts(flag: str, file: Path | None, tokenizer) -> list[Prompt]:
-    """The prompts of a file, text or JSON lines; none without a file. Raises ValueError."""
+def read_prompts(flag: str, file: Path | None, tokenizer, like: list[Prompt] = ()) -> list[Prompt]:
+    """The prompts of a file; none without one. Raises ValueError: other columns than those `like` it, too."""
     if file is None:
         return []
     what = "UTF-8 text, a prompt a line, or JSON lines: `prompt` (text or chat messages) and equal columns"
@@ -821,8 +758,9 @@ def read_prompts(flag: str, file: Path | None, tokenizer) -> list[Prompt]:
                 if line.strip():
                     row = json.loads(line) if in_json else {"prompt": line}
                     prompts.append(to_prompt(row, tokenizer))
-                    if prompts[-1].columns.keys() != prompts[0].columns.keys():
-                        raise ValueError(f"columns {[*prompts[-1].columns]}, not {[*prompts[0].columns]}")
+                    columns, known = prompts[-1].columns, [*like, *prompts][0].columns
+                    if columns.keys() != known.keys():
+                        raise ValueError(f"columns {[*columns]}, not {[*known]}")
         if not prompts:
             raise ValueError("no line with text")
     return prompts
@@ -830,15 +768,15 @@ def read_prompts(flag: str, file: Path | None, tokenizer) -> list[Prompt]:
 
 def to_prompt(row: dict, tokenizer) -> Prompt:
     """A line as the model is to read it: chat messages by the tokenizer's own template, and no second BOS."""
-    asked, columns = row["prompt"], {name: value for name, value in row.items() if name != "prompt"}
-    if asked and isinstance(asked, str):
-        return Prompt(asked, columns, tokenizer(asked).input_ids, asked)
-    if not asked or not isinstance(asked, list) or not all(isinstance(each, dict) for each in asked):
-        raise ValueError(f"{str(asked)[:80]}, neither text nor a list of messages")
-    begun = asked[-1].get("role") == "assistant"  # the completion goes on from there
+    source, columns = row["prompt"], {name: value for name, value in row.items() if name != "prompt"}
+    if source and isinstance(source, str):
+        return Prompt(source, columns, tokenizer(source).input_ids, source)
+    if not source or not isinstance(source, list) or not all(isinstance(each, dict) for each in source):
+        raise ValueError(f"{str(source)[:80]}, neither text nor a list of messages")
+    begun = source[-1].get("role") == "assistant"  # the completion goes on from there
     how = dict(tokenize=False, add_generation_prompt=not begun, continue_final_message=begun)
-    text = tokenizer.apply_chat_template(asked, **how)
-    return Prompt(asked, columns, tokenizer(text, add_special_tokens=False).input_ids, text)
+    text = tokenizer.apply_chat_template(source, **how)
+    return Prompt(source, columns, tokenizer(text, add_special_tokens=False).input_ids, text)
 
 
 @contextlib.contextmanager
@@ -846,34 +784,28 @@ def one_message() -> Iterator[None]:
     """Say what went wrong in one message, before the clean-up, and end the program with exit code 1."""
     try:
         yield
-    except Exception as error:
+    except (Exception, KeyboardInterrupt) as error:
         known = (RuntimeError, OSError, ValueError, ray.exceptions.RayError)
-        what = f"FAILED: {'' if isinstance(error, known) else type(error).__name__ + ': '}{error}"
-        print("\n".join([what, *getattr(error, "__notes__", [])]), file=sys.stderr, flush=True)
-        raise SystemExit(1) from error
-    except KeyboardInterrupt as error:
-        print("FAILED: interrupted", file=sys.stderr, flush=True)
-        raise SystemExit(130) from error
+        what = str(error) if isinstance(error, known) else f"{type(error).__name__}: {error}"
+        what = "interrupted" if isinstance(error, KeyboardInterrupt) else what
+        print("\n".join([f"FAILED: {what}", *getattr(error, "__notes__", [])]), file=sys.stderr, flush=True)
+        raise SystemExit(130 if isinstance(error, KeyboardInterrupt) else 1) from error
 
 
 def main(config: Config) -> dict:
     """Run once and return what summary.json holds."""
     with contextlib.ExitStack() as cleanup, one_message():
-        signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # cleans up, too
         gpus = connect(config, cleanup) if config.ray_address else torch.cuda.device_count()
         config, device = resolve(config, gpus)
         config, prompts, held_out, reward, first = check(config, device)
         layout = f"{config.num_engines} engine(s) ({device}, TP={config.tensor_parallel_size})"
-        print(f"Starting Ray, trainer ({config.trainer_device}) and {layout} ...", flush=True)
+        print(f"{config.model}: starting Ray, trainer ({config.trainer_device}), {layout} ...", flush=True)
         if not config.ray_address:
             connect(config, cleanup)
-        signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # again: Ray's own would kill the cluster
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # cleans up; Ray's own would kill the cluster
         trainer, engines, ranks = start(config, device, cleanup)
         samples = [{"prompt_token_ids": p.token_ids, "prompt": p.text} for p in (held_out or prompts)[:4]]
-        try:
-            sync = prove_sync(trainer, engines, samples, config.max_tokens, timeout_s=config.timeout_s)
-        except RuntimeError as error:
-            raise RuntimeError(f"{config.model}: {error}") from error
+        sync = prove_sync(trainer, engines, samples, config.max_tokens, timeout_s=config.timeout_s)
         print(f"Ready after {time.time() - psutil.Process().create_time():.1f} s", flush=True)
         before = ask_held_out(config, engines, held_out, reward)
         rows = train(config, trainer, engines, prompts, reward, first)
@@ -881,12 +813,12 @@ def main(config: Config) -> dict:
         [answers] = wait([engines[0].answer.remote()], 10 * config.timeout_s, "asking the engine")
         pairs = zip(sync.pop("before"), answers, strict=True)
         texts = [{"prompt": old["prompt"], "before": old["text"], "after": new["text"]} for old, new in pairs]
-        libraries = (torch, vllm, torchao, ray, transformers)
+        versions = {each.__name__: each.__version__ for each in (torch, vllm, torchao, ray, transformers)}
         summary = {name: getattr(config, name) for name in ("model", "quantization", "world_size")}
-        summary |= {"device": device, "fp8_linear_layers": ranks[0]["fp8_linear_layers"], "ranks": ranks}
-        summary |= {"sync": sync, "last_step": json.loads(to_json(rows[-1])) if rows else None}
-        summary |= {"held_out": {name: [before[name], after[name]] for name in before}, "samples": texts}
-        summary |= {"versions": {library.__name__: library.__version__ for library in libraries}}
+        summary |= {"device": device, "versions": versions, "ranks": ranks, "sync": sync, "samples": texts}
+        summary["fp8_linear_layers"] = ranks[0]["fp8_linear_layers"]
+        summary["held_out"] = {name: [before[name], after[name]] for name in before}
+        summary["last_step"] = json.loads(to_json(rows[-1])) if rows else None
         report(config, summary)
         return summary
 
@@ -901,7 +833,7 @@ def ask_held_out(config: Config, engines: list, held_out: list[Prompt], reward: 
 
 
 def report(config: Config, summary: dict) -> None:
-    """Write summary.json and curves.png, print answers before and after training."""
+    """Write summary.json and curves.png, print what held-out prompts were rewarded with."""
     (config.output_dir / "summary.json").write_text(json.dumps(summary, indent=2))
     rows, figure = read_metrics(config.output_dir / "metrics.jsonl"), Figure((20, 4), layout="constrained")
     names = ("reward", "mismatch_kl", "mismatch_abs_mean", "rollout_s", "train_s", "sync_s")
@@ -909,9 +841,6 @@ def report(config: Config, summary: dict) -> None:
         axis.plot([row["step"] for row in rows], [row.get(name) for row in rows])
         axis.set(xlabel="step", title=name, yscale="log" if "mismatch" in name else "linear")
     figure.savefig(config.output_dir / "curves.png")
-    print("Greedy answers before and after training:")
-    for sample in summary["samples"][:2]:
-        print(f"  {sample['prompt'][-60:]!r} -> {sample['before'][:24]!r} -> {sample['after'][:24]!r}")
     for name, (before, after) in summary["held_out"].items():
         print(f"Held-out prompts, {name}: {before:.3f} before training, {after:.3f} after")
     print(f"Wrote summary.json, metrics.jsonl and curves.png to {config.output_dir}")

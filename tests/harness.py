@@ -303,17 +303,26 @@ def sync_versus_cold_start(
     return result
 
 
+@contextlib.contextmanager
+def products_in(precision: str):
+    """The trainer's products are meanwhile in that precision, whatever the device."""
+    plain = torch.autocast
+    torch.autocast = lambda *device, enabled: plain(*device, enabled=precision == "bfloat16")
+    try:
+        yield
+    finally:
+        torch.autocast = plain
+
+
 @torch.no_grad()
 def mismatch_kl(trainer: driver.Trainer, rollouts: list[driver.Rollout], precision: str) -> float:
     """In the trainer: the engine's mismatch in nats per token, with products in that precision."""
-    usual, trainer.in_bf16, limit = (
-        trainer.in_bf16,
-        precision == "bfloat16",
-        trainer.config.tokens_per_microbatch,
-    )
+    limit = trainer.config.tokens_per_microbatch
     batches = [trainer._pad(part) for part in driver.split_by_tokens(rollouts, limit)]
-    ours = [trainer._logprobs(trainer.model, batch)[batch["mask_BT"]] for batch in batches]
-    trainer.in_bf16 = usual
+    with products_in(precision):
+        temperature = trainer.config.temperature
+        found = [driver.completion_logprobs(trainer.model, batch, temperature) for batch in batches]
+    ours = [logprobs_BT[batch["mask_BT"]] for logprobs_BT, batch in zip(found, batches, strict=True)]
     engine = [batch["engine_BT"][batch["mask_BT"]] for batch in batches]
     return driver.measure_mismatch(torch.cat(ours), torch.cat(engine))["mismatch_kl"]
 

@@ -110,8 +110,8 @@ def nothing_starts(monkeypatch, tmp_path):
     ("flags", "expected", "found"),
     [
         (dict(max_tokens=512), "at most the 512 that the model has positions for", "a prompt of 19 tokens"),
-        (dict(engine_args='{"max_model_len": 50}'), "expected at least 51, the longest", "max_model_len 50"),
-        (dict(resume="nowhere"), "nowhere: expected checkpoint-N of an earlier run", "FileNotFoundError: "),
+        (dict(engine_args='{"max_model_len": 50}'), "prompts and --max-tokens need 51", "max_model_len 50"),
+        (dict(resume="nowhere"), "nowhere: expected checkpoint-N of a run", "FileNotFoundError: "),
         (dict(track="wandb"), "--track wandb: not installed here; pip install wandb", ""),
         (
             dict(reward="nosuch"),
@@ -125,7 +125,7 @@ def nothing_starts(monkeypatch, tmp_path):
             "--quantization nosuch: expected fp8-dynamic, fp8-weight-only, fp8_per_channel, fp8_per_block,",
             "FileNotFoundError",
         ),
-        (dict(quantization="fp8_per_block"), "type --quantization fp8-weight-only", "without a GPU"),
+        (dict(quantization="fp8_per_block"), "fp8_per_block: on GPUs only; ", "type fp8-weight-only"),
         (dict(prompts_file="/"), "--prompts-file /: expected UTF-8 text, ", "IsADirectoryError"),
         (dict(held_out_file="/no"), "--held-out-file /no: expected UTF-8 text, ", "FileNotFoundError"),
         (dict(output_dir="/dev/null"), "--output-dir /dev/null: expected a folder that can be", "FileExists"),
@@ -171,7 +171,7 @@ def test_a_cluster_that_is_not_there(address, capsys):
         driver.main(driver.Config(ray_address=address))
     assert (
         end.value.code == 1
-        and f"FAILED: --ray-address {address}: expected HOST:PORT" in capsys.readouterr().err
+        and f"FAILED: --ray-address {address}: expected auto, or HOST:PORT" in capsys.readouterr().err
     )
     assert time.monotonic() - began < 10
 
@@ -188,7 +188,7 @@ def test_a_cluster_that_refuses_says_what_it_may_want(monkeypatch, capsys):
         address = f"127.0.0.1:{cluster.getsockname()[1]}"
         driver.main(driver.Config(ray_address=address))
     printed = capsys.readouterr().err
-    assert end.value.code == 1 and printed.startswith(f"FAILED: --ray-address {address}: expected a cluster")
+    assert end.value.code == 1 and printed.startswith(f"FAILED: --ray-address {address}: expected auto, or")
     assert "RAY_AUTH_MODE=token" in printed and "ConnectionError: Failed to connect to Ray cl" in printed
 
 
@@ -303,7 +303,7 @@ def test_the_trainer_computes_what_the_engine_does(tmp_path, config, checkpointi
     plain = transformers.AutoModelForCausalLM.from_pretrained(path, attn_implementation="eager").eval()
     batch = trainer._pad([ROLLOUT, ROLLOUT])
     expected = driver.completion_logprobs(plain, batch, 0.7)
-    torch.testing.assert_close(trainer._logprobs(trainer.model, batch), expected)
+    torch.testing.assert_close(driver.completion_logprobs(trainer.model, batch, 0.7), expected)
     assert not trainer.model.training
 
 
@@ -352,8 +352,7 @@ def test_models_that_fit():
 def test_schemes_that_vllm_has_on_gpus_only(shape, scheme):
     settings = dataclasses.replace(CONFIG, quantization=scheme)
     message = refused(driver.check_model, settings, SHAPES[shape], 40, "cpu")
-    assert message.startswith(f"--quantization {scheme}: without a GPU vLLM has fp8_per_channel alone")
-    assert message.endswith("type --quantization fp8-weight-only")
+    assert message == f"--quantization {scheme}: on GPUs only; type fp8-weight-only instead"
     driver.check_model(settings, SHAPES[shape], 40, "cuda")
     driver.check_model(CONFIG, SHAPES[shape], 40, "cpu")
     dense = dataclasses.replace(CONFIG, quantization="fp8_per_channel")
@@ -364,7 +363,7 @@ def test_a_model_without_a_tokenizer(path, tmp_path):
     for name in ("config.json", "model.safetensors"):
         shutil.copy(Path(path, name), tmp_path)
     message = refused(lambda: checked(tmp_path, model=str(tmp_path)))
-    assert message.startswith(f"--model {tmp_path}: expected a model and its tokenizer")
+    assert message.startswith(f"--model {tmp_path}: expected a Hugging Face model (log in?)")
 
 
 def test_unknown_model(tmp_path, monkeypatch):
@@ -373,13 +372,13 @@ def test_unknown_model(tmp_path, monkeypatch):
     (tmp_path / "empty").mkdir()
     for name in ("no-such/model", str(tmp_path / "empty"), "not a name"):
         message = refused(lambda name=name: checked(tmp_path, model=name))
-        assert message.startswith(f"--model {name}: expected a model and its tokenizer on the Hugging Face")
+        assert message.startswith(f"--model {name}: expected a Hugging Face model (log in?) or folder")
 
 
 def test_the_program_without_the_tiny_model(tmp_path, monkeypatch, path):
     """From the two files alone: what is missing is said, any other model runs."""
     monkeypatch.setattr(driver, "TINY", tmp_path / "tests" / "tiny")
-    assert f"{driver.TINY}, is not there; type --model " in refused(lambda: checked(tmp_path))
+    assert f"--model {driver.TINY}: expected a Hugging Face model" in refused(lambda: checked(tmp_path))
     checked(tmp_path, model=path)
 
 
@@ -393,7 +392,7 @@ def test_no_code_of_a_model_runs(path, tmp_path, name, monkeypatch):
     own["auto_map"] = {"AutoConfig": "own.Own", "AutoTokenizer": ["own.Own", None]}
     (folder / name).write_text(json.dumps(json.loads((folder / name).read_text()) | own))
     if name == "config.json":
-        assert "expected a model and its tok" in refused(lambda: checked(tmp_path, model=str(folder)))
+        assert "expected a Hugging Face model" in refused(lambda: checked(tmp_path, model=str(folder)))
     else:  # transformers knows the tokenizer of an OPT
         checked(tmp_path, model=str(folder))
     assert not ran.exists()
@@ -429,7 +428,7 @@ def leave(**_):
         (lambda **_: "10", "it returned a str"),
         (lambda **_: b"10", "it returned a bytes"),
         (leave, "failed: SystemExit: 3"),
-        (alarm, "It runs in a thread, where signals cannot be set: switch its own time limit off"),
+        (alarm, "failed: ValueError: signal only works in main thread of the main interpreter"),
     ],
 )
 def test_a_broken_reward_is_never_a_zero(reward, message):
@@ -515,7 +514,7 @@ def test_without_advantages_nothing_is_learned(path):
     before = [p.clone() for p in trainer.model.parameters()]
     metrics = trainer.train_step([dataclasses.replace(ROLLOUT, advantage=0.0)])
     assert same(before, list(trainer.model.parameters()))
-    assert metrics["grad_norm"] == 0 and metrics["weights_changed"] == 0
+    assert metrics["grad_norm"] == 0
 
 
 def test_a_gradient_that_is_not_finite_changes_nothing(path):
@@ -551,14 +550,6 @@ def test_what_is_masked_has_no_gradient():
     loss, _ = driver.compute_ppo_loss(logprobs_BT, batch, dataclasses.replace(CONFIG, kl_coef=0.1))
     [gradient] = torch.autograd.grad(loss, logprobs_BT)
     assert loss == -1 and gradient.tolist() == [[-1.0, 0.0]]
-
-
-def test_a_step_that_bfloat16_swallows_shows(path):
-    shares = []
-    for learning_rate in (1e-6, 1e-2):
-        trainer = trainer_of(path, trainer_dtype="bfloat16", learning_rate=learning_rate)
-        shares.append(trainer.train_step([ROLLOUT])["weights_changed"])
-    assert shares[0] < 0.1 and shares[1] > 0.5
 
 
 # ----- Files ------------------------------------------------------------------------------------------------
@@ -599,8 +590,6 @@ def saved(path, tmp_path_factory):
 @pytest.mark.parametrize(
     ("break_it", "message"),
     [
-        (lambda folder: (folder / "model.safetensors").unlink(), "Found: ValueError: step 1, and ['con"),
-        (lambda folder: (folder / "config.json").write_text("{"), "Found: OSError: It looks like the config"),
         (lambda folder: (folder / "trainer.pt").write_text("x"), "Found: RuntimeError: mmap"),
         (lambda folder: torch.save({"step": -3}, folder / "trainer.pt"), "Found: ValueError: step -3"),
         (lambda folder: torch.save({"step": 21}, folder / "trainer.pt"), "Found: ValueError: step 21"),
@@ -614,7 +603,7 @@ def test_a_damaged_checkpoint_is_seen_before_anything_starts(path, saved, tmp_pa
     assert checked(tmp_path, **flags)[-1] == 1
     break_it(folder)
     found = refused(lambda: checked(tmp_path, **flags))
-    assert found.startswith(f"--resume {folder}: expected checkpoint-N of an earlier run, N at most 20")
+    assert found.startswith(f"--resume {folder}: expected checkpoint-N of a run, N at most --steps 20")
     assert message in found
 
 
@@ -650,7 +639,7 @@ def test_weights_that_hold_nan_are_named(path, tmp_path):
     broken.save_pretrained(tmp_path)
     for file in Path(path).glob("tokenizer*"):
         shutil.copy(file, tmp_path)
-    message = refused(trainer_of, tmp_path)
+    message = refused(trainer_of(tmp_path).prepare_weights)
     assert "1 weights hold NaN or infinity" in message and "model.decoder.layers.0.fc1.weight" in message
 
 

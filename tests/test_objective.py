@@ -14,7 +14,7 @@ import transformers
 
 import make_tiny
 from architectures import ARCHITECTURES, SMALL
-from harness import driver
+from harness import driver, products_in
 from random_models import build_random_model
 
 CONFIG = driver.Config(trainer_device="cpu", learning_rate=1e-3, epochs=1)
@@ -190,10 +190,10 @@ def test_products_in_bfloat16_leave_weights_and_gradients_in_float32(path, rollo
     seen = {}
     for precision in ("float32", "bfloat16"):
         trainer = driver.Trainer(dataclasses.replace(CONFIG, model=path))
-        trainer.in_bf16 = precision == "bfloat16"  # as on GPUs
         trainer.model.get_input_embeddings().weight.register_hook(lambda grad: dtypes.append(grad.dtype))
         dtypes = []
-        seen[precision] = trainer.train_step(rollouts)["mismatch_kl"]
+        with products_in(precision):  # BF16, as on GPUs
+            seen[precision] = trainer.train_step(rollouts)["mismatch_kl"]
         states = [value for state in trainer.optimizer.state.values() for value in state.values()]
         assert {tensor.dtype for tensor in [*trainer.model.parameters(), *states]} == {torch.float32}
         assert set(dtypes) == {torch.float32}
@@ -216,7 +216,8 @@ def test_rounding_on_the_wire_is_a_mismatch_of_its_own(path, rollouts):
         batch, rounded = trainer._pad(rollouts), copy.deepcopy(trainer.model).bfloat16().float()
         with torch.no_grad():
             exact, wire = (
-                trainer._logprobs(model, batch)[batch["mask_BT"]] for model in (trainer.model, rounded)
+                driver.completion_logprobs(model, batch)[batch["mask_BT"]]
+                for model in (trainer.model, rounded)
             )
         assert (driver.measure_mismatch(exact, wire)["mismatch_kl"] > 1e-5) == expected
         trainer.train_step(rollouts)

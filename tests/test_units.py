@@ -443,7 +443,7 @@ def test_the_reaper_kills_what_carries_its_mark():
     start = f"import subprocess; print([{sleep}.pid for mark in ('this', 'other')])"
     started = subprocess.run([sys.executable, "-c", start], stdout=subprocess.PIPE, text=True, check=True)
     marked, other = map(psutil.Process, json.loads(started.stdout))
-    subprocess.run([sys.executable, "-c", driver.REAPER, "this"], stdin=subprocess.DEVNULL, check=True)
+    subprocess.run(["sh", "-c", driver.REAPER, "RLHF_RUN=this"], stdin=subprocess.DEVNULL, check=True)
     zombie = psutil.STATUS_ZOMBIE  # who has adopted it may leave it so
     alive = [process.is_running() and process.status() != zombie for process in (marked, other)]
     other.kill()
@@ -466,11 +466,11 @@ def test_zero_activation_rows_stay_finite():
 @pytest.mark.parametrize(
     ("gpus", "flags", "wanted"),
     [
-        (1, {}, (2, 1)),
-        (2, {}, (2, 1)),
-        (2, dict(tensor_parallel_size=4, trainer_device="cpu"), (4, 0)),
-        (5, dict(num_engines=3), (6, 1)),
-        (0, dict(trainer_device="cuda"), (0, 1)),
+        (1, {}, (1, 2)),
+        (2, {}, (1, 2)),
+        (2, dict(tensor_parallel_size=4, trainer_device="cpu"), (0, 4)),
+        (5, dict(num_engines=3), (1, 6)),
+        (0, dict(trainer_device="cuda"), (1, 0)),
     ],
 )
 def test_too_few_gpus(gpus, flags, wanted):
@@ -552,7 +552,7 @@ def test_a_line_of_a_prompts_file_is_what_ends_with_a_newline(tmp_path):
     file, tokenizer = tmp_path / "prompts.txt", byte_tokenizer()
     file.write_bytes("\ufeffa\u2028b\x0cc\r\n\nd\x85e".encode())
     prompts = driver.read_prompts("--prompts-file", file, tokenizer)
-    assert [(prompt.asked, prompt.text, prompt.columns) for prompt in prompts] == [
+    assert [(prompt.source, prompt.text, prompt.columns) for prompt in prompts] == [
         ("a\u2028b\x0cc", "a\u2028b\x0cc", {}),
         ("d\x85e", "d\x85e", {}),
     ]
@@ -572,7 +572,7 @@ def test_json_lines(tmp_path):
     lines = [json.dumps(row, ensure_ascii=False) for row in rows]
     file.write_bytes(("\ufeff" + "\r\n\n".join(lines)).encode())
     prompts = driver.read_prompts("--prompts-file", file, tokenizer)
-    assert [{"prompt": prompt.asked} | prompt.columns for prompt in prompts] == rows
+    assert [{"prompt": prompt.source} | prompt.columns for prompt in prompts] == rows
     text = "[system]Be brief.[user]1 + 1 =\n[assistant]"
     assert [prompt.text for prompt in prompts] == [rows[0]["prompt"], f"<s>{text}", f"<s>{text}It is"]
     for prompt, expected in zip(prompts, [rows[0]["prompt"], text, f"{text}It is"], strict=True):
@@ -607,7 +607,7 @@ def test_the_engine_has_room_for_the_longest(tmp_path):
 
 def test_without_a_file_vllms_examples_are_asked(tmp_path):
     _, prompts, held_out, _, _ = checked(tmp_path, model=write_config(tmp_path / "model", "tiny-opt"))
-    assert [prompt.asked for prompt in prompts] == driver.PROMPTS and held_out == []
+    assert [prompt.source for prompt in prompts] == driver.PROMPTS and held_out == []
 
 
 def test_each_prompt_has_its_turn_and_each_sample_its_seed():
@@ -618,10 +618,10 @@ def test_each_prompt_has_its_turn_and_each_sample_its_seed():
     engine = SimpleNamespace(rollout=SimpleNamespace(remote=lambda *args: calls.append(args)))
     for step in range(3):
         batch = driver.prompts_of_step(config, prompts, step)
-        assert [prompt.asked for prompt in batch] == [str((3 * step + i) % 5) for i in range(3)]
+        assert [prompt.source for prompt in batch] == [str((3 * step + i) % 5) for i in range(3)]
         assert len(driver.ask([engine, engine], batch, config, step)) == 2
     assert [len(asked) for asked, _ in calls] == [2, 1] * 3
-    params = [driver.SamplingParams(**each) for _, settings in calls for each in settings]
+    params = [driver.vllm.SamplingParams(**each) for _, settings in calls for each in settings]
     seeds = [each.seed + i for each in params for i in range(each.n)]
     assert len(set(seeds)) == len(seeds) == 3 * 3 * 4
     assert {(each.temperature, each.max_tokens, each.logprobs) for each in params} == {(0.7, 5, 0)}
