@@ -46,9 +46,6 @@ from unittest import mock
 
 # What every process of a run has in its environment, unless the user has set it.
 ENVIRONMENT = {
-    "VLLM_LOGGING_LEVEL": "ERROR",  # INFO: more in Ray's logs (/tmp/ray/session_latest/logs)
-    "TRANSFORMERS_VERBOSITY": "error",
-    "TORCH_LOGS": "-torch.utils._pytree",
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # vLLM's scheduler in the actor: batches do not depend on timing
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # without a GPU two workers share a NUMA node
     "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB
@@ -184,8 +181,8 @@ def rlhf_training_iteration(
 
 
 LINE_OF_STEP = (
-    "step {step:4d} | reward {reward:.3f} | KL {mismatch_kl:.2e}, |d| max {mismatch_abs_max:.3f}, ESS "
-    "{effective_sample_size:.3f} | {tokens_per_s:.0f} tokens/s | rollout {rollout_s:.2f} s, "
+    "step {step:4d} | reward {reward:.3f} | mismatch KL {mismatch_kl:.2e}, |d| max {mismatch_abs_max:.3f}, "
+    "ESS {effective_sample_size:.3f} | {tokens_per_s:.0f} tokens/s | rollout {rollout_s:.2f} s, "
     "train {train_s:.2f} s, sync {sync_s:.3f} s ({sync_gb_per_s:.2f} GB/s) | trainer {trainer_gib:.2f} GiB"
 )
 
@@ -219,8 +216,8 @@ def train(config: Config, trainer, engines: list, prompts: list, reward: Callabl
                     saving = trainer.save_checkpoint.remote(config.output_dir)
                     [saved] = wait([saving], 10 * config.timeout_s, "saving a checkpoint")
             except Exception as error:
-                # A training step may still be under way, and end. Who is silent has had its time.
-                limit_s = config.timeout_s * (1 if isinstance(error, TimeoutError) else 10)
+                # A training step may still be under way, and end; but a silent trainer has had its time.
+                limit_s = config.timeout_s * (1 if "no answer from trainer" in str(error) else 10)
                 try:  # not by `wait`: that an engine has died does not matter now
                     saved = ray.get(trainer.save_checkpoint.remote(config.output_dir), timeout=limit_s)
                 except ray.exceptions.RayError as why:  # a GetTimeoutError is one
@@ -285,7 +282,7 @@ def backwards(completions: list[str], answer: list[str], **_) -> list[float]:
 
 
 def load_reward(name: str, columns: set[str]) -> Callable[..., list[float]]:
-    """`--reward`, to be called with more than it wants. Raises ValueError: none found, or it wants others."""
+    """`--reward`, made callable by more names than it takes. Raises ValueError if it wants others."""
     known = {"prompts", "completions", "completion_ids", "finish_reasons", *columns}
     sys.path.append(os.getcwd())
     with expected(f"--reward {name}", "backwards, letters, or module:function, here or installed"):
@@ -361,23 +358,21 @@ def compute_advantages(rewards_PG: torch.Tensor) -> torch.Tensor:
 def compute_ppo_loss(logprobs_BT: torch.Tensor, batch: dict[str, torch.Tensor], config: Config) -> tuple:
     """PPO's clipped loss (Schulman et al. 2017, arXiv:1707.06347, equation 7), with importance weights.
 
-    The policy (`logprobs_BT`) is clipped against that before the step (`old_BT`), which is weighted against
-    the one that sampled (`engine_BT`: FP8; with `--overlap` a step older), up to a cap: truncated importance
-    sampling (Yao et al. 2025, "Your Efficient RL Framework Secretly Brings You Off-Policy RL"; with clipping
-    Hilton et al. 2021, arXiv:2110.00641). Loss and metrics are sums over completion tokens (`mask_BT`); by
-    those of the batch divided, each counts the same (DAPO: Yu et al. 2025, arXiv:2503.14476, 3.3)."""
+    Clipped is the ratio of the policy (`logprobs_BT`) to that before the step (`old_BT`). The latter's ratio
+    to the one that sampled (`engine_BT`: FP8; with `--overlap` a step older) is a weight, with a cap:
+    truncated importance sampling (Yao et al. 2025, "Your Efficient RL Framework Secretly Brings You
+    Off-Policy RL"; with clipping Hilton et al. 2021, arXiv:2110.00641). Both results are sums over completion
+    tokens, so that each counts the same (DAPO: Yu et al. 2025, arXiv:2503.14476, 3.3)."""
     mask_BT = batch["mask_BT"]  # what stands elsewhere must not reach a gradient
     logprobs_N, old_N = logprobs_BT[mask_BT], batch["old_BT"][mask_BT]
-    correction_N = old_N - batch["engine_BT"][mask_BT]
-    weights_N = correction_N.exp().clamp(max=CORRECTION_CAP)
+    weights_N = (old_N - batch["engine_BT"][mask_BT]).exp().clamp(max=CORRECTION_CAP)
     advantages_N = batch["advantages_B1"].expand_as(mask_BT)[mask_BT]
     ratio_N = (logprobs_N - old_N).exp()
     plain_N, clipped_N = ratio_N * advantages_N, ratio_N.clamp(1 - CLIP, 1 + CLIP) * advantages_N
     kl_N = k3(batch["reference_BT"][mask_BT] - logprobs_N) if config.kl_coef else 0 * logprobs_N
     loss = (config.kl_coef * kl_N - weights_N * torch.minimum(plain_N, clipped_N)).sum()
     metrics = {"loss": loss.detach(), "reference_kl": kl_N.detach().sum()}
-    metrics["ppo_clipped"] = (clipped_N < plain_N).sum()
-    metrics["corrected"] = (correction_N > math.log(CORRECTION_CAP)).sum()
+    metrics |= {"ppo_clipped": (clipped_N < plain_N).sum(), "corrected": (weights_N == CORRECTION_CAP).sum()}
     return loss, metrics
 
 
@@ -423,12 +418,11 @@ class Trainer(WeightSender):
         self.saved = self.step, config.resume
 
     def _load(self, folder: str | Path) -> torch.nn.Module:
-        """The model as the engine computes it: in evaluation mode, and with caps on attention scores."""
+        """As the engine computes it: in evaluation mode; with caps on attention, which only "eager" has."""
         model_config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
         caps = getattr(model_config.get_text_config(), "attn_logit_softcapping", None)
-        options = dict(dtype=self.config.trainer_dtype, trust_remote_code=False)
-        options |= dict(attn_implementation="eager") if caps else {}  # other ways leave the caps out
-        model = transformers.AutoModelForCausalLM.from_pretrained(folder, **options)
+        how = dict(dtype=self.config.trainer_dtype, attn_implementation="eager" if caps else None)
+        model = transformers.AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=False, **how)
         model.generation_config = transformers.GenerationConfig()  # not used; the file is kept as it came
         return model.to(self.config.trainer_device).eval()
 
@@ -515,7 +509,7 @@ def completion_logprobs(model, batch: dict[str, torch.Tensor], temperature: floa
 
     def of_some(hidden_NH: torch.Tensor, targets_N: torch.Tensor) -> torch.Tensor:
         given = type(output)(last_hidden_state=hidden_NH[None])
-        # The model's own forward does what comes behind the decoder, which is made to return these states.
+        # What comes behind the decoder (head, scales, caps) is done by the model's own forward, on these.
         with mock.patch.object(decoder, "forward", lambda *_, **__: given):
             logits_NV = model(input_ids=targets_N[None], use_cache=False).logits[0].float()
         return -torch.nn.functional.cross_entropy(logits_NV / temperature, targets_N, reduction="none")
@@ -605,9 +599,10 @@ def engine_arguments(config: Config, device: str) -> dict:
 
 
 # ----- 7. Start and stop ------------------------------------------------------------------------------------
-# A shell waits for the driver's end, and kills what is left after 4 s with the run's mark in its environment:
-# a process that is orphaned, stopped or stuck in a collective does not end itself.
-REAPER = """exec >/dev/null 2>&1; cat; marked() { grep -ls "$0" /proc/[0-9]*/environ | tr -dc '0-9\\n'; }
+# A shell waits until the driver ($1) is no longer its parent, and kills what is left after 4 s with the run's
+# mark ($0) in its environment: what is orphaned, stopped or stuck in a collective does not end itself.
+REAPER = """exec >/dev/null 2>&1; while grep -q "^PPid:.$1$" /proc/$$/status; do sleep 0.5; done
+marked() { grep -ls "$0" /proc/[0-9]*/environ | tr -dc '0-9\\n'; }
 for moment in 1 2 3 4 5 6 7 8; do [ "$(marked)" ] && sleep 0.5; done; kill -9 $(marked)"""
 
 
@@ -615,8 +610,9 @@ def connect(config: Config, cleanup: contextlib.ExitStack) -> int:
     """Connect to Ray, or start a private cluster of which `cleanup` leaves nothing. Returns how many GPUs."""
     address, mark = config.ray_address, f"{os.getpid()}.{time.time_ns()}"
     reaper = ["sh", "-c", REAPER, f"RLHF_RUN={mark}"]
-    cleanup.enter_context(subprocess.Popen(reaper, stdin=subprocess.PIPE, start_new_session=True))
-    cleanup.callback(ray.shutdown)  # it kills the raylet after a second and may orphan the others
+    subprocess.Popen([*reaper, str(os.getpid())], start_new_session=True)
+    cleanup.callback(subprocess.run, reaper)  # the same for what is left by the next line
+    cleanup.callback(ray.shutdown)
     passed_on = ("HF_", "HUGGING", "NCCL_", "TORCH", "TRANSFORMERS_", "VLLM_")
     variables = {name: value for name, value in os.environ.items() if name.startswith(passed_on)}
     modules = [__file__, str(Path(__file__).with_name("rlhf_utils.py"))]  # for other nodes
@@ -758,7 +754,7 @@ def read_prompts(flag: str, file: Path | None, tokenizer, like: list[Prompt] = (
                 if line.strip():
                     row = json.loads(line) if in_json else {"prompt": line}
                     prompts.append(to_prompt(row, tokenizer))
-                    columns, known = prompts[-1].columns, [*like, *prompts][0].columns
+                    columns, known = prompts[-1].columns, (like or prompts)[0].columns
                     if columns.keys() != known.keys():
                         raise ValueError(f"columns {[*columns]}, not {[*known]}")
         if not prompts:
@@ -799,7 +795,7 @@ def main(config: Config) -> dict:
         config, device = resolve(config, gpus)
         config, prompts, held_out, reward, first = check(config, device)
         layout = f"{config.num_engines} engine(s) ({device}, TP={config.tensor_parallel_size})"
-        print(f"{config.model}: starting Ray, trainer ({config.trainer_device}), {layout} ...", flush=True)
+        print(f"Starting Ray, trainer ({config.trainer_device}) and {layout}: {config.model} ...", flush=True)
         if not config.ray_address:
             connect(config, cleanup)
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # cleans up; Ray's own would kill the cluster

@@ -156,7 +156,7 @@ def test_default_run(default_run):
     assert sync["bytes"] == 2 * ((259 + 514) * 128 + 2 * layer + 2 * 128)
     assert any(sample["before"] != sample["after"] for sample in summary["samples"])
     assert set(summary["versions"]) == {"torch", "vllm", "torchao", "ray", "transformers"}
-    assert "trainer (cpu) and 1 engine(s) (cpu, TP=2)" in printed
+    assert f"trainer (cpu) and 1 engine(s) (cpu, TP=2): {driver.TINY} ..." in printed
     assert "worker (rank 2): 8 linear layers in FP8, 0." in printed
     said = f"the engine is what it was: 96 tensors ({sync['changed']} follow the weights), 4 answers"
     assert re.search(
@@ -191,10 +191,7 @@ def test_it_learns(default_run):
 def test_a_first_run_is_short_and_quiet(default_run):
     """No warning and no progress bar of any library; what takes long is announced, if need be often."""
     lines = [line for line in default_run[3].splitlines() if not re.match(r"\.\.\. .*: \d+ s$", line)]
-    ours = (
-        r"Importing|Starting|worker \(rank \d\)|  not in FP8|Agreed on|Proved|Ready after|step |  sample|"
-        r"Greedy answers|  '.*' -> '|Held-out prompts, |Wrote "
-    )
+    ours = r"Importing|Starting|worker \(rank \d\)|  not in FP8|Agreed on|Proved|Ready after|step |  sample|Held-out prompts, |Wrote "
     assert len(lines) <= 40 and not [line for line in lines if not re.match(ours, line)]
 
 

@@ -1,13 +1,16 @@
 """Small pieces of the helper, and what the driver makes of flags and prompts."""
 
+import contextlib
 import doctest
 import itertools
 import json
 import math
+import os
 import re
 import subprocess
 import sys
 import threading
+import time
 from types import SimpleNamespace
 
 import psutil
@@ -443,11 +446,18 @@ def test_the_reaper_kills_what_carries_its_mark():
     start = f"import subprocess; print([{sleep}.pid for mark in ('this', 'other')])"
     started = subprocess.run([sys.executable, "-c", start], stdout=subprocess.PIPE, text=True, check=True)
     marked, other = map(psutil.Process, json.loads(started.stdout))
-    subprocess.run(["sh", "-c", driver.REAPER, "RLHF_RUN=this"], stdin=subprocess.DEVNULL, check=True)
-    zombie = psutil.STATUS_ZOMBIE  # who has adopted it may leave it so
-    alive = [process.is_running() and process.status() != zombie for process in (marked, other)]
+    command = ["sh", "-c", driver.REAPER, "RLHF_RUN=this"]
+    reaper = subprocess.Popen([*command, str(os.getpid())])
+    time.sleep(1)
+    assert reaper.poll() is None and marked.is_running(), "this process, whose child it is, has not ended"
+    reaper.kill()
+    ended = f"import subprocess, os; subprocess.Popen([*{command}, str(os.getpid())])"
+    subprocess.run([sys.executable, "-c", ended], check=True)
+    with contextlib.suppress(psutil.NoSuchProcess):  # who has adopted it may leave it as a zombie
+        while marked.status() != psutil.STATUS_ZOMBIE:
+            time.sleep(0.1)
+    assert other.is_running()
     other.kill()
-    assert alive == [False, True]
 
 
 def test_zero_activation_rows_stay_finite():
