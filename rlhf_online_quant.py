@@ -511,8 +511,8 @@ def completion_logprobs(model, batch: dict[str, torch.Tensor], temperature: floa
         given = type(output)(last_hidden_state=hidden_NH[None])
         # What comes behind the decoder (head, scales, caps) is done by the model's own forward, on these.
         with mock.patch.object(decoder, "forward", lambda *_, **__: given):
-            logits_NV = model(input_ids=targets_N[None], use_cache=False).logits[0].float()
-        return -torch.nn.functional.cross_entropy(logits_NV / temperature, targets_N, reduction="none")
+            logits_NV = model(input_ids=targets_N[None], use_cache=False).logits[0].float().div_(temperature)
+        return -torch.nn.functional.cross_entropy(logits_NV, targets_N, reduction="none")
 
     with torch.autocast(tokens_BL.device.type, torch.bfloat16, enabled=tokens_BL.is_cuda):
         output = decoder(input_ids=tokens_BL, use_cache=False)
