@@ -748,7 +748,7 @@ def read_prompts(flag: str, file: Path | None, tokenizer, like: list[Prompt] = (
     what = "UTF-8 text, a prompt a line, or JSON lines: `prompt` (text or chat messages) and equal columns"
     with expected(f"{flag} {file}", what):
         lines = file.read_text(encoding="utf-8-sig").split("\n")
-        in_json, prompts = "".join(lines).lstrip().startswith("{"), []
+        in_json, prompts = "".join("".join(lines).split()).startswith(("{", "[{")), []
         for number, line in enumerate(lines, start=1):
             with expected(f"line {number}", "a prompt like those before"):
                 if line.strip():

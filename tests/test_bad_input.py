@@ -216,6 +216,8 @@ ROW = b'{"prompt": "a", "answer": 1}\n'
         (ROW + b'{"answer": 1}', "line 2: .*KeyError: 'prompt'"),
         (ROW + b"5", "line 2: .*TypeError"),
         (ROW + b'["prompt"]', "line 2: .*TypeError"),
+        (b'[{"prompt": "b"}]', "line 1: .*TypeError"),
+        (b'[\n  {"prompt": "b"}\n]', "line 1: .*JSONDecodeError"),
         (ROW + b'{"prompt": "b"}', r"line 2: .*columns \[\], not \['answer'\]"),
         (ROW + b'{"prompt": "b", "answer": 1, "level": 2}', r"line 2: .*columns \['answer', 'level'\], not"),
         (b'{"prompt": ""}', "line 1: .*neither text nor a list of messages"),
