@@ -2,17 +2,18 @@
 Python for each.
 
     python tests/architectures.py 1 opt falcon opt@fp8_per_channel@eager    # TP, NAME[@scheme[@eager]]
-    python tests/architectures.py 2:1,3 opt    # fresh engines after the second and the fourth set alone
 
-A tiny random model is written, trainer and engine start from it, and the sync is proved. Then four other sets
-of weights come, one after another, each by another mechanism; each time the engine is compared with a fresh
-one from the trainer's checkpoint. Trainers and engines are those of local.py. Prints JSON."""
+A tiny random model is written, trainer and engine start from it, and the sync is proved. Then other weights
+and those of the start come in turn, twice each, each time by another mechanism; each time the engine is
+compared with a fresh one from the others' checkpoint, or with what it was. Trainers and engines are those of
+local.py. Prints JSON."""
 
 import dataclasses
 import json
 import shutil
 import sys
 import tempfile
+from collections.abc import Iterator
 
 import torch
 import transformers
@@ -116,14 +117,6 @@ def build(folder, name: str, seed: int = 0, dtype=torch.bfloat16) -> str:
 MECHANISMS = ["replay", "session", "update_weight", "replay"]
 
 
-def change(parameters: list[torch.Tensor], step: int) -> None:
-    """Other weights, each time."""
-    torch.manual_seed(100 + step)
-    with torch.no_grad():
-        for parameter in parameters:
-            parameter.add_(torch.randn_like(parameter), alpha=0.01)
-
-
 def bring(trainer: Local, engine: Local, mechanism: str, settings: dict) -> str:
     """The trainer's weights, by one mechanism; returns the path that they took."""
     if mechanism == "update_weight":
@@ -148,10 +141,10 @@ def send_one_by_one(
             updating.result()
 
 
-def follow(name: str, tensor_parallel_size: int, folder: str, fresh=(0, 1, 2, 3), **more) -> dict:
-    """Prove one architecture; then bring it other weights four times, each time by another mechanism, and
-    compare all that it reaches and says with fresh engines from the checkpoints of steps `fresh`. What was
-    found.
+def follow(name: str, tensor_parallel_size: int, folder: str, **more) -> dict:
+    """Prove one architecture; then bring it other weights and its own in turn, each time by another
+    mechanism, and compare all that it reaches and says with a fresh engine of the others, or with what it was
+    at the start. What was found.
     """
     _, scheme, mode = [*name.split("@"), "", ""][:3]
     config = dataclasses.replace(CONFIG, tensor_parallel_size=tensor_parallel_size)
@@ -164,13 +157,18 @@ def follow(name: str, tensor_parallel_size: int, folder: str, fresh=(0, 1, 2, 3)
     found, observed = {"paths": []}, []
     with local_pair(old, config, **more) as (trainer, engine):
         proof = helper.prove_sync(trainer, engine, *asked, **settings)
+        cold, model = engine.target.observe(), trainer.target.model  # as it was loaded, says the proof
+        parameters = [parameter.detach() for parameter in model.parameters()]
+        own = [parameter.clone() for parameter in parameters]
+        others = [parameter + 0.01 * torch.randn_like(parameter) for parameter in parameters]
         for step, mechanism in enumerate(MECHANISMS):
-            change(list(trainer.target.model.parameters()), step)
+            torch._foreach_copy_(parameters, own if step % 2 else others)
             found["paths"].append(bring(trainer, engine, mechanism, settings))
-            trainer.target.model.save_pretrained(f"{folder}/{step}")
-            tokenizer_of(trainer.target.model.config.vocab_size).save_pretrained(f"{folder}/{step}")
             observed.append(engine.target.observe())
-        in_file = load_file(f"{folder}/{step}/model.safetensors").items()
+            if step == 0:
+                model.save_pretrained(f"{folder}/others")
+                tokenizer_of(model.config.vocab_size).save_pretrained(f"{folder}/others")
+        in_file = load_file(f"{folder}/others/model.safetensors").items()
         travels = {name: (list(t.shape), t.dtype) for name, t in trainer.target.weights()}
         found["as_in_file"] = travels == {name: (list(t.shape), t.dtype) for name, t in in_file}
         found["buckets"] = len(trainer.target.buckets.buckets)
@@ -179,31 +177,30 @@ def follow(name: str, tensor_parallel_size: int, folder: str, fresh=(0, 1, 2, 3)
     found["fp8"] = sum("weight_scale on " in name or ".qdata on " in name for name in names)
     found["repeatable"] = observed[-1]["repeatable"]
     found["wrong"] = []
-    for step in fresh:
-        seen = observed[step]
-        shutil.rmtree(old)
-        shutil.move(f"{folder}/{step}", old)  # one path, for which vLLM compiles once
-        with local_engine(old, config, **more) as llm:
-            answers, digests = llm.answer(*asked), llm.digests()
-        wrong = [key for key, value in seen["digests"].items() if digests.get(key) != value]
-        wrong += [
-            old["prompt"] for new, old in zip(answers, seen["answers"]) if new != old and seen["repeatable"]
-        ]
+    shutil.rmtree(old)
+    shutil.move(f"{folder}/others", old)  # one path, for which vLLM compiles once
+    with local_engine(old, config, **more) as llm:
+        fresh = {"answers": llm.answer(*asked), "digests": llm.digests()}
+    for step, seen in enumerate(observed):
+        expected = cold if step % 2 else fresh
+        wrong = [key for key, value in seen["digests"].items() if expected["digests"].get(key) != value]
+        if seen["repeatable"]:
+            pairs = zip(expected["answers"], seen["answers"])
+            wrong += [was["prompt"] for was, now in pairs if now != was]
         found["wrong"] += [f"{what} after {step + 1}, {MECHANISMS[step]}" for what in wrong]
     return found
 
 
-def main(tensor_parallel_size: int, names: list[str], fresh=(0, 1, 2, 3)) -> None:
+def follow_all(tensor_parallel_size: int, names: list[str]) -> Iterator[tuple[str, dict]]:
+    """Each with what was found, or an error."""
     for name in names:
         with tempfile.TemporaryDirectory() as folder:
             try:
-                found = follow(name, tensor_parallel_size, folder, fresh)
+                yield name, follow(name, tensor_parallel_size, folder)
             except Exception as error:
-                found = {"error": f"{type(error).__name__}: {error}"}
-        print("FOUND " + json.dumps({name: found}), flush=True)
+                yield name, {"error": f"{type(error).__name__}: {error}"}
 
 
 if __name__ == "__main__":
-    size, _, fresh = sys.argv[1].partition(":")
-    fresh = [int(step) for step in fresh.split(",")] if fresh else range(len(MECHANISMS))
-    main(int(size), sys.argv[2:] or list(ARCHITECTURES), fresh)
+    for found in follow_all(int(sys.argv[1]), sys.argv[2:] or list(ARCHITECTURES)):
+        print("FOUND " + json.dumps(dict([found])), flush=True)

@@ -1,5 +1,6 @@
 """One Ray, one engine with its trainer, and the models: made once for all tests."""
 
+import concurrent.futures
 import contextlib
 import dataclasses
 import os
@@ -17,6 +18,33 @@ from random_models import build_random_model
 os.environ["TORCH_COMPILE_DISABLE"] = "1"
 if DEVICE == "cpu":
     driver.RolloutLLM = RolloutLLM
+
+
+# Architectures ask for what comes last from the background, and what has limits of time comes behind it.
+LAST = ["test_architectures", "test_program", "test_sync", "test_faults"]
+
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: LAST.index(item.path.stem) if item.path.stem in LAST else -1)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def background(request, tmp_path_factory):
+    """Futures of what programs do, by the fixture with which tests ask for it. They run one after another
+    from the start on, and the tests of this process take the other core.
+    """
+    from test_architectures import follow_at_two
+    from test_program import ENDS, end, run_default
+
+    works = {"ends": [(end, *how) for how in ENDS]}  # then those whose workers need both cores at a time
+    works |= {"found_at_two": [(follow_at_two,)], "default_run": [(run_default,)]}
+    asked, futures = {name for item in request.session.items for name in item.fixturenames}, {}
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        for name in (name for name in works if name in asked):
+            calls = [(work, tmp_path_factory.mktemp(name), *how) for work, *how in works[name]]
+            futures[name] = [pool.submit(*call) for call in calls]
+        yield futures
+        pool.shutdown(cancel_futures=True)
 
 
 @pytest.fixture(scope="session")

@@ -29,6 +29,7 @@ import rlhf_online_quant as driver  # noqa: E402
 import rlhf_utils as helper  # noqa: E402
 from rlhf_utils import BUCKET_BYTES, WorkerExtension, stateless_init_process_group  # noqa: E402
 
+os.environ |= driver.ENVIRONMENT | os.environ
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 PROMPTS = ["Hello, my name is", "The capital of France is", "a", "0123456789" * 30]
 
@@ -44,8 +45,10 @@ class Extension(WorkerExtension):
 def fork_server():
     """A context that starts processes as forks of one that has imported everything."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["rlhf_online_quant", "vllm.v1.worker.cpu_worker"])
-    multiprocessing.forkserver.ensure_running()
+    context.set_forkserver_preload(["harness", "vllm.v1.worker.cpu_worker"])
+    if multiprocessing.parent_process():  # a fork itself, whose own are forks of the same process
+        multiprocessing.forkserver._forkserver.ensure_running = lambda: None
+    multiprocessing.forkserver._forkserver.ensure_running()
     return context
 
 
@@ -153,10 +156,8 @@ def fresh_engine(config: driver.Config, device: str, visible_gpus: str = ""):
     executor = "mp" if config.tensor_parallel_size > 1 else "uni"
     own = dict(distributed_executor_backend=executor, worker_extension_cls="harness.Extension")
     arguments = driver.engine_arguments(config, device) | own
-    environment = driver.ENVIRONMENT | os.environ
-    environment["OMP_NUM_THREADS"] = (
-        "1"  # as Ray sets it for the engine: the count changes the last bits on the CPU
-    )
+    # As Ray sets it for the engine: the count changes the last bits on the CPU.
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
     if device == "cuda":
         environment |= {"CUDA_VISIBLE_DEVICES": visible_gpus, "VLLM_CACHE_ROOT": f"{config.model}/vllm_cache"}
     process = subprocess.Popen(

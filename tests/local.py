@@ -8,7 +8,6 @@ import contextlib
 import dataclasses
 import functools
 import gc
-import os
 import pickle
 import signal
 from collections.abc import Callable, Iterator
@@ -83,7 +82,6 @@ def local_engine(
     path: str, config: driver.Config, kind: type[LLM] = driver.RolloutLLM, **more
 ) -> Iterator[LLM]:
     """An engine of the model at `path` in this process."""
-    os.environ |= driver.ENVIRONMENT | os.environ
     arguments = driver.engine_arguments(dataclasses.replace(config, model=path), DEVICE) | SMALL | more
     with contextlib.ExitStack() as cleanup:
         cleanup.callback(torch.set_default_dtype, torch.get_default_dtype())  # an error may leave vLLM's

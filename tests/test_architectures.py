@@ -1,15 +1,12 @@
 """Sequences of syncs for many architectures: at TP=1 in this process, meanwhile at TP=2 in another one."""
 
 import json
-import os
-import signal
-import subprocess
-import sys
+from pathlib import Path
 
 import pytest
 
-from architectures import ARCHITECTURES, MECHANISMS, follow
-from harness import HERE
+from architectures import ARCHITECTURES, MECHANISMS, follow, follow_all
+from harness import fork_server
 
 # One of each kind of sharding: two of fused attention, experts, MLA, a padded vocabulary; the program's tests
 # have OPT. The others at 2: by hand, see RESULTS.md.
@@ -18,30 +15,27 @@ COMPUTED = {"gpt2", "bloom", "falcon", "mamba-2", "deepseek-v3"}  # vLLM's loade
 PACKED = {"mixtral", "qwen-2-moe", "qwen-3-moe", "glm-4-moe", "olmoe", "granite-moe"}  # experts, on the CPU
 
 
+def be_at_two(file: Path) -> None:
+    """In a new process: write what is found at TP=2."""
+    file.write_text(json.dumps(dict(follow_all(2, AT_TWO))))
+
+
+def follow_at_two(folder: Path) -> dict[str, dict]:
+    """What is found for each of AT_TWO."""
+    process = fork_server().Process(target=be_at_two, args=(folder / "found",))
+    process.start()
+    process.join(400)
+    process.kill()
+    return json.loads((folder / "found").read_text())
+
+
 @pytest.fixture(scope="module")
-def found_at_two():
-    """A function of a name that waits for what architectures.py found at TP=2."""
-    # An engine takes 5 s to start here: one fresh one for each, behind all that has come.
-    command = [sys.executable, HERE / "architectures.py", "2:3", *AT_TWO]
-    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    with subprocess.Popen(command, start_new_session=True, **pipes) as process:
-        found = {}
-
-        def wait(name: str) -> dict:
-            if not found:
-                out, err = process.communicate(timeout=400)
-                lines = [line[6:] for line in out.splitlines() if line.startswith("FOUND ")]
-                assert lines, err[-3000:]
-                found.update(item for line in lines for item in json.loads(line).items())
-            return found[name]
-
-        yield wait
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)  # its workers too
+def found_at_two(background):
+    return background["found_at_two"][0].result()
 
 
 def check(found: dict, name: str, tensor_parallel_size: int) -> None:
-    """Proved by the expected path; then four other sets of weights, each as in a fresh engine."""
+    """Proved by the expected path; then other weights as in a fresh engine, and its own as at the start."""
     assert "error" not in found, found["error"]
     path = "session" if name in COMPUTED | PACKED else "replay"
     proof = found["proof"]
@@ -55,10 +49,10 @@ def check(found: dict, name: str, tensor_parallel_size: int) -> None:
 
 
 @pytest.mark.parametrize("name", [*ARCHITECTURES, "opt@fp8_per_channel"])
-def test_engine_equals_fresh_ones_behind_every_sync(found_at_two, tmp_path, name):
+def test_engine_equals_fresh_ones_behind_every_sync(tmp_path, name):
     check(follow(name, 1, str(tmp_path)), name, 1)
 
 
 @pytest.mark.parametrize("name", AT_TWO)
 def test_engine_equals_fresh_ones_behind_every_sync_at_two(found_at_two, name):
-    check(found_at_two(name), name, 2)
+    check(found_at_two[name], name, 2)

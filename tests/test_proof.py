@@ -1,13 +1,11 @@
 """What the proof and the comparison of the second sync must catch, with engines in this process."""
 
-import concurrent.futures
 import copy
 import shutil
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from test_program import ENDS, end
 from vllm import SamplingParams
 from vllm.config import set_current_vllm_config
 from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
@@ -27,14 +25,6 @@ NORM = "model.norm.weight"
 @pytest.fixture(scope="module")
 def llama(tmp_path_factory):
     return build(tmp_path_factory.mktemp("llama"), "llama")
-
-
-@pytest.fixture(scope="module")
-def ends(tmp_path_factory):
-    """Programs that are ended, three at a time, while the engines of this file take one core."""
-    folders = [tmp_path_factory.mktemp("end") for _ in ENDS]
-    with concurrent.futures.ThreadPoolExecutor(3) as pool:
-        yield [pool.submit(end, folder, *how) for folder, how in zip(folders, ENDS)]
 
 
 def change(trainer) -> None:
@@ -66,7 +56,7 @@ def double_a_scale(replay: Replay) -> None:
 
 
 @pytest.mark.parametrize(("falsify", "named"), [(drop_a_copy, ""), (double_a_scale, ".weight.scale")])
-def test_a_falsified_replay_is_caught_and_sessions_serve(ends, llama, monkeypatch, capsys, falsify, named):
+def test_a_falsified_replay_is_caught_and_sessions_serve(llama, monkeypatch, capsys, falsify, named):
     plain = Replay.__init__
 
     def init(self, *args):
@@ -519,8 +509,3 @@ def test_an_error_while_generating_blocks_no_sync(llama, monkeypatch):
             change(trainer)
             assert helper.sync_weights_to_quantized_engine(trainer, engine, **SETTINGS)["path"] == "replay"
             assert llm.answer(["a"])[0]["text"]
-
-
-def test_nothing_is_left_behind(ends):
-    """Of none of the programs, however it was ended."""
-    assert [ending.result() for ending in ends] == [None] * 4
