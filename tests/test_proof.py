@@ -276,8 +276,8 @@ def test_a_proof_that_gets_no_answer_leaves_no_other_weights_behind(llama, monke
                 raise TimeoutError("no answer")
             return results
 
-        monkeypatch.setattr(helper, "wait", silent)
-        with pytest.raises(TimeoutError, match="no answer"):
+        with monkeypatch.context() as once, pytest.raises(TimeoutError, match="no answer"):
+            once.setattr(helper, "wait", silent)
             helper.prove_sync(trainer, engine, max_tokens=8, **SETTINGS)
         with pytest.raises(RuntimeError, match="refusing to generate"):
             plain([engine.answer.remote(["a"])], 60, "asking")
