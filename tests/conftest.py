@@ -1,4 +1,4 @@
-"""One Ray, one engine with its trainer, and the models: made once for all tests."""
+"""Programs in the background, one Ray, its actors, and the models: made once for all tests."""
 
 import concurrent.futures
 import contextlib
@@ -10,7 +10,17 @@ import pytest
 
 os.environ["OMP_NUM_THREADS"] = "1"  # as Ray gives its actors: the number of threads changes the last bits
 
-from harness import DEVICE, Remote, RolloutLLM, connect, driver, helper, with_length
+from harness import (
+    DEVICE,
+    Remote,
+    RolloutLLM,
+    connect,
+    driver,
+    fork_server,
+    helper,
+    vllm_arguments,
+    with_length,
+)
 from random_models import build_random_model
 
 # Without a GPU the engine is not compiled but for one small function at TP > 1; finding a compiler takes each
@@ -39,6 +49,8 @@ def background(request, tmp_path_factory):
     works = {"ends": [(end, *how) for how in ENDS]}  # then those whose workers need both cores at a time
     works |= {"found_at_two": [(follow_at_two,)], "default_run": [(run_default,)]}
     asked, futures = {name for item in request.session.items for name in item.fixturenames}, {}
+    if asked & works.keys():
+        fork_server()  # here, where pytest captures what it and its forks print
     with concurrent.futures.ThreadPoolExecutor(1) as pool:
         for name in (name for name in works if name in asked):
             calls = [(work, tmp_path_factory.mktemp(name), *how) for work, *how in works[name]]
@@ -74,16 +86,30 @@ def config():
 
 
 @pytest.fixture(scope="session")
-def pair(config, models):
-    """A TP=2 engine from one tiny OPT checkpoint and a trainer that holds another, in one group."""
+def loading(config, models):
+    """Two engines from one tiny OPT checkpoint at TP=2 and three trainers that hold another, which load side
+    by side, each with what stops it: for `pair`, and for tests that kill some.
+    """
     old, new = models("tiny-opt")
     with contextlib.ExitStack() as cleanup:
-        trainer_only = contextlib.ExitStack()
-        trainer = driver.start_trainer(dataclasses.replace(config, model=new), trainer_only)
-        actor = driver.start_engine(dataclasses.replace(config, model=old), "cpu", cleanup)
-        helper.join_group(trainer, [actor], timeout_s=config.timeout_s)
-        helper.prove_fp8([actor])
-        pair = SimpleNamespace(trainer=trainer, actor=actor, llm=Remote(actor), old=old, new=new)
-        pair.trainer_only = trainer_only  # a test may replace both
-        yield pair
-        pair.trainer_only.close()
+
+        def load(start, model: str, *more) -> tuple:
+            own = cleanup.enter_context(contextlib.ExitStack())
+            return start(dataclasses.replace(config, model=model), *more, own), own
+
+        with vllm_arguments(worker_extension_cls="harness.Extension"):
+            engines = [load(driver.start_engine, old, "cpu") for _ in range(2)]
+        trainers = [load(driver.start_trainer, new) for _ in range(3)]
+        yield SimpleNamespace(engines=engines, trainers=trainers)
+
+
+@pytest.fixture(scope="session")
+def pair(config, models, loading):
+    """An engine and a trainer that holds another checkpoint, in one group."""
+    old, new = models("tiny-opt")
+    (actor, _), (trainer, trainer_only) = loading.engines[0], loading.trainers[0]
+    helper.join_group(trainer, [actor], timeout_s=config.timeout_s)
+    helper.prove_fp8([actor])
+    pair = SimpleNamespace(trainer=trainer, actor=actor, llm=Remote(actor), old=old, new=new)
+    pair.trainer_only = trainer_only  # a test may replace both
+    return pair

@@ -150,8 +150,7 @@ def test_trainer_dies_before_and_during_a_broadcast(quick, mortal, request):
         own = dataclasses.replace(quick, model=pair.new)
         return driver.start_trainer(own, trainer_only), trainer_only
 
-    spares = [load(), load()] if DEVICE == "cpu" else []  # side by side, where they need no GPU
-    request.addfinalizer(lambda: [trainer_only.close() for _, trainer_only in spares])
+    spares = request.getfixturevalue("loading").trainers[1:] if DEVICE == "cpu" else []
 
     def join() -> None:
         helper.join_group(pair.trainer, [pair.actor], timeout_s=quick.timeout_s)
@@ -180,53 +179,6 @@ def test_trainer_dies_before_and_during_a_broadcast(quick, mortal, request):
     assert refuses(pair)
     next_trainer()
     assert observe(pair.llm) == expected
-
-
-def sync_with_a_dying_worker(config, pair, how: int) -> list[int]:
-    """A sync in which the last worker gets a signal; returns the pids of all."""
-    sync(config, pair.trainer, pair.actor, bucket_bytes=BUCKET_BYTES)
-    workers = Remote(pair.actor).collective_rpc("get_pid")
-    on(pair.trainer, act_before_bucket, 3, workers[-1], how)
-    if (
-        DEVICE == "cuda" and how == signal.SIGSTOP
-    ):  # its GPU goes on and takes in all; its host does not answer
-        message = failing_sync(config, pair, TimeoutError)
-    else:
-        message = failing_sync(config, pair)
-        assert re.search(r"rank 0, bucket [4-8] of 8 \(.*\.(weight|bias) \.\. .*\.(weight|bias)\)", message)
-    assert any(name in message for name, actor in helper.ACTORS.items() if actor == pair.actor._actor_id)
-    if how == signal.SIGSTOP and len(workers) > 1:
-        assert "Ranks 1 failed" in message, "of those that live, the engine names who does not"
-    if how == signal.SIGKILL:
-        with pytest.raises(RuntimeError, match=r"asking: engine \(rank .*a worker has died"):
-            driver.wait(helper.on_workers([pair.actor], "get_pid"), 10, "asking")
-    return workers
-
-
-def test_worker_dies_or_stalls_in_a_sync(quick, models, request):
-    """Named are the bucket, its weights and the engine, within the limit; then nothing of it is left."""
-    with contextlib.ExitStack() as cleanup:
-        stacks = {
-            how: cleanup.enter_context(contextlib.ExitStack()) for how in (signal.SIGKILL, signal.SIGSTOP)
-        }
-        if DEVICE == "cpu":  # engines load side by side, for a trainer that there is
-            shared = request.getfixturevalue("pair")
-            actors = {how: start_engine(quick, models, stack) for how, stack in stacks.items()}
-        for how, stack in stacks.items():
-            if DEVICE == "cpu":
-                pair = SimpleNamespace(trainer=shared.trainer, actor=actors[how])
-                helper.join_group(pair.trainer, [pair.actor], timeout_s=quick.timeout_s)
-            else:
-                pair = start(quick, models, stack)
-            workers = sync_with_a_dying_worker(quick, pair, how)
-            stack.close()
-            deadline = time.monotonic() + 20
-            while left := [pid for pid in workers if psutil.pid_exists(pid)]:
-                assert time.monotonic() < deadline, [psutil.Process(pid) for pid in left]
-                time.sleep(0.2)
-    if DEVICE == "cpu":
-        helper.join_group(shared.trainer, [shared.actor], timeout_s=quick.timeout_s)
-        sync(quick, shared.trainer, shared.actor)
 
 
 # ----- The rendezvous ---------------------------------------------------------------------------------------
@@ -480,7 +432,7 @@ def test_what_was_learned_is_saved_when_a_run_dies(quick, pair, tmp_path, capfd,
     """A line of the metrics that cannot be written is an error, not a hole in the curve; one message names it
     all.
     """
-    config = dataclasses.replace(quick, model=pair.new, steps=1000, output_dir=tmp_path)
+    config = dataclasses.replace(quick, model=pair.new, steps=1000, prompts_per_step=4, output_dir=tmp_path)
     calls, prompts = [], to_prompts(pair.new, PROMPTS[:2])
 
     def reward(completions, **_):
@@ -564,3 +516,47 @@ def test_corrupt_and_unsafe_models(models, tmp_path):
     with pytest.raises(ValueError, match="--model .*remote: expected a Hugging Face model"):
         check(remote)
     assert not canary.exists()
+
+
+# ----- The last engine -------------------------------------------------------------------------------------
+
+
+def sync_with_a_dying_worker(config, pair, how: int) -> list[int]:
+    """A sync in which the last worker gets a signal; returns the pids of all."""
+    sync(config, pair.trainer, pair.actor, bucket_bytes=BUCKET_BYTES)
+    workers = Remote(pair.actor).collective_rpc("get_pid")
+    on(pair.trainer, act_before_bucket, 3, workers[-1], how)
+    if (
+        DEVICE == "cuda" and how == signal.SIGSTOP
+    ):  # its GPU goes on and takes in all; its host does not answer
+        message = failing_sync(config, pair, TimeoutError)
+    else:
+        message = failing_sync(config, pair)
+        assert re.search(r"rank 0, bucket [4-8] of 8 \(.*\.(weight|bias) \.\. .*\.(weight|bias)\)", message)
+    assert any(name in message for name, actor in helper.ACTORS.items() if actor == pair.actor._actor_id)
+    if how == signal.SIGSTOP and len(workers) > 1:
+        assert "Ranks 1 failed" in message, "of those that live, the engine names who does not"
+    if how == signal.SIGKILL:
+        with pytest.raises(RuntimeError, match=r"asking: engine \(rank .*a worker has died"):
+            driver.wait(helper.on_workers([pair.actor], "get_pid"), 10, "asking")
+    return workers
+
+
+def test_worker_dies_or_stalls_in_a_sync(quick, models, request):
+    """Named are the bucket, its weights and the engine, within the limit; then nothing of it is left. Also on
+    the CPU, where one is the engine of `pair`: this test is the last.
+    """
+    for number, how in enumerate((signal.SIGSTOP, signal.SIGKILL), 1):
+        with contextlib.ExitStack() as cleanup:
+            if DEVICE == "cpu":
+                actor, engine_only = request.getfixturevalue("loading").engines[-number]
+                cleanup.enter_context(engine_only)
+                pair = SimpleNamespace(trainer=request.getfixturevalue("pair").trainer, actor=actor)
+                helper.join_group(pair.trainer, [actor], timeout_s=quick.timeout_s)
+            else:
+                pair = start(quick, models, cleanup)
+            workers = sync_with_a_dying_worker(quick, pair, how)
+        deadline = time.monotonic() + 20
+        while left := [pid for pid in workers if psutil.pid_exists(pid)]:
+            assert time.monotonic() < deadline, [psutil.Process(pid) for pid in left]
+            time.sleep(0.2)

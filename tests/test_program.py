@@ -131,6 +131,7 @@ def test_two_unquantized_engines_on_two_nodes_show_no_mismatch(tmp_path):
         cluster.add_node(num_cpus=2)
         flags = ["--ray-address", cluster.address, "--num-engines", "2", "--tensor-parallel-size", "1"]
         control = ["--quantization", "none", "--learning-rate", "0", "--temperature", "0.7", "--steps", "2"]
+        control += ["--prompts-per-step", "8"]
         summary, rows, printed = end_of(Program(*flags, *control, cwd=tmp_path), tmp_path)
         assert summary["world_size"] == 3 and len(summary["ranks"]) == 2 and "worker (rank 2):" in printed
         assert summary["fp8_linear_layers"] == 0 and summary["sync"]["path"] == "replay"
@@ -212,9 +213,9 @@ def test_a_first_run_is_short_and_quiet(default_run):
     assert len(lines) <= 40 and not [line for line in lines if not re.match(ours, line)]
 
 
-def test_resumed_run_gives_the_same_curve(default_run, tmp_path):
+def test_resumed_run_gives_the_same_curve(default_run, loading, tmp_path):
     """Model, optimizer, step, prompts and sampling all go on where they were, here in the test's process and
-    without Ray; that also shows that a run repeats.
+    without Ray; that also shows that a run repeats. (Meanwhile the actors of the next files load.)
     """
     folder, _, rows, _ = default_run
     flags = dict(resume=folder / "outputs" / "checkpoint-10", steps=12, output_dir=tmp_path)

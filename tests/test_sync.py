@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import json
-import os
 import re
 import shutil
 import subprocess
@@ -47,9 +46,9 @@ def rejoin(config, pair) -> None:
 
 
 @pytest.fixture(scope="module", autouse=True)
-def recipe(tmp_path_factory):
-    """README's copied program, started before the other tests of this file: from a folder that holds nothing
-    but the helper, with what a machine without a GPU needs instead.
+def recipe(loading, tmp_path_factory):
+    """README's copied program, started before the other tests of this file, as `pair` is: from a folder that
+    holds nothing but the helper, with what a machine without a GPU needs instead.
     """
     tmp_path = tmp_path_factory.mktemp("recipe")
     look = "from torchao.quantization.quantize_.workflows.float8 import float8_tensor as patched\n"
@@ -72,9 +71,8 @@ def recipe(tmp_path_factory):
         assert code.count(here) == 1, here
         code = code.replace(here, instead)
     (folder / "mine.py").write_text(code)
-    environment = driver.ENVIRONMENT | os.environ
     pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    with subprocess.Popen([sys.executable, "mine.py"], cwd=folder, env=environment, **pipes) as process:
+    with subprocess.Popen([sys.executable, "mine.py"], cwd=folder, **pipes) as process:
         yield process
         process.kill()
 
@@ -135,56 +133,17 @@ def test_parameters_may_be_replaced_and_move(models, capsys):
             assert capsys.readouterr().out.count("Agreed on 21 weights") == agreements
 
 
-class Sharded(WeightSender):
-    """One of two ranks of an FSDP2 trainer."""
+def test_no_fp8_layer_is_an_error(models, tmp_path):
+    """The commonest silent failure: a torchao config that quantizes nothing."""
+    from torchao.core.config import config_to_dict
+    from torchao.quantization import ModuleFqnToConfig
 
-    def __init__(self, path: str, rank: int, port: int):
-        from torch.distributed.fsdp import fully_shard
-
-        torch.distributed.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
-        mesh = torch.distributed.init_device_mesh("cpu", (2,))
-        model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
-        for layer in model.model.layers:
-            fully_shard(layer, mesh=mesh)
-        super().__init__(fully_shard(model, mesh=mesh), "cpu")
-
-    def weights(self):
-        """Every weight, gathered from both ranks."""
-        return ((name, weight.full_tensor()) for name, weight in super().weights())
-
-    def double(self) -> list[int]:
-        """Other weights; returns the shape of a shard."""
-        with torch.no_grad():
-            for parameter in self.model.parameters():
-                parameter.mul_(2)
-        return list(self.model.lm_head.weight.to_local().shape)
-
-
-def test_a_sharded_trainer(config, models, tmp_path):
-    """Two `fully_shard` ranks; the engine equals one that starts from the gathered checkpoint."""
-    from vllm.utils.network_utils import get_open_port
-
-    config, (old, _), port = CONFIG, models("tiny-llama"), get_open_port()
-    model = transformers.AutoModelForCausalLM.from_pretrained(old, dtype=torch.float32)
-    with torch.no_grad():
-        torch._foreach_mul_(list(model.parameters()), 2)
-    model.save_pretrained(tmp_path)
-    transformers.AutoTokenizer.from_pretrained(old).save_pretrained(tmp_path)
-    with local_actors(), contextlib.ExitStack() as cleanup:
-        trainers = [ray.remote(Sharded).options(num_cpus=0).remote(old, rank, port) for rank in (0, 1)]
-        for trainer in trainers:
-            cleanup.callback(ray.kill, trainer)
-        both = [dataclasses.replace(config, model=str(path)) for path in (old, tmp_path)]
-        actor, fresh = (driver.start_engine(each, "cpu", cleanup) for each in both)
-        helper.join_group(trainers[0], [actor], timeout_s=config.timeout_s)
-        helper.prove_fp8([actor, fresh])
-        assert prove(config, trainers, actor)["path"] == "replay"
-        assert driver.wait([trainer.double.remote() for trainer in trainers], 60, "doubling") == [
-            [130, 128],
-            [129, 128],
-        ]
-        assert sync(config, trainers, actor)["path"] == "replay"
-        assert not helper.differences([actor], helper.observe([fresh], 60, helper.PROMPTS, 16), 60)
+    file = tmp_path / "nothing.json"
+    file.write_text(json.dumps(config_to_dict(ModuleFqnToConfig({"_default": None}))))
+    config, [path, _] = dataclasses.replace(CONFIG, quantization=str(file)), models("tiny-opt")
+    with pytest.raises(ValueError, match="a worker has no weight in FP8"):
+        with local_pair(path, config):
+            pass
 
 
 def test_rollouts_are_what_vllm_says(config, pair):
@@ -329,17 +288,56 @@ def test_engine_refuses_to_generate_while_torn(config, pair):
     assert pair.llm.get_weights_version() > version and observe(pair.llm) == before
 
 
-def test_no_fp8_layer_is_an_error(models, tmp_path):
-    """The commonest silent failure: a torchao config that quantizes nothing."""
-    from torchao.core.config import config_to_dict
-    from torchao.quantization import ModuleFqnToConfig
+class Sharded(WeightSender):
+    """One of two ranks of an FSDP2 trainer."""
 
-    file = tmp_path / "nothing.json"
-    file.write_text(json.dumps(config_to_dict(ModuleFqnToConfig({"_default": None}))))
-    config, [path, _] = dataclasses.replace(CONFIG, quantization=str(file)), models("tiny-opt")
-    with pytest.raises(ValueError, match="a worker has no weight in FP8"):
-        with local_pair(path, config):
-            pass
+    def __init__(self, path: str, rank: int, port: int):
+        from torch.distributed.fsdp import fully_shard
+
+        torch.distributed.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+        mesh = torch.distributed.init_device_mesh("cpu", (2,))
+        model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+        for layer in model.model.layers:
+            fully_shard(layer, mesh=mesh)
+        super().__init__(fully_shard(model, mesh=mesh), "cpu")
+
+    def weights(self):
+        """Every weight, gathered from both ranks."""
+        return ((name, weight.full_tensor()) for name, weight in super().weights())
+
+    def double(self) -> list[int]:
+        """Other weights; returns the shape of a shard."""
+        with torch.no_grad():
+            for parameter in self.model.parameters():
+                parameter.mul_(2)
+        return list(self.model.lm_head.weight.to_local().shape)
+
+
+def test_a_sharded_trainer(config, models, tmp_path):
+    """Two `fully_shard` ranks; the engine equals one that starts from the gathered checkpoint."""
+    from vllm.utils.network_utils import get_open_port
+
+    config, (old, _), port = CONFIG, models("tiny-llama"), get_open_port()
+    model = transformers.AutoModelForCausalLM.from_pretrained(old, dtype=torch.float32)
+    with torch.no_grad():
+        torch._foreach_mul_(list(model.parameters()), 2)
+    model.save_pretrained(tmp_path)
+    transformers.AutoTokenizer.from_pretrained(old).save_pretrained(tmp_path)
+    with local_actors(), contextlib.ExitStack() as cleanup:
+        trainers = [ray.remote(Sharded).options(num_cpus=0).remote(old, rank, port) for rank in (0, 1)]
+        for trainer in trainers:
+            cleanup.callback(ray.kill, trainer)
+        both = [dataclasses.replace(config, model=str(path)) for path in (old, tmp_path)]
+        actor, fresh = (driver.start_engine(each, "cpu", cleanup) for each in both)
+        helper.join_group(trainers[0], [actor], timeout_s=config.timeout_s)
+        helper.prove_fp8([actor, fresh])
+        assert prove(config, trainers, actor)["path"] == "replay"
+        assert driver.wait([trainer.double.remote() for trainer in trainers], 60, "doubling") == [
+            [130, 128],
+            [129, 128],
+        ]
+        assert sync(config, trainers, actor)["path"] == "replay"
+        assert not helper.differences([actor], helper.observe([fresh], 60, helper.PROMPTS, 16), 60)
 
 
 def test_the_recipe_in_readme(recipe):
