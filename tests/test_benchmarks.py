@@ -100,6 +100,7 @@ def test_the_measured_trainer_switches(models, mode):
 def test_compare_memory(models, tmp_path, capsys):
     """FP8 halves the linear layers and nothing else."""
     settings = dict(model=models("tiny-llama")[0], tensor_parallel_size=1, output_dir=tmp_path)
+    settings["prompts_per_step"] = 2
     config, _ = bench_memory.driver.resolve(bench_memory.driver.Config(**settings), 0)
     found = bench_memory.compare_memory(config, "cpu")
     assert found == json.loads((tmp_path / "memory.json").read_text())
