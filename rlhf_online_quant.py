@@ -106,7 +106,7 @@ class Config:
     max_tokens: PositiveInt = 32  # longest completion; one that is cut off counts like any other
     temperature: Annotated[float, Field(ge=0.01, le=100)] = 1.0  # of the rollouts (vLLM's least is 0.01)
     learning_rate: Annotated[float, Field(ge=0, le=1)] | None = None  # default: 1e-6 (tests/tiny: 2e-3)
-    epochs: PositiveInt | None = None  # optimizer steps on each batch, all of it; default: 1 (tests/tiny: 2)
+    epochs: PositiveInt | None = None  # optimizer steps on each batch, all of it; default: 1 (tests/tiny: 3)
     overlap: bool = False  # generate the next batch while this is trained on: by weights one step older
     kl_coef: Annotated[float, Field(ge=0, le=1000)] = 0.0  # of the KL to the initial policy, a frozen copy
     tokens_per_microbatch: PositiveInt = 8192  # longest pass (padded tokens); gradients add up over all
@@ -675,7 +675,7 @@ def resolve(config: Config, gpus: int) -> tuple[Config, str]:
     tiny, own = model == str(TINY), model == str(TINY) and config.prompts_file is None
     defaults = dict(trainer_device="cuda" if gpus else "cpu", reward="backwards" if own else "letters")
     defaults["quantization"] = "fp8-dynamic" if gpus else "fp8-weight-only"
-    defaults |= dict(learning_rate=2e-3, epochs=2) if tiny else dict(learning_rate=1e-6, epochs=1)
+    defaults |= dict(learning_rate=2e-3, epochs=3) if tiny else dict(learning_rate=1e-6, epochs=1)
     if own:
         defaults |= dict(prompts_file=TINY / "prompts.jsonl", held_out_file=TINY / "held_out.jsonl")
     missing = {name: value for name, value in defaults.items() if getattr(config, name) in ("auto", None)}

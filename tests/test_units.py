@@ -501,7 +501,7 @@ def test_defaults_follow_the_machine(tmp_path, monkeypatch):
     assert (on_gpus.reward, on_gpus.prompts_file, on_gpus.held_out_file) == ("letters", None, None)
     on_cpu, device = driver.resolve(driver.Config(), 0)
     assert (device, on_cpu.model, on_cpu.quantization) == ("cpu", str(driver.TINY), "fp8-weight-only")
-    assert (on_cpu.trainer_device, on_cpu.learning_rate, on_cpu.epochs) == ("cpu", 2e-3, 2)
+    assert (on_cpu.trainer_device, on_cpu.learning_rate, on_cpu.epochs) == ("cpu", 2e-3, 3)
     assert (on_cpu.reward, on_cpu.held_out_file) == ("backwards", driver.TINY / "held_out.jsonl")
     monkeypatch.chdir(driver.TINY.parent)
     by_path, _ = driver.resolve(driver.Config(model="tiny", resume="checkpoint-1", output_dir="out"), 3)
