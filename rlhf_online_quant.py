@@ -108,14 +108,14 @@ class Config:
     learning_rate: Annotated[float, Field(ge=0, le=1)] | None = None  # default: 1e-6 (tests/tiny: 2e-3)
     epochs: PositiveInt | None = None  # optimizer steps on each batch, all of it; default: 1 (tests/tiny: 3)
     overlap: bool = False  # generate the next batch while this is trained on: by weights one step older
-    kl_coef: Annotated[float, Field(ge=0, le=1000)] = 0.0  # of the KL to the initial policy, a frozen copy
+    kl_coef: Annotated[float, Field(ge=0, le=1000)] = 0.0  # weight of the KL to a frozen initial policy
     tokens_per_microbatch: PositiveInt = 8192  # longest pass (padded tokens); gradients add up over all
     output_dir: Path = Path("outputs")  # gets metrics.jsonl, curves.png, summary.json, and checkpoint-N
     save_every: NonNegativeInt = 0  # steps between checkpoints; 0: at the end only, and when a run fails
     resume: Path | None = None  # checkpoint-N of a run with the same flags: its model, optimizer and step
     track: Literal["none", "trackio", "wandb"] = "none"  # send metrics there, too (install it yourself)
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0  # of sampling; on the CPU the same gives the same curve
-    timeout_s: Annotated[float, Field(ge=1, le=1e6)] = 30.0  # limit of a sync, a reward; of others: ten times
+    timeout_s: Annotated[float, Field(ge=1, le=1e6)] = 30.0  # seconds for a sync, a reward; others: ten times
     ray_address: str | None = None  # a cluster (auto, 10.0.0.1:6379) whose nodes share folders; or a new one
 
     @property
@@ -229,6 +229,7 @@ def train(config: Config, trainer, engines: list, prompts: list, reward: Callabl
 
 
 def prompts_of_step(config: Config, prompts: list[Prompt], step: int) -> list[Prompt]:
+    """P prompts, which follow those of the step before; behind the last comes the first again."""
     start = step * config.prompts_per_step
     return [prompts[i % len(prompts)] for i in range(start, start + config.prompts_per_step)]
 
@@ -642,6 +643,7 @@ def start(config: Config, device: str, cleanup: contextlib.ExitStack) -> tuple:
 
 
 def start_trainer(config: Config, cleanup: contextlib.ExitStack):
+    """Start loading the trainer; returns its handle."""
     gpus = int(config.trainer_device == "cuda")
     return start_actor(Trainer, "trainer (rank 0)", [{"CPU": 1, "GPU": gpus}], gpus, cleanup, config=config)
 
@@ -690,7 +692,7 @@ def resolve(config: Config, gpus: int) -> tuple[Config, str]:
 
 
 def check(config: Config, device: str) -> tuple[Config, list[Prompt], list[Prompt], Callable, int]:
-    """Config with the engine's longest sequence, prompts, held-out ones, reward, first step. ValueError."""
+    """What is known before the start: config, prompts, held-out ones, reward, first step. Or ValueError."""
     if config.track != "none" and importlib.util.find_spec(config.track) is None:
         raise ValueError(f"--track {config.track}: not installed here; pip install {config.track}")
     with expected(f"--output-dir {config.output_dir}", "a folder that can be written to"):
@@ -748,7 +750,7 @@ def read_prompts(flag: str, file: Path | None, tokenizer, like: list[Prompt] = (
     what = "UTF-8 text, a prompt a line, or JSON lines: `prompt` (text or chat messages) and equal columns"
     with expected(f"{flag} {file}", what):
         lines = file.read_text(encoding="utf-8-sig").split("\n")
-        in_json, prompts = "".join("".join(lines).split()).startswith(("{", "[{")), []
+        in_json, prompts = "".join("".join(lines).lstrip()[:99].split()).startswith(("{", "[{")), []
         for number, line in enumerate(lines, start=1):
             with expected(f"line {number}", "a prompt like those before"):
                 if line.strip():

@@ -17,7 +17,7 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 FOLDERS = [str(HERE), str(HERE / "bench"), str(HERE.parent)]  # of all modules that tests and benchmarks name
 sys.path[:0] = FOLDERS
-os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")  # as in the program, before the driver is imported
+os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")  # before the driver is imported
 
 import ray  # noqa: E402
 import torch  # noqa: E402

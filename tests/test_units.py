@@ -451,10 +451,14 @@ def test_the_reaper_kills_what_carries_its_mark():
     time.sleep(1)
     assert reaper.poll() is None and marked.is_running(), "this process, whose child it is, has not ended"
     reaper.kill()
-    ended = f"import subprocess, os; subprocess.Popen([*{command}, str(os.getpid())])"
+    # The program that ends leaves a fork, which holds all that it had open.
+    ended = f"import subprocess, os, time; subprocess.Popen([*{command}, str(os.getpid())])"
+    ended += "; os.fork() or (time.sleep(30), os._exit(0))"
     subprocess.run([sys.executable, "-c", ended], check=True)
+    deadline = time.monotonic() + 20
     with contextlib.suppress(psutil.NoSuchProcess):  # who has adopted it may leave it as a zombie
         while marked.status() != psutil.STATUS_ZOMBIE:
+            assert time.monotonic() < deadline
             time.sleep(0.1)
     assert other.is_running()
     other.kill()
