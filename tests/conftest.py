@@ -77,18 +77,19 @@ def models(tmp_path_factory):
 @pytest.fixture(scope="session")
 def config():
     """The program's defaults on this machine, connected to a private Ray."""
+    fork_server()  # before Ray, whose actors are to know it
     with contextlib.ExitStack() as cleanup:
         eager = '{"enforce_eager": true, "gpu_memory_utilization": 0.1}'
         on_gpus = dict(tensor_parallel_size=1, engine_args=eager) if DEVICE == "cuda" else {}
         wanted = with_length(driver.Config(epochs=1, **on_gpus))
-        config, _ = driver.resolve(wanted, connect(dataclasses.replace(wanted, num_engines=3), cleanup))
+        config, _ = driver.resolve(wanted, connect(dataclasses.replace(wanted, num_engines=2), cleanup))
         yield config
 
 
 @pytest.fixture(scope="session")
 def loading(config, models):
-    """Two engines from one tiny OPT checkpoint at TP=2 and three trainers that hold another, which load side
-    by side, each with what stops it: for `pair`, and for tests that kill some.
+    """An engine from a tiny OPT checkpoint at TP=2 and three trainers that hold another, which load side by
+    side, each with what stops it: for `pair`, and for tests that kill some.
     """
     old, new = models("tiny-opt")
     with contextlib.ExitStack() as cleanup:
@@ -98,16 +99,16 @@ def loading(config, models):
             return start(dataclasses.replace(config, model=model), *more, own), own
 
         with vllm_arguments(worker_extension_cls="harness.Extension"):
-            engines = [load(driver.start_engine, old, "cpu") for _ in range(2)]
+            engine = load(driver.start_engine, old, "cpu")
         trainers = [load(driver.start_trainer, new) for _ in range(3)]
-        yield SimpleNamespace(engines=engines, trainers=trainers)
+        yield SimpleNamespace(engine=engine, trainers=trainers)
 
 
 @pytest.fixture(scope="session")
 def pair(config, models, loading):
     """An engine and a trainer that holds another checkpoint, in one group."""
     old, new = models("tiny-opt")
-    (actor, _), (trainer, trainer_only) = loading.engines[0], loading.trainers[0]
+    (actor, _), (trainer, trainer_only) = loading.engine, loading.trainers[0]
     helper.join_group(trainer, [actor], timeout_s=config.timeout_s)
     helper.prove_fp8([actor])
     pair = SimpleNamespace(trainer=trainer, actor=actor, llm=Remote(actor), old=old, new=new)

@@ -43,12 +43,18 @@ class Extension(WorkerExtension):
 
 
 def fork_server():
-    """A context that starts processes as forks of one that has imported everything."""
-    context = multiprocessing.get_context("forkserver")
+    """A context that starts processes as forks of one that has imported everything; of one for all who ask,
+    forks and Ray's actors, too.
+    """
+    context, server = multiprocessing.get_context("forkserver"), multiprocessing.forkserver._forkserver
     context.set_forkserver_preload(["harness", "vllm.v1.worker.cpu_worker"])
-    if multiprocessing.parent_process():  # a fork itself, whose own are forks of the same process
-        multiprocessing.forkserver._forkserver.ensure_running = lambda: None
-    multiprocessing.forkserver._forkserver.ensure_running()
+    if not server._forkserver_address and "TEST_FORK_SERVER" in os.environ:
+        server._forkserver_address, server._forkserver_alive_fd = os.environ["TEST_FORK_SERVER"], os.pipe()[1]
+        server.ensure_running = lambda: None
+    if multiprocessing.parent_process():
+        server.ensure_running = lambda: None
+    server.ensure_running()
+    os.environ["TEST_FORK_SERVER"] = server._forkserver_address
     return context
 
 

@@ -70,7 +70,12 @@ def start(config, models, cleanup, shape: str = SHAPE):
     actor = start_engine(config, models, cleanup, shape)
     helper.join_group(trainer, [actor], timeout_s=config.timeout_s)
     return SimpleNamespace(
-        trainer=trainer, trainer_only=trainer_only, actor=actor, llm=Remote(actor), new=new
+        trainer=trainer,
+        trainer_only=trainer_only,
+        actor=actor,
+        llm=Remote(actor),
+        old=models(shape)[0],
+        new=new,
     )
 
 
@@ -376,7 +381,7 @@ def test_generation_and_syncs_asked_for_during_a_sync(quick, pair):
     assert_as_by_session(quick, pair)
 
 
-def test_two_hundred_syncs_do_not_drift(quick, pair):
+def test_a_hundred_syncs_do_not_drift(quick, pair):
     """Neither memory nor handles nor time; and the last is as exact as the first."""
     helper.join_group(pair.trainer, [pair.actor], timeout_s=quick.timeout_s)
     sync(quick, pair.trainer, pair.actor)
@@ -392,7 +397,7 @@ def test_two_hundred_syncs_do_not_drift(quick, pair):
 
     times, before = [], None
     with as_it_was(pair):
-        for i in range(200):
+        for i in range(100):
             on(pair.trainer, move)
             result = sync(quick, pair.trainer, pair.actor)
             assert result["path"] == "replay"
@@ -401,7 +406,7 @@ def test_two_hundred_syncs_do_not_drift(quick, pair):
         after = usage()
         assert_as_by_session(quick, pair)
     assert after[0] - before[0] < 20 and after[1] <= before[1] + 2, (before, after)
-    assert sorted(times[-50:])[25] < 2 * sorted(times[50:100])[25]
+    assert sorted(times[-25:])[12] < 2 * sorted(times[25:50])[12]
 
 
 # ----- Disks, rewards, input --------------------------------------------------------------------------------
@@ -518,45 +523,67 @@ def test_corrupt_and_unsafe_models(models, tmp_path):
     assert not canary.exists()
 
 
+def test_a_worker_that_stalls_in_a_sync_is_named(quick, models):
+    """And the bucket with its weights, within the limit. On GPUs the worker's goes on and takes in all; its
+    host does not answer.
+    """
+    apart = dict(distributed_executor_backend="mp", worker_extension_cls="harness.Extension")
+    with (
+        local_actors(**apart) if DEVICE == "cpu" else contextlib.nullcontext(),
+        contextlib.ExitStack() as own,
+    ):
+        pair = start(quick, models, own)
+        sync(quick, pair.trainer, pair.actor, bucket_bytes=BUCKET_BYTES)
+        workers = Remote(pair.actor).collective_rpc("get_pid")
+        own.callback(os.kill, workers[-1], signal.SIGCONT)
+        on(pair.trainer, act_before_bucket, 3, workers[-1], signal.SIGSTOP)
+        message = failing_sync(quick, pair, TimeoutError if DEVICE == "cuda" else RuntimeError)
+        assert "engine (rank 1" in message
+    if DEVICE == "cpu":
+        assert re.search(r"rank 0, bucket [4-8] of 8 \(.*\.(weight|bias) \.\. .*\.(weight|bias)\)", message)
+    if len(workers) > 1:
+        assert "Ranks 1 failed" in message, "of those that live, the engine names who does not"
+
+
 # ----- The last engine -------------------------------------------------------------------------------------
 
 
-def sync_with_a_dying_worker(config, pair, how: int) -> list[int]:
-    """A sync in which the last worker gets a signal; returns the pids of all."""
-    sync(config, pair.trainer, pair.actor, bucket_bytes=BUCKET_BYTES)
-    workers = Remote(pair.actor).collective_rpc("get_pid")
-    on(pair.trainer, act_before_bucket, 3, workers[-1], how)
-    if (
-        DEVICE == "cuda" and how == signal.SIGSTOP
-    ):  # its GPU goes on and takes in all; its host does not answer
-        message = failing_sync(config, pair, TimeoutError)
-    else:
-        message = failing_sync(config, pair)
-        assert re.search(r"rank 0, bucket [4-8] of 8 \(.*\.(weight|bias) \.\. .*\.(weight|bias)\)", message)
-    assert any(name in message for name, actor in helper.ACTORS.items() if actor == pair.actor._actor_id)
-    if how == signal.SIGSTOP and len(workers) > 1:
-        assert "Ranks 1 failed" in message, "of those that live, the engine names who does not"
-    if how == signal.SIGKILL:
-        with pytest.raises(RuntimeError, match=r"asking: engine \(rank .*a worker has died"):
-            driver.wait(helper.on_workers([pair.actor], "get_pid"), 10, "asking")
-    return workers
+def train_with_a_dying_worker(config, pair, worker: int, folder) -> None:
+    """In the sync of the second step of a run with `--overlap`, which then saves what the trainer has."""
+    config = dataclasses.replace(config, steps=1000, prompts_per_step=2, overlap=True, output_dir=folder)
+    calls = []
+    on(pair.trainer, lambda trainer: vars(trainer).update(step=0, saved=(0, None)))
+
+    def reward(completions, **_):
+        calls.append(1)
+        if len(calls) == 2:
+            on(pair.trainer, act_before_bucket, 0, worker, signal.SIGKILL)
+        return driver.letters(completions)
+
+    with pytest.raises(RuntimeError, match=r"engine \(rank 1, 2\)") as error:
+        prompts = to_prompts(pair.old, PROMPTS[:2])
+        driver.train(config, pair.trainer, [pair.actor], prompts, reward, first=0)
+    saved, rows = folder / "checkpoint-2", driver.read_metrics(folder / "metrics.jsonl")
+    assert f"2 complete steps are saved: go on with --resume {saved}" in error.value.__notes__[-1]
+    assert (saved / "trainer.pt").exists() and len(rows) == 1
+    with pytest.raises(RuntimeError, match=r"asking: engine \(rank .*a worker has died"):
+        driver.wait(helper.on_workers([pair.actor], "get_pid"), 10, "asking")
 
 
-def test_worker_dies_or_stalls_in_a_sync(quick, models, request):
-    """Named are the bucket, its weights and the engine, within the limit; then nothing of it is left. Also on
-    the CPU, where one is the engine of `pair`: this test is the last.
+def test_a_run_whose_worker_dies_in_a_sync_is_saved(quick, models, request, tmp_path):
+    """Named is the engine, and then nothing of it is left. Also on the CPU, where it is that of `pair`: this
+    test is the last.
     """
-    for number, how in enumerate((signal.SIGSTOP, signal.SIGKILL), 1):
-        with contextlib.ExitStack() as cleanup:
-            if DEVICE == "cpu":
-                actor, engine_only = request.getfixturevalue("loading").engines[-number]
-                cleanup.enter_context(engine_only)
-                pair = SimpleNamespace(trainer=request.getfixturevalue("pair").trainer, actor=actor)
-                helper.join_group(pair.trainer, [actor], timeout_s=quick.timeout_s)
-            else:
-                pair = start(quick, models, cleanup)
-            workers = sync_with_a_dying_worker(quick, pair, how)
-        deadline = time.monotonic() + 20
-        while left := [pid for pid in workers if psutil.pid_exists(pid)]:
-            assert time.monotonic() < deadline, [psutil.Process(pid) for pid in left]
-            time.sleep(0.2)
+    with contextlib.ExitStack() as cleanup:
+        if DEVICE == "cpu":
+            pair = request.getfixturevalue("pair")
+            cleanup.enter_context(request.getfixturevalue("loading").engine[1])
+            helper.join_group(pair.trainer, [pair.actor], timeout_s=quick.timeout_s)
+        else:
+            pair = start(quick, models, cleanup)
+        workers = Remote(pair.actor).collective_rpc("get_pid")
+        train_with_a_dying_worker(quick, pair, workers[-1], tmp_path)
+    deadline = time.monotonic() + 20
+    while left := [pid for pid in workers if psutil.pid_exists(pid)]:
+        assert time.monotonic() < deadline, [psutil.Process(pid) for pid in left]
+        time.sleep(0.2)

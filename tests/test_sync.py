@@ -1,12 +1,15 @@
 """The real thing on the CPU: vLLM engines, torchao's FP8, Ray actors, gloo."""
 
+import concurrent.futures
 import contextlib
 import dataclasses
 import json
+import os
 import re
 import shutil
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import ray
@@ -19,6 +22,7 @@ from harness import (
     PROMPTS,
     Remote,
     driver,
+    fork_server,
     generate,
     helper,
     load_weights,
@@ -36,7 +40,6 @@ from random_models import build_random_model
 from rlhf_utils import WeightSender
 
 CPU = torch.device("cpu")
-ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # `Sharded` needs no vLLM
 NORM = "model.decoder.final_layer_norm.weight"
 
 
@@ -313,7 +316,30 @@ class Sharded(WeightSender):
         return list(self.model.lm_head.weight.to_local().shape)
 
 
-def test_a_sharded_trainer(config, models, tmp_path):
+def make_sharded(*args) -> None:
+    """In a forked process: its rank."""
+    global sharded
+    sharded = Sharded(*args)
+
+
+def call_sharded(method: str, args: tuple):
+    return getattr(sharded, method)(*args)
+
+
+class Forked:
+    """A handle of the Sharded in a process of its own: `handle.method.remote(...)`, as of Ray's."""
+
+    def __init__(self, cleanup: contextlib.ExitStack, *args):
+        own = dict(mp_context=fork_server(), initializer=make_sharded, initargs=args)
+        self.pool, self._actor_id = concurrent.futures.ProcessPoolExecutor(1, **own), str(args)
+        cleanup.callback(self.pool.shutdown)
+        self.started = self.pool.submit(os.getpid)
+
+    def __getattr__(self, method: str):
+        return SimpleNamespace(remote=lambda *args: self.pool.submit(call_sharded, method, args))
+
+
+def test_a_sharded_trainer(models, tmp_path):
     """Two `fully_shard` ranks; the engine equals one that starts from the gathered checkpoint."""
     from vllm.utils.network_utils import get_open_port
 
@@ -324,9 +350,7 @@ def test_a_sharded_trainer(config, models, tmp_path):
     model.save_pretrained(tmp_path)
     transformers.AutoTokenizer.from_pretrained(old).save_pretrained(tmp_path)
     with local_actors(), contextlib.ExitStack() as cleanup:
-        trainers = [ray.remote(Sharded).options(num_cpus=0).remote(old, rank, port) for rank in (0, 1)]
-        for trainer in trainers:
-            cleanup.callback(ray.kill, trainer)
+        trainers = [Forked(cleanup, old, rank, port) for rank in (0, 1)]
         both = [dataclasses.replace(config, model=str(path)) for path in (old, tmp_path)]
         actor, fresh = (driver.start_engine(each, "cpu", cleanup) for each in both)
         helper.join_group(trainers[0], [actor], timeout_s=config.timeout_s)
