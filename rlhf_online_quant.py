@@ -13,8 +13,8 @@
         sync_weights_to_quantized_engine(trainer, engines)  # the next answers come from these weights
 
 How weights are sent, quantized and proved is in rlhf_utils.py: both ends of the wire, to be copied alone.
-Left out, because it hides the pattern: a value network, rollouts older than `--overlap` makes them, sharded
-trainers. Without a GPU the same processes run on the CPU: gloo, weight-only FP8, the model in tests/tiny.
+Left out, as it hides the pattern: a value network, sharded trainers. Without a GPU the same processes run on
+the CPU: gloo, weight-only FP8, the model in tests/tiny.
 
 Dimensions: P prompts, G samples per prompt, B sequences of a micro-batch, L tokens of a sequence, T = L - 1
 predicted ones, H hidden size, V vocabulary, N sampled tokens at hand; `rewards_PG` has the shape (P, G).
@@ -22,8 +22,11 @@ predicted ones, H hidden size, V vocabulary, N sampled tokens at hand; `rewards_
 
 import concurrent.futures
 import contextlib
+import copy
 import dataclasses
+import fcntl
 import functools
+import gc
 import importlib.util
 import inspect
 import json
@@ -38,8 +41,9 @@ import subprocess
 import sys
 import threading
 import time
+import traceback
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Set
 from pathlib import Path
 from typing import Annotated, Literal
 from unittest import mock
@@ -53,11 +57,13 @@ ENVIRONMENT = {
     "SPT_NOENV": "1",  # setproctitle leaves what the reaper reads as it is
 }
 if __name__ == "__main__":
-    os.environ |= ENVIRONMENT | os.environ
+    os.environ |= ENVIRONMENT | os.environ | {"MPLBACKEND": "agg"}  # a notebook's would not be found
+    sys.stdout.reconfigure(errors="backslashreplace")  # as stderr: a terminal may know ASCII alone
     warnings.simplefilter("ignore")
     logging.disable(logging.WARNING)
     signal.signal(signal.SIGINT, lambda *_: os._exit(130))  # until `main` can say more
     print("Importing PyTorch, vLLM and Ray ...", flush=True)
+gc.disable()  # a quarter of the imports' time
 
 import psutil
 import ray
@@ -78,6 +84,8 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 import rlhf_utils
 from rlhf_utils import PROMPTS, MyLLM, WeightSender, prove_sync, sync_weights_to_quantized_engine, wait
 
+gc.enable()
+
 # ----- 1. Config --------------------------------------------------------------------------------------------
 TINY = Path(__file__).resolve().parent / "tests" / "tiny"  # a model like any other, with prompts
 
@@ -88,7 +96,7 @@ class Config:
 
     model: str = "auto"  # Hugging Face name or folder; `auto`: facebook/opt-125m on GPUs, tests/tiny without
     trainer_device: Literal["auto", "cuda", "cpu"] = "auto"  # auto: a GPU if there is any; products in BF16
-    trainer_dtype: Literal["float32", "bfloat16"] = "float32"  # bfloat16 loses small steps
+    trainer_dtype: Literal["float32", "bfloat16"] = "float32"  # checkpoints', too; bfloat16 loses small steps
     gradient_checkpointing: bool = True  # compute activations of 2 layers in 3 again: less memory, more time
     tensor_parallel_size: PositiveInt = 2  # GPUs of an engine (CPU: processes), besides the trainer's
     num_engines: PositiveInt = 1  # they share the prompts of a step, each with GPUs of its own
@@ -192,12 +200,14 @@ def train(config: Config, trainer, engines: list, prompts: list, reward: Callabl
     file, pending, saved = config.output_dir / "metrics.jsonl", None, (first, config.resume)
     rows = [row for row in read_metrics(file) if row["step"] < first] if config.resume else []
     file.write_text("".join(map(to_json, rows)))
+    tracker, telling = None, only_told(f"--track {config.track}")  # a decorator
     with contextlib.ExitStack() as cleanup:
         if config.track != "none":
-            tracker = importlib.import_module(config.track)
-            flags = json.loads(json.dumps(vars(config), default=str))
-            tracker.init(project="rlhf-online-quant", config=flags)
-            cleanup.callback(tracker.finish)
+            with only_told(f"--track {config.track}"):
+                tracker = importlib.import_module(config.track)
+                cleanup.callback(telling(tracker.finish))
+                flags = json.loads(json.dumps(vars(config), default=str))
+                tracker.init(project="rlhf-online-quant", config=flags)
         for step in range(first, config.steps):
             batch, next_batch = (prompts_of_step(config, prompts, number) for number in (step, step + 1))
             ahead = next_batch if config.overlap and step + 1 < config.steps else None
@@ -207,15 +217,15 @@ def train(config: Config, trainer, engines: list, prompts: list, reward: Callabl
                 rows.append(metrics)
                 with file.open("a") as lines:
                     lines.write(to_json(metrics))
-                if config.track != "none":
-                    tracker.log(metrics, step=step)
+                if tracker:
+                    telling(tracker.log)(metrics, step=step)
                 print(LINE_OF_STEP.format(**metrics), flush=True)
                 if step % 10 == 0:
                     print(f"  sample: {batch[0].text[-60:]!r} -> {rollouts[0].text[:60]!r}")
                 if step + 1 == config.steps or config.save_every and (step + 1) % config.save_every == 0:
                     saving = trainer.save_checkpoint.remote(config.output_dir)
                     [saved] = wait([saving], 10 * config.timeout_s, "saving a checkpoint")
-            except Exception as error:
+            except (Exception, KeyboardInterrupt) as error:
                 # A training step may still be under way, and end; but a silent trainer has had its time.
                 limit_s = config.timeout_s * (1 if "no answer from trainer" in str(error) else 10)
                 try:  # not by `wait`: that an engine has died does not matter now
@@ -226,6 +236,20 @@ def train(config: Config, trainer, engines: list, prompts: list, reward: Callabl
                 error.add_note(f"This was step {step}. {kept if saved[1] else 'No step is saved.'}")
                 raise
     return rows
+
+
+WARNED: set[str] = set()  # of what
+
+
+@contextlib.contextmanager
+def only_told(what: str) -> Iterator[None]:
+    """What only tells of the run, and fails, does not end it: one warning."""
+    try:
+        yield
+    except (Exception, SystemExit) as error:
+        if what not in WARNED:
+            print(f"Warning: {what} fails, the run goes on: {error!r}", file=sys.stderr, flush=True)
+        WARNED.add(what)
 
 
 def prompts_of_step(config: Config, prompts: list[Prompt], step: int) -> list[Prompt]:
@@ -288,7 +312,7 @@ def load_reward(name: str, columns: set[str]) -> Callable[..., list[float]]:
     sys.path.append(os.getcwd())
     with expected(f"--reward {name}", "backwards, letters, or module:function, here or installed"):
         reward = {"backwards": backwards, "letters": letters}.get(name) or pkgutil.resolve_name(name)
-        if not callable(reward) or inspect.isclass(reward) or inspect.iscoroutinefunction(reward):
+        if inspect.isclass(reward) or any(map(inspect.iscoroutinefunction, (reward, type(reward).__call__))):
             raise TypeError(f"{reward!r}, not a plain function")
         signature = inspect.signature(reward)
     takes_all = any(wanted.kind == wanted.VAR_KEYWORD for wanted in signature.parameters.values())
@@ -317,10 +341,10 @@ def compute_rewards(prompts: list[Prompt], rollouts: list[Rollout], reward, time
 
     def run() -> None:
         try:
-            found = reward(**given)
-            if isinstance(found, (str, bytes, dict, set, frozenset)):
-                raise TypeError(f"it returned a {type(found).__name__}")
-            answer.set_result([float(value) for value in found])
+            found = reward(**copy.deepcopy(given))  # it may change what it gets
+            if isinstance(found, (str, bytes, bytearray, Mapping, Set)):
+                raise TypeError(f"it returned a {type(found).__name__}, not a list of numbers")
+            answer.set_result([float(value + 0) for value in found])  # a text is no number
         except BaseException as error:  # raised below; SystemExit would end this thread without a word
             answer.set_exception(error)
 
@@ -328,7 +352,8 @@ def compute_rewards(prompts: list[Prompt], rollouts: list[Rollout], reward, time
     if not concurrent.futures.wait([answer], timeout_s).done:
         raise TimeoutError(f"the reward function has not returned for {timeout_s:g} s, the --timeout-s")
     if error := answer.exception():
-        raise RuntimeError(f"the reward function failed: {type(error).__name__}: {error}") from error
+        found = f"{type(error).__name__}: {error} {traceback.extract_tb(error.__traceback__)[-1]}"
+        raise RuntimeError(f"the reward function failed: {found}") from error
     rewards, largest = answer.result(), torch.finfo(torch.float32).max
     wrong = [f"{value} for {r.text!r}" for value, r in zip(rewards, rollouts) if not abs(value) <= largest]
     if wrong or len(rewards) != len(rollouts):
@@ -402,10 +427,12 @@ class Trainer(WeightSender):
         self.config, self.step, self.unfinished = config, 0, False
         super().__init__(self._load(config.resume or config.model), config.trainer_device)
         transformers.AutoTokenizer.from_pretrained(config.model, trust_remote_code=False)  # fetches its files
-        beside = Path(transformers.utils.cached_file(config.model, "config.json")).parent.iterdir()
-        ours = [file for file in beside if file.suffix in (".json", ".jinja", ".txt", ".model")]
-        self.beside = {file.name: file.read_bytes() for file in ours if "index" not in file.name}
-        del self.beside["config.json"]  # a checkpoint's says its own dtype
+        folder = Path(transformers.utils.cached_file(config.model, "config.json")).parent
+        kinds = (".json", ".jinja", ".txt", ".model", ".tiktoken", ".spm", ".bpe", ".vocab")
+        ours = [file for pattern in ("*", "additional_chat_templates/*") for file in folder.glob(pattern)]
+        ours = [file for file in ours if file.suffix in kinds or file.name.startswith("tokenizer.")]
+        self.beside = {f.relative_to(folder): f.read_bytes() for f in ours if "index" not in f.name}
+        del self.beside[Path("config.json")]  # a checkpoint's says its own dtype
         if config.gradient_checkpointing:
             checkpoint_layers(self.model)
         self.reference = self._load(config.model).requires_grad_(False) if config.kl_coef else None
@@ -421,9 +448,12 @@ class Trainer(WeightSender):
     def _load(self, folder: str | Path) -> torch.nn.Module:
         """As the engine computes it: in evaluation mode; with caps on attention, which only "eager" has."""
         model_config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
-        caps = getattr(model_config.get_text_config(), "attn_logit_softcapping", None)
-        how = dict(dtype=self.config.trainer_dtype, attn_implementation="eager" if caps else None)
-        model = transformers.AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=False, **how)
+        caps = getattr(model_config, "attn_logit_softcapping", None)
+        model_config._attn_implementation = "eager" if caps else None  # config.json's may not be there
+        if (getattr(model_config, "pad_token_id", 0) or 0) >= model_config.vocab_size:
+            model_config.pad_token_id = None  # nothing is padded with it
+        how = dict(config=model_config, dtype=self.config.trainer_dtype, trust_remote_code=False)
+        model = transformers.AutoModelForCausalLM.from_pretrained(folder, **how)
         model.generation_config = transformers.GenerationConfig()  # not used; the file is kept as it came
         return model.to(self.config.trainer_device).eval()
 
@@ -482,8 +512,11 @@ class Trainer(WeightSender):
         self.model.save_pretrained(aside)
         (aside / "generation_config.json").unlink(missing_ok=True)
         for name, content in self.beside.items():  # tokenizer, templates, generation settings, as they came
+            (aside / name).parent.mkdir(exist_ok=True)
             (aside / name).write_bytes(content)
         torch.save({"optimizer": self.optimizer.state_dict(), "step": self.step}, aside / "trainer.pt")
+        for file in aside.glob("*.safetensors"):  # which are written for their owner alone
+            file.chmod((aside / "trainer.pt").stat().st_mode)
         shutil.rmtree(folder, ignore_errors=True)
         aside.rename(folder)
         self.saved = self.step, folder
@@ -590,6 +623,7 @@ def engine_arguments(config: Config, device: str) -> dict:
     fixed |= dict(model=model, tensor_parallel_size=tp, distributed_executor_backend=workers)
     fixed |= dict(worker_extension_cls="rlhf_utils.WorkerExtension", dtype="bfloat16")  # PerRow's only one
     fixed |= dict(logprobs_mode="processed_logprobs")  # of what is sampled from, temperature included
+    fixed |= dict(trust_remote_code=False, pipeline_parallel_size=1, data_parallel_size=1)
     what = """a JSON object of keywords that the program does not set, such as '{"kv_cache_dtype": "fp8"}'"""
     with expected(f"--engine-args {config.engine_args}", what):
         more = dict(**json.loads(config.engine_args))
@@ -629,7 +663,10 @@ def connect(config: Config, cleanup: contextlib.ExitStack) -> int:
                 host, _, port = address.removeprefix("ray://").rpartition(":")
                 socket.create_connection((host.strip("[]"), int(port)), timeout=5).close()
             ray.init(address, **options)
-    return int(ray.cluster_resources().get("GPU", 0))
+    has = {name: int(ray.cluster_resources().get(name, 0)) for name in ("CPU", "GPU")}
+    if has["CPU"] < (needed := 1 if has["GPU"] else config.world_size):
+        raise ValueError(f"the Ray cluster has {has['CPU']} CPUs; trainer and engines need {needed}")
+    return has["GPU"]
 
 
 def start(config: Config, device: str, cleanup: contextlib.ExitStack) -> tuple:
@@ -672,6 +709,8 @@ def start_actor(kind: type, name: str, bundles: list[dict], gpus: int, cleanup, 
 # ----- 8. Before anything starts, and main ------------------------------------------------------------------
 def resolve(config: Config, gpus: int) -> tuple[Config, str]:
     """Fill in every `auto` and None; returns the config and the engines' device. Raises ValueError."""
+    home = {n: type(v)(os.path.expanduser(v)) for n, v in vars(config).items() if str(v).startswith("~")}
+    config = dataclasses.replace(config, **home)
     model = config.model if config.model != "auto" else "facebook/opt-125m" if gpus else str(TINY)
     model = str(Path(model).resolve()) if Path(model).is_dir() else model  # actors work elsewhere
     tiny, own = model == str(TINY), model == str(TINY) and config.prompts_file is None
@@ -688,6 +727,9 @@ def resolve(config: Config, gpus: int) -> tuple[Config, str]:
         wanted = f"{for_trainer} for the trainer, {for_engines} for --num-engines x --tensor-parallel-size"
         fits = f"--num-engines 1 --tensor-parallel-size 1{' --trainer-device cpu' if gpus < 2 else ''}"
         raise ValueError(f"found {gpus} GPU(s); expected {wanted}. What fits here: {fits}")
+    capability = vllm.platforms.current_platform.get_device_capability() if gpus else None
+    if capability and capability.to_int() < 89 and config.quantization != "none":
+        raise ValueError(f"GPU capability {capability.as_version_str()}; FP8 needs 8.9: --quantization none")
     return config, "cuda" if gpus else "cpu"
 
 
@@ -698,31 +740,59 @@ def check(config: Config, device: str) -> tuple[Config, list[Prompt], list[Promp
     with expected(f"--output-dir {config.output_dir}", "a folder that can be written to"):
         config.output_dir.mkdir(parents=True, exist_ok=True)
         (config.output_dir / "metrics.jsonl").open("a").close()
-    first = 0
-    if config.resume:
-        read_metrics(config.output_dir / "metrics.jsonl")
-        with expected(
-            f"--resume {config.resume}", f"checkpoint-N of a run, N at most --steps {config.steps}"
-        ):
-            first = torch.load(config.resume / "trainer.pt", "cpu", mmap=True, weights_only=True)["step"]
-            if first not in range(config.steps + 1):
-                raise ValueError(f"step {first!r}")
-    with expected(f"--model {config.model}", "a Hugging Face model (log in?) or folder, and its tokenizer"):
+    kept = sorted(config.output_dir.glob("checkpoint-*[0-9]"), key=lambda folder: (len(folder.name), folder))
+    own = config.resume and config.resume.resolve().parent == config.output_dir.resolve()
+    if not own and (kept or (config.output_dir / "metrics.jsonl").stat().st_size):
+        what = f"another folder{f', or --resume {kept[-1]}' if kept else ''}"
+        raise ValueError(f"--output-dir {config.output_dir}: found another run in it; expected {what}")
+    what = "a language model of text alone, not quantized, and its tokenizer: a folder or a name (log in?)"
+    with expected(f"--model {config.model}", what):
         model = transformers.AutoConfig.from_pretrained(config.model, trust_remote_code=False)
         tokenizer = transformers.AutoTokenizer.from_pretrained(config.model, trust_remote_code=False)
         if len(tokenizer) <= len(tokenizer.all_special_ids):  # transformers made one up
             raise ValueError("a tokenizer that knows special tokens only")
+        of_text = type(model) in transformers.MODEL_FOR_CAUSAL_LM_MAPPING and model.get_text_config() is model
+        if not of_text or getattr(model, "is_encoder_decoder", False):
+            raise ValueError(f"a model of type {model.model_type}")
+        files = ("hf_quant_config.json", "quantize_config.json", "quant_config.json", "adapter_config.json")
+        found = [key for key in ("quantization_config", "compression_config") if getattr(model, key, None)]
+        found += [file for file in files if transformers.utils.hub.has_file(config.model, file)]
+        if found:
+            raise ValueError(f"{found[0]}: give the BF16 model, adapters merged, without it")
+    first = 0
+    if config.resume:
+        read_metrics(config.output_dir / "metrics.jsonl")
+        what = f"checkpoint-N of a run with --model {config.model}, N at most --steps {config.steps}"
+        with expected(f"--resume {config.resume}", what):
+            first = torch.load(config.resume / "trainer.pt", "cpu", mmap=True, weights_only=True)["step"]
+            if first not in range(config.steps + 1) or not [*config.resume.glob("*.safetensors")]:
+                raise ValueError(f"step {first!r}, or no weights")
+            saved, given = of_function(config.resume), of_function(config.model)
+            if names := [name for name in saved | given if saved.get(name) != given.get(name)]:
+                raise ValueError(f"another model's; different are {', '.join(names[:9])}")
     examples = [to_prompt({"prompt": prompt}, tokenizer) for prompt in PROMPTS]
     prompts = read_prompts("--prompts-file", config.prompts_file, tokenizer) or examples
     held_out = read_prompts("--held-out-file", config.held_out_file, tokenizer, like=prompts)
     reward = load_reward(config.reward, {*prompts[0].columns})
+    for prompt in prompts + held_out:
+        if (token := max(prompt.token_ids, default=None)) not in range(rows := model.vocab_size):
+            raise ValueError(f"prompt {prompt.text[:60]!r}: found token {token}; embeddings have {rows} rows")
     longest = config.max_tokens + max(len(prompt.token_ids) for prompt in prompts + held_out)
-    check_model(config, model.get_text_config(), longest, device)
+    check_model(config, model, longest, device)
     length = engine_arguments(config, device).get("max_model_len", longest)
     if type(length) is int and 0 < length < longest:
         raise ValueError(f"--engine-args: max_model_len {length}; prompts and --max-tokens need {longest}")
     more = json.loads(config.engine_args) | {"max_model_len": length}
+    if device == "cpu" and any("conv" in name or "mamba" in name for name in vars(model)):
+        more = {"enable_prefix_caching": False} | more  # to keep a state's prefixes vLLM would cut prompts
     return dataclasses.replace(config, engine_args=json.dumps(more)), prompts, held_out, reward, first
+
+
+def of_function(name: str | Path) -> dict:
+    """What a model's config.json says of the function that it computes."""
+    model = transformers.AutoConfig.from_pretrained(name, trust_remote_code=False).to_dict()
+    aside = {*vars(transformers.GenerationConfig()), "_name_or_path", "architectures", "dtype"}
+    return {"model_type": ""} | {name: value for name, value in model.items() if name not in aside}
 
 
 def check_model(config: Config, model: transformers.PretrainedConfig, longest: int, device: str) -> None:
@@ -783,11 +853,17 @@ def one_message() -> Iterator[None]:
     try:
         yield
     except (Exception, KeyboardInterrupt) as error:
-        known = (RuntimeError, OSError, ValueError, ray.exceptions.RayError)
+        known = (RuntimeError, OSError, ValueError, KeyboardInterrupt, ray.exceptions.RayError)
         what = str(error) if isinstance(error, known) else f"{type(error).__name__}: {error}"
-        what = "interrupted" if isinstance(error, KeyboardInterrupt) else what
         print("\n".join([f"FAILED: {what}", *getattr(error, "__notes__", [])]), file=sys.stderr, flush=True)
         raise SystemExit(130 if isinstance(error, KeyboardInterrupt) else 1) from error
+
+
+def stop(*_) -> None:
+    """A first Ctrl-C or SIGTERM ends a run as an error does, which saves; another Ctrl-C at once."""
+    signal.signal(signal.SIGINT, lambda *_: os._exit(130))
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    raise KeyboardInterrupt("interrupted")
 
 
 def main(config: Config) -> dict:
@@ -796,11 +872,14 @@ def main(config: Config) -> dict:
         gpus = connect(config, cleanup) if config.ray_address else torch.cuda.device_count()
         config, device = resolve(config, gpus)
         config, prompts, held_out, reward, first = check(config, device)
+        cleanup.callback(os.close, lock := os.open(config.output_dir, os.O_RDONLY))
+        with expected(f"--output-dir {config.output_dir}", "a folder in which no other run is under way"):
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         layout = f"{config.num_engines} engine(s) ({device}, TP={config.tensor_parallel_size})"
         print(f"Starting Ray, trainer ({config.trainer_device}) and {layout}: {config.model} ...", flush=True)
         if not config.ray_address:
             connect(config, cleanup)
-        signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # cleans up; Ray's own would kill the cluster
+        signal.signal(signal.SIGTERM, stop)  # Ray's own would kill the cluster
         trainer, engines, ranks = start(config, device, cleanup)
         samples = [{"prompt_token_ids": p.token_ids, "prompt": p.text} for p in (held_out or prompts)[:4]]
         sync = prove_sync(trainer, engines, samples, config.max_tokens, timeout_s=config.timeout_s)
@@ -838,13 +917,14 @@ def report(config: Config, summary: dict) -> None:
     for axis, name in zip(figure.subplots(1, len(names)), names, strict=True):
         axis.plot([row["step"] for row in rows], [row.get(name) for row in rows])
         axis.set(xlabel="step", title=name, yscale="log" if "mismatch" in name else "linear")
-    figure.savefig(config.output_dir / "curves.png")
+    with only_told("drawing curves.png"):
+        figure.savefig(config.output_dir / "curves.png")
     for name, (before, after) in summary["held_out"].items():
         print(f"Held-out prompts, {name}: {before:.3f} before training, {after:.3f} after")
     print(f"Wrote summary.json, metrics.jsonl and curves.png to {config.output_dir}")
 
 
 if __name__ == "__main__":
-    program = importlib.import_module(Path(__file__).stem)  # by the name that actors and workers know, too
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+    program = importlib.import_module(Path(__file__).resolve().stem)  # the name that actors know, too
+    signal.signal(signal.SIGINT, program.stop)
     program.main(tyro.cli(program.Config))

@@ -2,9 +2,13 @@
 engine.
 """
 
+import collections
 import dataclasses
+import fcntl
+import functools
 import json
 import math
+import os
 import re
 import shutil
 import signal
@@ -136,6 +140,13 @@ def nothing_starts(monkeypatch, tmp_path):
         (dict(engine_args='{"dtype": "half"}'), 'such as \'{"kv_cache_dtype": "fp8"}\'', "ValueError: dtype"),
         (dict(engine_args='{"model": "m", "seed": 3}'), "that the program does not set", "ValueError: model"),
         (
+            dict(engine_args='{"pipeline_parallel_size": 2}'),
+            "does not set",
+            "ValueError: pipeline_parallel_s",
+        ),
+        (dict(engine_args='{"data_parallel_size": 2}'), "does not set", "ValueError: data_parallel_size"),
+        (dict(engine_args='{"trust_remote_code": true}'), "does not set", "ValueError: trust_remote_code"),
+        (
             dict(engine_args='{"quantization": "fp8"}', quantization="none"),
             "expected a JSON object",
             "ValueError: quantization",
@@ -154,6 +165,43 @@ def test_bad_flags_are_seen_before_anything_starts(flags, expected, found, capsy
     assert end.value.code == 1 and "Traceback" not in printed
     assert printed.startswith("FAILED: ") and len(printed.splitlines()) == 1
     assert expected in printed and found in printed
+
+
+def test_a_cluster_with_too_few_cpus(monkeypatch, capsys):
+    """Known as soon as it answers."""
+    monkeypatch.setattr(ray, "init", lambda *_, **__: None)
+    monkeypatch.setattr(ray, "shutdown", lambda: None)
+    monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 2.0})
+    with pytest.raises(SystemExit):
+        driver.main(driver.Config(ray_address="auto"))
+    assert "the Ray cluster has 2 CPUs; trainer and engines need 3" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("major", "minor"), [(8, 0), (8, 6), (8, 9), (9, 0)])
+def test_gpus_that_know_no_fp8(monkeypatch, major, minor):
+    from vllm.platforms import current_platform
+    from vllm.platforms.interface import DeviceCapability
+
+    found = DeviceCapability(major, minor)
+    monkeypatch.setattr(type(current_platform), "get_device_capability", lambda *_, **__: found)
+    if (major, minor) < (8, 9):
+        message = refused(driver.resolve, driver.Config(), 3)
+        assert message == f"GPU capability {major}.{minor}; FP8 needs 8.9: --quantization none"
+        assert driver.resolve(driver.Config(quantization="none"), 3)[1] == "cuda"
+    else:
+        assert driver.resolve(driver.Config(), 3)[0].quantization == "fp8-dynamic"
+
+
+def test_paths_may_begin_at_home(tmp_path, monkeypatch, path):
+    """As in `--model=~/mine`, which no shell expands."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    shutil.copytree(path, tmp_path / "mine")
+    (tmp_path / "prompts").write_text("a\n")
+    own = dict(model="~/mine", prompts_file="~/prompts", held_out_file="~/prompts", resume="~/checkpoint-1")
+    config, _ = driver.resolve(driver.Config(**own, output_dir="~/out"), 0)
+    for name, where in (own | {"output_dir": "~/out"}).items():
+        assert str(getattr(config, name)) == where.replace("~", str(tmp_path))
+    driver.check(dataclasses.replace(config, resume=None), "cpu")
 
 
 def test_engine_args_reach_vllm():
@@ -192,9 +240,15 @@ def test_a_cluster_that_refuses_says_what_it_may_want(monkeypatch, capsys):
     assert "RAY_AUTH_MODE=token" in printed and "ConnectionError: Failed to connect to Ray cl" in printed
 
 
-def test_ctrl_c_is_one_line(capsys):
+def test_ctrl_c_is_one_line(capsys, monkeypatch):
+    """The first one, or a termination; a second ends at once."""
+    handlers = {}
+    monkeypatch.setattr(signal, "signal", handlers.__setitem__)
+    monkeypatch.setattr(os, "_exit", lambda code: handlers.update(code=code))
     with pytest.raises(SystemExit) as end, driver.one_message():
-        raise KeyboardInterrupt
+        driver.stop(signal.SIGTERM, None)
+    handlers[signal.SIGINT](signal.SIGINT, None)
+    assert handlers["code"] == 130 and handlers[signal.SIGTERM] == signal.SIG_IGN
     assert end.value.code == 130 and capsys.readouterr().err == "FAILED: interrupted\n"
 
 
@@ -266,7 +320,104 @@ def test_a_column_that_a_reward_may_lack_is_not_lost(tmp_path):
     assert "answer" in refused(lambda: checked(tmp_path, **flags))
 
 
+def with_tokens(path: str, folder: Path, tokens: list[str], template: str) -> str:
+    """A copy of a model whose tokenizer knows more than it has embeddings for; returns the folder."""
+    shutil.copytree(path, folder)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(path)
+    tokenizer.add_tokens(tokens)
+    tokenizer.chat_template = template
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.mark.parametrize("flag", ["prompts_file", "held_out_file"])
+def test_prompts_that_the_model_cannot_read(tmp_path, path, flag):
+    """On a GPU a token without an embedding is an assertion of the device, behind which nothing is saved."""
+    folder = with_tokens(path, tmp_path / "model", ["<new>"], "{{ messages[0].content }}")
+    lines = [{"prompt": "all well"}, {"prompt": "see <new> there"}]
+    for rows, message in (
+        (lines, "prompt 'see <new> there': found token 259; embeddings have 259 rows"),
+        (
+            [lines[0], {"prompt": [{"role": "user", "content": ""}]}],
+            "prompt '': found token None; embeddings have 259 rows",
+        ),
+    ):
+        (tmp_path / "rows").write_text("\n".join(map(json.dumps, rows)))
+        assert refused(lambda: checked(tmp_path, model=folder, **{flag: tmp_path / "rows"})) == message
+    (tmp_path / "rows").write_text(json.dumps(lines[0]))
+    checked(tmp_path, model=folder, **{flag: tmp_path / "rows"})
+
+
 # ----- Models -----------------------------------------------------------------------------------------------
+
+
+def in_config(**more):
+    """What puts more into a folder's config.json."""
+
+    def write(folder: Path) -> None:
+        file = folder / "config.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | more))
+
+    return write
+
+
+def beside(name: str, content: str = "{}"):
+    return lambda folder: (folder / name).write_text(content)
+
+
+@pytest.mark.parametrize(
+    ("change", "found"),
+    [
+        (in_config(quantization_config={"quant_method": "fp8"}), "quantization_config: give the BF16 model"),
+        (
+            in_config(quantization_config={"quant_method": "bitsandbytes"}),
+            "quantization_config: give the BF1",
+        ),
+        (in_config(compression_config={"format": "x"}), "compression_config: give the BF16 model"),
+        (beside("hf_quant_config.json"), "hf_quant_config.json: give the BF16 model"),
+        (beside("quantize_config.json"), "quantize_config.json: give the BF16 model"),
+        (beside("adapter_config.json"), "adapter_config.json: give the BF16 model, adapters merged"),
+        (
+            lambda folder: transformers.Qwen2_5_VLConfig().save_pretrained(folder),
+            "a model of type qwen2_5_vl",
+        ),
+        (lambda folder: transformers.Gemma3Config().save_pretrained(folder), "a model of type gemma3"),
+        (lambda folder: transformers.T5Config().save_pretrained(folder), "a model of type t5"),
+        (lambda folder: transformers.BartConfig().save_pretrained(folder), "a model of type bart"),
+        (lambda folder: transformers.BertConfig().save_pretrained(folder), None),  # it has a decoder's form
+    ],
+)
+def test_models_that_one_end_alone_takes(path, tmp_path, change, found):
+    """In one line, before the start."""
+    change(Path(folder := shutil.copytree(path, tmp_path / "model")))
+    if found:
+        message = refused(lambda: checked(tmp_path, model=str(folder)))
+        assert message.startswith(f"--model {folder}: expected a language model of text alone, not quantized")
+        assert found in message and "\n" not in message and len(message) < 400
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        in_config(_attn_implementation="flash_attention_2"),
+        in_config(attn_implementation="flash_attention_3"),
+        in_config(_attn_implementation="kernels-community/flash-attn"),
+        in_config(pad_token_id=259),
+        in_config(pad_token_id=100_000),
+        in_config(pad_token_id=None),
+        beside("generation_config.json", '{"num_beams": 1, "early_stopping": true, "temperature": 0.5}'),
+        beside("generation_config.json", '{"pad_token_id": 100000, "cache_implementation": "static"}'),
+    ],
+)
+def test_what_neither_end_uses_is_no_reason_to_fail(path, tmp_path, change):
+    change(Path(folder := shutil.copytree(path, tmp_path / "model")))
+    checked(tmp_path, model=str(folder))
+    trainer = trainer_of(folder)
+    trainer.train_step([ROLLOUT])
+    _, checkpoint = trainer.save_checkpoint(tmp_path)
+    again = trainer_of(folder, resume=checkpoint)
+    assert same([*trainer.model.parameters()], [*again.model.parameters()])
+    assert checked(tmp_path / "later", model=str(folder), resume=checkpoint)[-1] == 1
 
 
 def model(folder, config: transformers.PretrainedConfig) -> str:
@@ -365,7 +516,7 @@ def test_a_model_without_a_tokenizer(path, tmp_path):
     for name in ("config.json", "model.safetensors"):
         shutil.copy(Path(path, name), tmp_path)
     message = refused(lambda: checked(tmp_path, model=str(tmp_path)))
-    assert message.startswith(f"--model {tmp_path}: expected a Hugging Face model (log in?)")
+    assert message.startswith(f"--model {tmp_path}: expected a language model of text alone")
 
 
 def test_unknown_model(tmp_path, monkeypatch):
@@ -374,13 +525,13 @@ def test_unknown_model(tmp_path, monkeypatch):
     (tmp_path / "empty").mkdir()
     for name in ("no-such/model", str(tmp_path / "empty"), "not a name"):
         message = refused(lambda name=name: checked(tmp_path, model=name))
-        assert message.startswith(f"--model {name}: expected a Hugging Face model (log in?) or folder")
+        assert message.startswith(f"--model {name}: expected a language model of text alone")
 
 
 def test_the_program_without_the_tiny_model(tmp_path, monkeypatch, path):
     """From the two files alone: what is missing is said, any other model runs."""
     monkeypatch.setattr(driver, "TINY", tmp_path / "tests" / "tiny")
-    assert f"--model {driver.TINY}: expected a Hugging Face model" in refused(lambda: checked(tmp_path))
+    assert f"--model {driver.TINY}: expected a language model" in refused(lambda: checked(tmp_path))
     checked(tmp_path, model=path)
 
 
@@ -394,7 +545,7 @@ def test_no_code_of_a_model_runs(path, tmp_path, name, monkeypatch):
     own["auto_map"] = {"AutoConfig": "own.Own", "AutoTokenizer": ["own.Own", None]}
     (folder / name).write_text(json.dumps(json.loads((folder / name).read_text()) | own))
     if name == "config.json":
-        assert "expected a Hugging Face model" in refused(lambda: checked(tmp_path, model=str(folder)))
+        assert "expected a language model of" in refused(lambda: checked(tmp_path, model=str(folder)))
     else:  # transformers knows the tokenizer of an OPT
         checked(tmp_path, model=str(folder))
     assert not ran.exists()
@@ -429,12 +580,38 @@ def leave(**_):
         (lambda **_: {0.5, 1.0}, "it returned a set"),
         (lambda **_: "10", "it returned a str"),
         (lambda **_: b"10", "it returned a bytes"),
+        (lambda **_: bytearray(2), "it returned a bytearray, not a list of numbers"),
+        (lambda **_: collections.UserDict({0: 1.0, 1: 0.5}), "it returned a UserDict"),
+        (lambda **_: {0: 1.0, 1: 0.5}.keys(), "it returned a dict_keys"),
+        (lambda **_: ["1", "0"], "failed: TypeError: can only concatenate str"),
+        (lambda **_: later([], []), "failed: TypeError: 'coroutine' object is not iterable"),
         (leave, "failed: SystemExit: 3"),
         (alarm, "failed: ValueError: signal only works in main thread of the main interpreter"),
     ],
 )
 def test_a_broken_reward_is_never_a_zero(reward, message):
     assert message in refused(driver.compute_rewards, [PROMPT], ANSWERS, reward, error=RuntimeError)
+
+
+def test_a_reward_may_change_what_it_gets():
+    """The next one gets it as it is in the file."""
+    prompt = driver.Prompt([{"role": "user", "content": "p"}], {"answer": ["a"]}, [3], "p")
+    seen = []
+
+    def reward(prompts, answer, completion_ids, **_):
+        seen.append(json.dumps([prompts, answer, completion_ids]))
+        for each in (*prompts, *answer, *completion_ids):
+            each.clear()
+        return [1.0, 0.0]
+
+    for _ in range(2):
+        driver.compute_rewards([prompt], ANSWERS, reward)
+    assert seen[0] == seen[1] and prompt.source and ANSWERS[0].completion
+
+
+def test_a_reward_that_fails_says_where():
+    message = refused(driver.compute_rewards, [PROMPT], ANSWERS, lambda **_: [][0], error=RuntimeError)
+    assert f"IndexError: list index out of range <FrameSummary file {__file__}, line " in message
 
 
 def test_a_reward_function_that_hangs_ends_in_time():
@@ -461,6 +638,13 @@ class Judge:
     def __init__(self, completions): ...
 
 
+class Awaited:
+    async def __call__(self, completions): ...
+
+
+awaited, part_of_later, method = Awaited(), functools.partial(later, prompts=[]), Awaited().__call__
+
+
 @pytest.mark.parametrize(
     ("name", "found"),
     [
@@ -468,7 +652,10 @@ class Judge:
         ("by_position", "positional"),
         ("later", "not a plain function"),
         ("Judge", "not a plain function"),
-        ("CONFIG", "not a plain function"),
+        ("awaited", "not a plain function"),
+        ("part_of_later", "not a plain function"),
+        ("method", "not a plain function"),
+        ("CONFIG", "is not a callable object"),
     ],
 )
 def test_rewards_that_cannot_be_called_by_name(name, found):
@@ -605,8 +792,78 @@ def test_a_damaged_checkpoint_is_seen_before_anything_starts(path, saved, tmp_pa
     assert checked(tmp_path, **flags)[-1] == 1
     break_it(folder)
     found = refused(lambda: checked(tmp_path, **flags))
-    assert found.startswith(f"--resume {folder}: expected checkpoint-N of a run, N at most --steps 20")
+    assert found.startswith(f"--resume {folder}: expected checkpoint-N of a run with --model {path}, N at m")
     assert message in found
+
+
+@pytest.mark.parametrize(
+    ("change", "name"),
+    [
+        (in_config(hidden_size=256), "hidden_size"),
+        (in_config(num_attention_heads=8), "num_attention_heads"),
+        (in_config(do_layer_norm_before=False), "do_layer_norm_before"),
+        (lambda folder: transformers.LlamaConfig(**SMALL).save_pretrained(folder), "model_type"),
+    ],
+)
+def test_a_checkpoint_of_another_model_is_refused(path, saved, tmp_path, change, name):
+    change(Path(folder := shutil.copytree(path, tmp_path / "model")))
+    message = refused(lambda: checked(tmp_path, model=str(folder), resume=saved))
+    assert message.startswith(f"--resume {saved}: expected checkpoint-N of a run with --model {folder}, N at")
+    assert "another model's; different are " in message and name in message and "\n" not in message
+
+
+def test_rope_is_part_of_the_model(tmp_path):
+    """Of two Llamas with the same shapes."""
+    path = model(tmp_path / "model", transformers.LlamaConfig(**SMALL))
+    trainer = trainer_of(path)
+    trainer.train_step([ROLLOUT])
+    _, saved = trainer.save_checkpoint(tmp_path)
+    assert checked(tmp_path / "a", model=path, resume=saved)[-1] == 1
+    in_config(rope_parameters={"rope_type": "linear", "factor": 4.0, "rope_theta": 1e4})(Path(path))
+    assert "different are rope_parameters" in refused(
+        lambda: checked(tmp_path / "b", model=path, resume=saved)
+    )
+
+
+def test_a_folder_with_another_run_is_refused(path, saved, tmp_path):
+    """Without `--resume` from it, with what to type."""
+    own = dict(model=path, output_dir=tmp_path)
+
+    def check(**more) -> tuple:
+        return driver.check(*driver.resolve(driver.Config(**own | more), 0))
+
+    check()
+    (tmp_path / "metrics.jsonl").write_text('{"step": 0}\n')
+    message = refused(check)
+    assert message == f"--output-dir {tmp_path}: found another run in it; expected another folder"
+    for number in (2, 10, 9):
+        shutil.copytree(saved, tmp_path / f"checkpoint-{number}")
+    assert refused(check) == f"{message}, or --resume {tmp_path}/checkpoint-10"
+    assert refused(lambda: check(resume=saved)) == f"{message}, or --resume {tmp_path}/checkpoint-10"
+    assert check(resume=tmp_path / "checkpoint-9")[-1] == 1
+    check(output_dir=tmp_path / "other", resume=tmp_path / "checkpoint-9")
+
+
+def test_two_runs_at_once_in_one_folder(path, tmp_path, nothing_starts, capsys):
+    lock = os.open(tmp_path, os.O_RDONLY)
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    with pytest.raises(SystemExit):
+        driver.main(driver.Config(model=path, output_dir=tmp_path))
+    os.close(lock)
+    found = f"FAILED: --output-dir {tmp_path}: expected a folder in which no other run is under way. Found: "
+    assert capsys.readouterr().err.startswith(found)
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o077, 0o002])
+def test_files_of_a_checkpoint_are_as_the_umask_says(path, tmp_path, umask):
+    trainer = trainer_of(path)
+    trainer.train_step([ROLLOUT])
+    before = os.umask(umask)
+    try:
+        _, folder = trainer.save_checkpoint(tmp_path)
+    finally:
+        os.umask(before)
+    assert {file.stat().st_mode & 0o777 for file in folder.iterdir()} == {0o666 & ~umask}
 
 
 @pytest.mark.parametrize(
@@ -621,14 +878,22 @@ def test_a_checkpoint_is_what_came_with_other_weights(path, tmp_path, settings):
         (folder / "generation_config.json").write_text(json.dumps(settings))
     (folder / "chat_template.jinja").write_text("{{ messages[0].content }}\r\n")
     (folder / "vocab.txt").write_bytes(b"\xff\x00")
-    came = {file.name: file.read_bytes() for file in folder.iterdir()}
+    for name in ("preprocessor_config.json", "spiece.model", "tokenizer.model.v3", "qwen.tiktoken"):
+        (folder / name).write_text(name)
+    (folder / "additional_chat_templates").mkdir()
+    (folder / "additional_chat_templates" / "tools.jinja").write_text("{{ tools }}")
+    contents = lambda folder: {
+        f.relative_to(folder): f.read_bytes() for f in folder.rglob("*") if f.is_file()
+    }
+    came = contents(folder)
     trainer = trainer_of(folder)
     shutil.rmtree(folder)
     trainer.train_step([ROLLOUT])
     _, checkpoint = trainer.save_checkpoint(tmp_path)
-    saved = {file.name: file.read_bytes() for file in checkpoint.iterdir()}
-    assert saved.keys() == came.keys() | {"trainer.pt"}
-    assert {name for name in came if saved[name] != came[name]} <= {"config.json", "model.safetensors"}
+    saved = contents(checkpoint)
+    assert saved.keys() == came.keys() | {Path("trainer.pt")}
+    changed = {str(name) for name in came if saved[name] != came[name]}
+    assert changed <= {"config.json", "model.safetensors"}
     again = transformers.AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
     assert same([*trainer.model.parameters()], [*again.parameters()])
     tokenizer = transformers.AutoTokenizer.from_pretrained(checkpoint)

@@ -515,10 +515,10 @@ def test_corrupt_and_unsafe_models(models, tmp_path):
     settings |= {"model_type": "mine", "auto_map": {"AutoConfig": "mine.MineConfig"}}
     (remote / "config.json").write_text(json.dumps(settings))
     (remote / "mine.py").write_text(f"open({str(canary)!r}, 'w')")
-    with pytest.raises(ValueError, match="--model .*remote: expected a Hugging Face model"):
+    with pytest.raises(ValueError, match="--model .*remote: expected a language model"):
         check(remote)
     (remote / "config.json").write_text("{")
-    with pytest.raises(ValueError, match="--model .*remote: expected a Hugging Face model"):
+    with pytest.raises(ValueError, match="--model .*remote: expected a language model"):
         check(remote)
     assert not canary.exists()
 

@@ -238,6 +238,18 @@ def test_a_model_that_cannot_be_synced_ends_the_run_before_the_first_step(tmp_pa
     assert "attn.sinks" in printed and not (tmp_path / "outputs" / "metrics.jsonl").read_text()
 
 
+def test_a_hybrid_model_runs_without_a_gpu(tmp_path, monkeypatch):
+    """vLLM would cut prompts to keep the states of its convolutions, which the program has switched off."""
+    own = dict(layer_types=["conv", "full_attention"], conv_dim=256, conv_dim_out=256, block_dim=256)
+    own |= dict(block_ff_dim=512, block_multiple_of=256, block_ffn_dim_multiplier=1.0)
+    monkeypatch.setitem(ARCHITECTURES, "lfm-2", ("Lfm2Config", own | dict(block_auto_adjust_ff_dim=False)))
+    settings = dict(model=build(tmp_path / "model", "lfm-2"), tensor_parallel_size=1, prompts_per_step=2)
+    settings |= dict(max_tokens=8, learning_rate=1e-3, output_dir=tmp_path / "outputs")
+    with local_actors():
+        summary = driver.main(driver.Config(steps=2, **settings))
+    assert summary["last_step"]["weights_version"] == 6 and summary["sync"]["verified"]
+
+
 def test_a_weight_that_the_trainer_does_not_send_is_missed_though_it_is_zero(llama, tmp_path):
     """Set to zero it is what it was, and so is every answer; from the first step on it would be stale."""
     path, bias = shutil.copytree(llama, tmp_path / "zero"), "model.layers.1.self_attn.o_proj.bias"
