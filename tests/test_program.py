@@ -124,8 +124,8 @@ def test_overlapped_steps_learn_from_weights_one_step_old(tmp_path, monkeypatch,
     """
     (tmp_path / "trackio.py").write_text(TRACKER)
     monkeypatch.syspath_prepend(tmp_path)
-    # 20 x 16 prompts are more than vLLM takes in at a time; none may be cut in two.
-    settings = dict(overlap=True, prompts_per_step=20, max_tokens=16, tensor_parallel_size=1, track="trackio")
+    # 17 x 16 prompts are more than vLLM takes in at a time; none may be cut in two.
+    settings = dict(overlap=True, prompts_per_step=17, max_tokens=8, tensor_parallel_size=1, track="trackio")
     settings["output_dir"] = tmp_path
     with local_actors():
         driver.main(driver.Config(steps=3, **settings))
