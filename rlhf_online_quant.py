@@ -331,8 +331,8 @@ def compute_rewards(prompts: list[Prompt], rollouts: list[Rollout], reward, time
     unless it returns one finite number for each; TimeoutError (if it frees Python's lock)."""
     samples, answer = len(rollouts) // len(prompts), concurrent.futures.Future()
     of_each = [prompt for prompt in prompts for _ in range(samples)]
-    given = {name: [prompt.columns[name] for prompt in of_each] for name in prompts[0].columns}
-    given |= {"prompts": [prompt.source for prompt in of_each], "completions": []}
+    rows = [copy.deepcopy(prompt.columns | {"prompts": prompt.source}) for prompt in of_each]  # its own
+    given = {name: [row[name] for row in rows] for name in rows[0]} | {"completions": []}
     for prompt, rollout in zip(of_each, rollouts, strict=True):
         said = [{"role": "assistant", "content": rollout.text}]
         given["completions"].append(rollout.text if isinstance(prompt.source, str) else said)
@@ -341,7 +341,7 @@ def compute_rewards(prompts: list[Prompt], rollouts: list[Rollout], reward, time
 
     def run() -> None:
         try:
-            found = reward(**copy.deepcopy(given))  # it may change what it gets
+            found = reward(**given)
             if isinstance(found, (str, bytes, bytearray, Mapping, Set)):
                 raise TypeError(f"it returned a {type(found).__name__}, not a list of numbers")
             answer.set_result([float(value + 0) for value in found])  # a text is no number
