@@ -238,7 +238,7 @@ def train(config: Config, trainer, engines: list, prompts: list, reward: Callabl
     return rows
 
 
-WARNED: set[str] = set()  # of what
+WARNED: set[str] = set()  # what `only_told` has warned of
 
 
 @contextlib.contextmanager
@@ -767,7 +767,8 @@ def check(config: Config, device: str) -> tuple[Config, list[Prompt], list[Promp
             first = torch.load(config.resume / "trainer.pt", "cpu", mmap=True, weights_only=True)["step"]
             if first not in range(config.steps + 1) or not [*config.resume.glob("*.safetensors")]:
                 raise ValueError(f"step {first!r}, or no weights")
-            saved, given = of_function(config.resume), of_function(config.model)
+            saved = transformers.AutoConfig.from_pretrained(config.resume, trust_remote_code=False)
+            saved, given = of_function(saved), of_function(model)
             if names := [name for name in saved | given if saved.get(name) != given.get(name)]:
                 raise ValueError(f"another model's; different are {', '.join(names[:9])}")
     examples = [to_prompt({"prompt": prompt}, tokenizer) for prompt in PROMPTS]
@@ -788,11 +789,10 @@ def check(config: Config, device: str) -> tuple[Config, list[Prompt], list[Promp
     return dataclasses.replace(config, engine_args=json.dumps(more)), prompts, held_out, reward, first
 
 
-def of_function(name: str | Path) -> dict:
-    """What a model's config.json says of the function that it computes."""
-    model = transformers.AutoConfig.from_pretrained(name, trust_remote_code=False).to_dict()
+def of_function(model: transformers.PretrainedConfig) -> dict:
+    """What a model's config says of the function that it computes."""
     aside = {*vars(transformers.GenerationConfig()), "_name_or_path", "architectures", "dtype"}
-    return {"model_type": ""} | {name: value for name, value in model.items() if name not in aside}
+    return {"model_type": ""} | {name: value for name, value in model.to_dict().items() if name not in aside}
 
 
 def check_model(config: Config, model: transformers.PretrainedConfig, longest: int, device: str) -> None:
@@ -854,7 +854,7 @@ def one_message() -> Iterator[None]:
         yield
     except (Exception, KeyboardInterrupt) as error:
         known = (RuntimeError, OSError, ValueError, KeyboardInterrupt, ray.exceptions.RayError)
-        what = str(error) if isinstance(error, known) else f"{type(error).__name__}: {error}"
+        what = str(error) if str(error) and isinstance(error, known) else f"{type(error).__name__}: {error}"
         print("\n".join([f"FAILED: {what}", *getattr(error, "__notes__", [])]), file=sys.stderr, flush=True)
         raise SystemExit(130 if isinstance(error, KeyboardInterrupt) else 1) from error
 

@@ -31,6 +31,7 @@ import rlhf_online_quant as driver  # noqa: E402
 import rlhf_utils as helper  # noqa: E402
 from rlhf_utils import BUCKET_BYTES, WorkerExtension, stateless_init_process_group  # noqa: E402
 
+gc.enable()  # also if the driver was imported before
 os.environ |= driver.ENVIRONMENT | os.environ
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 PROMPTS = ["Hello, my name is", "The capital of France is", "a", "0123456789" * 30]

@@ -920,6 +920,23 @@ def test_metrics_are_json():
     }
 
 
+def test_a_plot_that_fails_is_no_reason_to_fail(tmp_path, monkeypatch, capsys):
+    """It is a warning, and the rest is written."""
+
+    def full(*_):
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(driver.Figure, "savefig", full)
+    (tmp_path / "metrics.jsonl").write_text('{"step": 0, "reward": 0.5, "mismatch_kl": 0.1}\n')
+    driver.report(dataclasses.replace(CONFIG, output_dir=tmp_path), {"held_out": {"reward": [0.1, 0.2]}})
+    printed = capsys.readouterr()
+    assert (
+        printed.err
+        == "Warning: drawing curves.png fails, the run goes on: OSError('No space left on device')\n"
+    )
+    assert "reward: 0.100 before" in printed.out and (tmp_path / "summary.json").exists()
+
+
 def test_half_a_step_is_not_saved(path, tmp_path):
     """With two epochs: when the second one fails, the weights are those of no step."""
     trainer = trainer_of(path, epochs=2)

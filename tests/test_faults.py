@@ -2,7 +2,7 @@
 version.
 
 With 2 GPUs the deaths can be had over NCCL as well:
-`python -m pytest -rP tests/test_faults.py -k "dies or never"`.
+`python -m pytest -rP tests/test_faults.py -k "dies or stalls or never"`.
 """
 
 import contextlib

@@ -333,7 +333,7 @@ class Forked:
         own = dict(mp_context=fork_server(), initializer=make_sharded, initargs=args)
         self.pool, self._actor_id = concurrent.futures.ProcessPoolExecutor(1, **own), str(args)
         cleanup.callback(self.pool.shutdown)
-        self.started = self.pool.submit(os.getpid)
+        self.pool.submit(os.getpid)  # starts the process: both ranks wait for each other
 
     def __getattr__(self, method: str):
         return SimpleNamespace(remote=lambda *args: self.pool.submit(call_sharded, method, args))
