@@ -26,7 +26,6 @@ import copy
 import dataclasses
 import fcntl
 import functools
-import gc
 import importlib.util
 import inspect
 import json
@@ -63,7 +62,6 @@ if __name__ == "__main__":
     logging.disable(logging.WARNING)
     signal.signal(signal.SIGINT, lambda *_: os._exit(130))  # until `main` can say more
     print("Importing PyTorch, vLLM and Ray ...", flush=True)
-gc.disable()  # a quarter of the imports' time
 
 import psutil
 import ray
@@ -83,8 +81,6 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 import rlhf_utils
 from rlhf_utils import PROMPTS, MyLLM, WeightSender, prove_sync, sync_weights_to_quantized_engine, wait
-
-gc.enable()
 
 # ----- 1. Config --------------------------------------------------------------------------------------------
 TINY = Path(__file__).resolve().parent / "tests" / "tiny"  # a model like any other, with prompts
@@ -188,6 +184,21 @@ def rlhf_training_iteration(
     return metrics | {"step_s": time.perf_counter() - start}, rollouts, pending
 
 
+WARNED: set[str] = set()  # what `only_told` has warned of
+
+
+@contextlib.contextmanager
+def only_told(what: str) -> Iterator[None]:
+    """What only tells of the run, and fails, does not end it: one warning."""
+    try:
+        yield
+    except (Exception, SystemExit) as error:
+        if what not in WARNED:
+            print(f"Warning: {what} fails, the run goes on: {error!r}", file=sys.stderr, flush=True)
+        WARNED.add(what)
+
+
+tell = only_told("printing")(print)  # to a pipe, say, that nobody reads any more
 LINE_OF_STEP = (
     "step {step:4d} | reward {reward:.3f} | mismatch KL {mismatch_kl:.2e}, |d| max {mismatch_abs_max:.3f}, "
     "ESS {effective_sample_size:.3f} | {tokens_per_s:.0f} tokens/s | rollout {rollout_s:.2f} s, "
@@ -219,9 +230,9 @@ def train(config: Config, trainer, engines: list, prompts: list, reward: Callabl
                     lines.write(to_json(metrics))
                 if tracker:
                     telling(tracker.log)(metrics, step=step)
-                print(LINE_OF_STEP.format(**metrics), flush=True)
+                tell(LINE_OF_STEP.format(**metrics), flush=True)
                 if step % 10 == 0:
-                    print(f"  sample: {batch[0].text[-60:]!r} -> {rollouts[0].text[:60]!r}")
+                    tell(f"  sample: {batch[0].text[-60:]!r} -> {rollouts[0].text[:60]!r}")
                 if step + 1 == config.steps or config.save_every and (step + 1) % config.save_every == 0:
                     saving = trainer.save_checkpoint.remote(config.output_dir)
                     [saved] = wait([saving], 10 * config.timeout_s, "saving a checkpoint")
@@ -236,20 +247,6 @@ def train(config: Config, trainer, engines: list, prompts: list, reward: Callabl
                 error.add_note(f"This was step {step}. {kept if saved[1] else 'No step is saved.'}")
                 raise
     return rows
-
-
-WARNED: set[str] = set()  # what `only_told` has warned of
-
-
-@contextlib.contextmanager
-def only_told(what: str) -> Iterator[None]:
-    """What only tells of the run, and fails, does not end it: one warning."""
-    try:
-        yield
-    except (Exception, SystemExit) as error:
-        if what not in WARNED:
-            print(f"Warning: {what} fails, the run goes on: {error!r}", file=sys.stderr, flush=True)
-        WARNED.add(what)
 
 
 def prompts_of_step(config: Config, prompts: list[Prompt], step: int) -> list[Prompt]:
@@ -308,12 +305,17 @@ def backwards(completions: list[str], answer: list[str], **_) -> list[float]:
 
 def load_reward(name: str, columns: set[str]) -> Callable[..., list[float]]:
     """`--reward`, made callable by more names than it takes. Raises ValueError if it wants others."""
-    known = {"prompts", "completions", "completion_ids", "finish_reasons", *columns}
+    given = {"prompts", "completions", "completion_ids", "finish_reasons"}
+    known = given | columns
     sys.path.append(os.getcwd())
     with expected(f"--reward {name}", "backwards, letters, or module:function, here or installed"):
         reward = {"backwards": backwards, "letters": letters}.get(name) or pkgutil.resolve_name(name)
         if inspect.isclass(reward) or any(map(inspect.iscoroutinefunction, (reward, type(reward).__call__))):
             raise TypeError(f"{reward!r}, not a plain function")
+        if double := given & columns:
+            raise ValueError(
+                f"the prompts file's columns {sorted(double)}, which the program fills: rename them"
+            )
         signature = inspect.signature(reward)
     takes_all = any(wanted.kind == wanted.VAR_KEYWORD for wanted in signature.parameters.values())
     names = known if takes_all else known & signature.parameters.keys()
@@ -446,10 +448,10 @@ class Trainer(WeightSender):
         self.saved = self.step, config.resume
 
     def _load(self, folder: str | Path) -> torch.nn.Module:
-        """As the engine computes it: in evaluation mode; with caps on attention, which only "eager" has."""
+        """As the engine computes it: in evaluation mode, whatever attention config.json names."""
         model_config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
-        caps = getattr(model_config, "attn_logit_softcapping", None)
-        model_config._attn_implementation = "eager" if caps else None  # config.json's may not be there
+        caps = getattr(model_config, "attn_logit_softcapping", None)  # on attention: "eager" alone has them
+        model_config._attn_implementation = "eager" if caps else None
         if (getattr(model_config, "pad_token_id", 0) or 0) >= model_config.vocab_size:
             model_config.pad_token_id = None  # nothing is padded with it
         how = dict(config=model_config, dtype=self.config.trainer_dtype, trust_remote_code=False)
@@ -577,7 +579,6 @@ class RolloutLLM(MyLLM):
         for prompt, output in zip(prompts, outputs, strict=True):
             for said in output.outputs:
                 ids, logprobs = list(said.token_ids), list(said.logprobs.logprobs)
-                assert len(ids) == len(logprobs), "vLLM gave more than the sampled tokens' log-probabilities"
                 text = decode(tokenizer, prompt.token_ids, ids)
                 rollouts.append(Rollout(prompt.token_ids, ids, logprobs, text, said.finish_reason))
         return rollouts, seconds, self.weights_version
@@ -617,8 +618,8 @@ def engine_arguments(config: Config, device: str) -> dict:
     tp, model = config.tensor_parallel_size, str(config.resume or config.model)  # the trainer's weights
     workers = "ray" if device == "cuda" else "mp" if tp > 1 else "uni"  # vLLM has no Ray workers on the CPU
     defaults = dict(gpu_memory_utilization=0.8, seed=config.seed, enforce_eager=device == "cpu")
-    # vLLM fails on the CPU when it cuts a prompt of a seeded request in two; None: as it decides itself.
-    defaults["enable_chunked_prefill"] = False if device == "cpu" else None
+    # On the CPU vLLM fails when it cuts a seeded prompt in two, and cannot reload what AMX has of MLA.
+    defaults |= dict(enable_chunked_prefill=False, attention_backend="CPU_MLA") if device == "cpu" else {}
     fixed = {"quantization_config": None} | quantization_arguments(config.quantization)
     fixed |= dict(model=model, tensor_parallel_size=tp, distributed_executor_backend=workers)
     fixed |= dict(worker_extension_cls="rlhf_utils.WorkerExtension", dtype="bfloat16")  # PerRow's only one
@@ -675,8 +676,7 @@ def start(config: Config, device: str, cleanup: contextlib.ExitStack) -> tuple:
     first_ranks = range(1, config.world_size, config.tensor_parallel_size)
     engines = [start_engine(config, device, cleanup, first_rank) for first_rank in first_ranks]
     rlhf_utils.join_group(trainer, engines, timeout_s=config.timeout_s)
-    wanted = config.quantization != "none"
-    return trainer, engines, rlhf_utils.prove_fp8(engines, expect_fp8=wanted, timeout_s=config.timeout_s)
+    return trainer, engines, rlhf_utils.prove_fp8(engines, config.quantization != "none", config.timeout_s)
 
 
 def start_trainer(config: Config, cleanup: contextlib.ExitStack):
@@ -883,7 +883,7 @@ def main(config: Config) -> dict:
         trainer, engines, ranks = start(config, device, cleanup)
         samples = [{"prompt_token_ids": p.token_ids, "prompt": p.text} for p in (held_out or prompts)[:4]]
         sync = prove_sync(trainer, engines, samples, config.max_tokens, timeout_s=config.timeout_s)
-        print(f"Ready after {time.time() - psutil.Process().create_time():.1f} s", flush=True)
+        tell(f"Ready after {time.time() - psutil.Process().create_time():.1f} s", flush=True)
         before = ask_held_out(config, engines, held_out, reward)
         rows = train(config, trainer, engines, prompts, reward, first)
         after = ask_held_out(config, engines, held_out, reward)
@@ -920,8 +920,8 @@ def report(config: Config, summary: dict) -> None:
     with only_told("drawing curves.png"):
         figure.savefig(config.output_dir / "curves.png")
     for name, (before, after) in summary["held_out"].items():
-        print(f"Held-out prompts, {name}: {before:.3f} before training, {after:.3f} after")
-    print(f"Wrote summary.json, metrics.jsonl and curves.png to {config.output_dir}")
+        tell(f"Held-out prompts, {name}: {before:.3f} before training, {after:.3f} after")
+    tell(f"Wrote summary.json, metrics.jsonl and curves.png to {config.output_dir}")
 
 
 if __name__ == "__main__":

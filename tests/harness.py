@@ -19,7 +19,7 @@ HERE = Path(__file__).resolve().parent
 FOLDERS = [str(HERE), str(HERE / "bench"), str(HERE.parent)]  # of all modules that tests and benchmarks name
 sys.path[:0] = FOLDERS
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")  # before the driver is imported
-gc.disable()  # until the driver is: a quarter of the imports' time
+gc.disable()  # while the driver is imported: on some CPUs a quarter of the time
 
 import ray  # noqa: E402
 import torch  # noqa: E402
@@ -31,7 +31,7 @@ import rlhf_online_quant as driver  # noqa: E402
 import rlhf_utils as helper  # noqa: E402
 from rlhf_utils import BUCKET_BYTES, WorkerExtension, stateless_init_process_group  # noqa: E402
 
-gc.enable()  # also if the driver was imported before
+gc.enable()
 os.environ |= driver.ENVIRONMENT | os.environ
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 PROMPTS = ["Hello, my name is", "The capital of France is", "a", "0123456789" * 30]

@@ -664,6 +664,12 @@ def test_rewards_that_cannot_be_called_by_name(name, found):
     assert message.startswith(f"--reward {name}: expected ") and found in message and "\n" not in message
 
 
+def test_a_column_that_the_program_fills_is_refused():
+    """It would be overwritten, and the reward would get other values than the file has."""
+    message = refused(driver.load_reward, "letters", {"answer", "completions", "prompts"})
+    assert "['completions', 'prompts']" in message and "rename" in message and "\n" not in message
+
+
 def test_a_reward_module_may_fail_in_any_way(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for number, code in enumerate(("1 / 0", "import nosuch", "def f(:", "raise SystemError", "exit(3)")):
@@ -935,6 +941,20 @@ def test_a_plot_that_fails_is_no_reason_to_fail(tmp_path, monkeypatch, capsys):
         == "Warning: drawing curves.png fails, the run goes on: OSError('No space left on device')\n"
     )
     assert "reward: 0.100 before" in printed.out and (tmp_path / "summary.json").exists()
+
+
+def test_lines_that_nobody_reads_are_no_reason_to_fail(monkeypatch, capsys):
+    """`... | head` closes the pipe of a run that goes on."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    with open(writer, "w", closefd=False) as closed, monkeypatch.context() as patch:
+        patch.setattr("sys.stdout", closed)
+        for _ in range(2):
+            driver.tell("a step", flush=True)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), writer)  # for what the file still holds
+    os.close(writer)
+    [warning] = capsys.readouterr().err.splitlines()
+    assert warning == "Warning: printing fails, the run goes on: BrokenPipeError(32, 'Broken pipe')"
 
 
 def test_half_a_step_is_not_saved(path, tmp_path):
