@@ -13,8 +13,7 @@
         sync_weights_to_quantized_engine(trainer, engines)  # the next answers come from these weights
 
 How weights are sent, quantized and proved is in rlhf_utils.py: both ends of the wire, to be copied alone.
-Left out, as it hides the pattern: a value network, sharded trainers. Without a GPU the same processes run on
-the CPU: gloo, weight-only FP8, the model in tests/tiny.
+Left out: a value network, sharded trainers. Without a GPU: gloo, weight-only FP8, the model in tests/tiny.
 
 Dimensions: P prompts, G samples per prompt, B sequences of a micro-batch, L tokens of a sequence, T = L - 1
 predicted ones, H hidden size, V vocabulary, N sampled tokens at hand; `rewards_PG` has the shape (P, G).
@@ -676,7 +675,8 @@ def start(config: Config, device: str, cleanup: contextlib.ExitStack) -> tuple:
     first_ranks = range(1, config.world_size, config.tensor_parallel_size)
     engines = [start_engine(config, device, cleanup, first_rank) for first_rank in first_ranks]
     rlhf_utils.join_group(trainer, engines, timeout_s=config.timeout_s)
-    return trainer, engines, rlhf_utils.prove_fp8(engines, config.quantization != "none", config.timeout_s)
+    wanted = config.quantization != "none"
+    return trainer, engines, rlhf_utils.prove_fp8(engines, expect_fp8=wanted, timeout_s=config.timeout_s)
 
 
 def start_trainer(config: Config, cleanup: contextlib.ExitStack):
