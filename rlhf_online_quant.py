@@ -73,8 +73,10 @@ from matplotlib.figure import Figure
 from pydantic import Field, NonNegativeInt, PositiveInt
 from pydantic.dataclasses import dataclass
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+from torch._inductor.cpp_builder import get_cpp_compiler
 from torch.utils.checkpoint import checkpoint
 from torchao.core.config import config_from_dict, config_to_dict
+from torchao.optim import AdamW8bit
 from torchao.quantization import Float8DynamicActivationFloat8WeightConfig, Float8WeightOnlyConfig, PerRow
 from transformers.modeling_layers import GradientCheckpointingLayer
 
@@ -91,8 +93,10 @@ class Config:
 
     model: str = "auto"  # Hugging Face name or folder; `auto`: facebook/opt-125m on GPUs, tests/tiny without
     trainer_device: Literal["auto", "cuda", "cpu"] = "auto"  # auto: a GPU if there is any; products in BF16
-    trainer_dtype: Literal["float32", "bfloat16"] = "float32"  # checkpoints', too; bfloat16 loses small steps
-    gradient_checkpointing: bool = True  # compute activations of 2 layers in 3 again: less memory, more time
+    trainer_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Of weights and checkpoints: float32 (16 bytes a parameter with AdamW's moments), or bfloat16 (6; moments
+    have 8 bits, updates are rounded at random, so that small ones count). `auto`: the first that fits."""
+    gradient_checkpointing: bool = True  # compute activations of 2 layers in 3, or more, again: less memory
     tensor_parallel_size: PositiveInt = 2  # GPUs of an engine (CPU: processes), besides the trainer's
     num_engines: PositiveInt = 1  # they share the prompts of a step, each with GPUs of its own
     quantization: str = "auto"
@@ -368,6 +372,7 @@ CLIP = 0.2  # PPO: the probability ratio to the policy before the step counts wi
 CORRECTION_CAP = 2.0  # the largest importance weight
 MAX_GRAD_NORM = 1.0  # gradients are scaled down to this norm
 HEAD_ROWS = 1024  # tokens whose logits are held at a time
+BF16_MISMATCH = 5e-3  # nats a token that rounding to BF16 may make
 
 
 def compute_advantages(rewards_PG: torch.Tensor) -> torch.Tensor:
@@ -426,6 +431,7 @@ class Trainer(WeightSender):
 
     def __init__(self, config: Config):
         self.config, self.step, self.unfinished = config, 0, False
+        torch.manual_seed(config.seed)  # for what rounds at random
         super().__init__(self._load(config.resume or config.model), config.trainer_device)
         transformers.AutoTokenizer.from_pretrained(config.model, trust_remote_code=False)  # fetches its files
         folder = Path(transformers.utils.cached_file(config.model, "config.json")).parent
@@ -434,15 +440,21 @@ class Trainer(WeightSender):
         ours = [file for file in ours if file.suffix in kinds or file.name.startswith("tokenizer.")]
         self.beside = {f.relative_to(folder): f.read_bytes() for f in ours if "index" not in f.name}
         del self.beside[Path("config.json")]  # a checkpoint's says its own dtype
-        if config.gradient_checkpointing:
-            checkpoint_layers(self.model)
         self.reference = self._load(config.model).requires_grad_(False) if config.kl_coef else None
-        how = dict(lr=config.learning_rate, weight_decay=0.0, fused=True)
-        self.optimizer = torch.optim.AdamW(self.model.parameters(), **how)
+        if config.gradient_checkpointing:
+            checkpoint_layers(self.model, config)
+        how = dict(lr=config.learning_rate, weight_decay=0.0)
+        if config.trainer_dtype == "bfloat16":
+            how["lr"] = torch.tensor(config.learning_rate)  # it is compiled, and refuses a number later
+            self.optimizer = AdamW8bit(self.model.parameters(), **how, bf16_stochastic_round=True)
+        else:
+            self.optimizer = torch.optim.AdamW(self.model.parameters(), **how, fused=True)
+        self.random = torch.cuda if self.device.type == "cuda" else torch
         if config.resume:
             state = torch.load(config.resume / "trainer.pt", map_location=self.device, weights_only=True)
             self.optimizer.load_state_dict(state["optimizer"])
             self.optimizer.param_groups[0] |= how  # the flag's learning rate, not that of the run before
+            self.random.set_rng_state(state["random"].cpu())
             self.step = state["step"]
         self.saved = self.step, config.resume
 
@@ -453,7 +465,8 @@ class Trainer(WeightSender):
         model_config._attn_implementation = "eager" if caps else None
         if (getattr(model_config, "pad_token_id", 0) or 0) >= model_config.vocab_size:
             model_config.pad_token_id = None  # nothing is padded with it
-        how = dict(config=model_config, dtype=self.config.trainer_dtype, trust_remote_code=False)
+        dtype = "bfloat16" if self.config.trainer_dtype == "bfloat16" else "float32"
+        how = dict(config=model_config, dtype=dtype, trust_remote_code=False)
         model = transformers.AutoModelForCausalLM.from_pretrained(folder, **how)
         model.generation_config = transformers.GenerationConfig()  # not used; the file is kept as it came
         return model.to(self.config.trainer_device).eval()
@@ -500,6 +513,21 @@ class Trainer(WeightSender):
         batch["advantages_B1"] = torch.tensor([[each.advantage] for each in rollouts])
         return {name: tensor.to(self.device) for name, tensor in batch.items()}
 
+    @torch.no_grad()
+    def score(self, rollouts: list[Rollout], fp8_layers: list) -> list[float]:
+        """Mismatch KL of an engine's answers: as the trainer computes, and with `fp8_layers` as the engine does."""
+        batch, config, found = self._pad(rollouts), self.config, []
+        scheme = quantization_arguments(config.quantization)
+        engine_N = batch["engine_BT"][batch["mask_BT"]]
+        as_json = scheme.get("hf_overrides", {}).get("quantization_config_dict_json")
+        scheme = scheme["quantization"], as_json and config_from_dict(json.loads(as_json))
+        as_engine = rlhf_utils.computing_as(self.model, fp8_layers, *scheme, config.tensor_parallel_size)
+        for context in (contextlib.nullcontext(), as_engine):
+            with context:
+                ours_N = completion_logprobs(self.model, batch)[batch["mask_BT"]]
+            found.append(measure_mismatch(ours_N, engine_N)["mismatch_kl"])
+        return found
+
     def save_checkpoint(self, output_dir: Path) -> tuple[int, Path | None]:
         """Write all that `--resume` needs to checkpoint-STEP, which appears when it is complete. Returns the
         last step that is saved, and where. Raises ValueError (a weight is NaN) or RuntimeError."""
@@ -515,7 +543,8 @@ class Trainer(WeightSender):
         for name, content in self.beside.items():  # tokenizer, templates, generation settings, as they came
             (aside / name).parent.mkdir(exist_ok=True)
             (aside / name).write_bytes(content)
-        torch.save({"optimizer": self.optimizer.state_dict(), "step": self.step}, aside / "trainer.pt")
+        state = {"optimizer": self.optimizer.state_dict(), "step": self.step}
+        torch.save(state | {"random": self.random.get_rng_state()}, aside / "trainer.pt")
         for file in aside.glob("*.safetensors"):  # which are written for their owner alone
             file.chmod((aside / "trainer.pt").stat().st_mode)
         shutil.rmtree(folder, ignore_errors=True)
@@ -524,15 +553,40 @@ class Trainer(WeightSender):
         return self.saved
 
 
-def checkpoint_layers(model: torch.nn.Module) -> None:
-    """Two layers of three compute their activations again in the backward pass, the third keeps them.
-    (transformers' own way wants the model in training mode.) Raises ValueError: it has no such layers."""
+def checkpoint_layers(model: torch.nn.Module, config: Config) -> None:
+    """Layers compute their activations again in the backward pass; one of three keeps them, or as many as fit
+    the GPU. (transformers' own way wants the model in training mode.) Raises ValueError: it has no layers."""
     layers = [layer for layer in model.modules() if isinstance(layer, GradientCheckpointingLayer)]
-    for number, layer in enumerate(layers):
-        if number % 3:
-            layer.forward = functools.partial(checkpoint, layer.forward, use_reentrant=False)
     if not layers:
         raise ValueError(f"{type(model).__name__} has no layers for it; type --no-gradient-checkpointing")
+    keep = math.ceil(len(layers) / 3)
+    if model.device.type == "cuda":
+
+        def measure(tokens: int) -> int:
+            before, ids = (
+                torch.cuda.memory_allocated(),
+                torch.zeros(1, tokens, dtype=int, device=model.device),
+            )
+            with torch.autocast("cuda", torch.bfloat16):
+                kept = model.get_decoder()(input_ids=ids, use_cache=False)  # with its graph
+            return torch.cuda.memory_allocated() - before if kept else 0
+
+        of_a_layer = config.tokens_per_microbatch * (measure(513) - measure(1)) / 512 / len(layers)
+        free, total = torch.cuda.mem_get_info()
+        to_come = (12 if model.dtype == torch.float32 else 4) * model.num_parameters()  # gradients, moments
+        room = free - total / 10 - to_come - least_activations(config, model.config)
+        keep = max(0, min(keep, int(room / of_a_layer)))
+    kept = {i * len(layers) // keep for i in range(keep)}
+    for number, layer in enumerate(layers):
+        if number not in kept:
+            layer.forward = functools.partial(checkpoint, layer.forward, use_reentrant=False)
+
+
+def least_activations(config: Config, model: transformers.PretrainedConfig) -> float:
+    """About how many bytes a micro-batch takes if all layers are computed again: their inputs, what one keeps,
+    a part's logits, the buckets of a sync."""
+    wide = config.tokens_per_microbatch * model.hidden_size
+    return wide * (4 * model.num_hidden_layers + 60) + 16 * HEAD_ROWS * model.vocab_size + 2**31
 
 
 def completion_logprobs(model, batch: dict[str, torch.Tensor], temperature: float = 1.0) -> torch.Tensor:
@@ -768,6 +822,12 @@ def check(config: Config, device: str) -> tuple[Config, list[Prompt], list[Promp
             if first not in range(config.steps + 1) or not [*config.resume.glob("*.safetensors")]:
                 raise ValueError(f"step {first!r}, or no weights")
             saved = transformers.AutoConfig.from_pretrained(config.resume, trust_remote_code=False)
+            dtype = str(saved.dtype).removeprefix("torch.")
+            if config.trainer_dtype not in ("auto", dtype):
+                raise ValueError(
+                    f"weights and moments in {dtype}, not in --trainer-dtype {config.trainer_dtype}"
+                )
+            config = dataclasses.replace(config, trainer_dtype=dtype)
             saved, given = of_function(saved), of_function(model)
             if names := [name for name in saved | given if saved.get(name) != given.get(name)]:
                 raise ValueError(f"another model's; different are {', '.join(names[:9])}")
@@ -778,6 +838,7 @@ def check(config: Config, device: str) -> tuple[Config, list[Prompt], list[Promp
     for prompt in prompts + held_out:
         if (token := max(prompt.token_ids, default=None)) not in range(rows := model.vocab_size):
             raise ValueError(f"prompt {prompt.text[:60]!r}: found token {token}; embeddings have {rows} rows")
+    config = dataclasses.replace(config, trainer_dtype=choose_dtype(config, model))
     longest = config.max_tokens + max(len(prompt.token_ids) for prompt in prompts + held_out)
     check_model(config, model, longest, device)
     length = engine_arguments(config, device).get("max_model_len", longest)
@@ -787,6 +848,43 @@ def check(config: Config, device: str) -> tuple[Config, list[Prompt], list[Promp
     if device == "cpu" and any("conv" in name or "mamba" in name for name in vars(model)):
         more = {"enable_prefix_caching": False} | more  # to keep a state's prefixes vLLM would cut prompts
     return dataclasses.replace(config, engine_args=json.dumps(more)), prompts, held_out, reward, first
+
+
+def choose_dtype(config: Config, model: transformers.PretrainedConfig) -> str:
+    """What `--trainer-dtype auto` means: float32 if it fits the trainer's GPU, or bfloat16. Or ValueError."""
+    dtype = config.trainer_dtype
+    if dtype == "auto":
+        with torch.device("meta"):
+            parameters = transformers.AutoModelForCausalLM.from_config(model).num_parameters()
+        sizes = {"float32": 16 + 4 * bool(config.kl_coef), "bfloat16": 6 + 2 * bool(config.kl_coef)}
+        need = {name: parameters * size + least_activations(config, model) for name, size in sizes.items()}
+        has = math.inf if config.trainer_device == "cpu" else memory_of_gpu(config)
+        fits = [name for name, size in need.items() if size < 0.95 * has]
+        told = ", ".join(f"{name} {size / 2**30:.0f}" for name, size in need.items())
+        told = f"{parameters / 1e9:.2f}B parameters take about {told} GiB; the trainer's GPU has {has / 2**30:.0f}"
+        if not fits:
+            most = (0.95 * has - need["bfloat16"]) / sizes["bfloat16"] + parameters
+            raise ValueError(f"--model {config.model}: {told}, which fits {max(0, most) / 1e9:.1f}B")
+        dtype = fits[0]
+        if config.trainer_device == "cuda":
+            print(f"{told}: --trainer-dtype {dtype}", flush=True)
+    if dtype == "bfloat16":
+        with expected(
+            f"--trainer-dtype {dtype}", "a C++ compiler, for its optimizer; install g++, or float32"
+        ):
+            get_cpp_compiler()
+    return dtype
+
+
+def memory_of_gpu(config: Config) -> int:
+    """Bytes of the GPU that the trainer will get."""
+    look = lambda: torch.cuda.get_device_properties(0).total_memory
+    if config.ray_address is None:  # by its driver, without a context
+        return vllm.platforms.current_platform.get_device_total_memory()
+    [found] = wait(
+        [ray.remote(look).options(num_gpus=1).remote()], 10 * config.timeout_s, "asking for the GPU"
+    )
+    return found
 
 
 def of_function(model: transformers.PretrainedConfig) -> dict:
@@ -884,6 +982,7 @@ def main(config: Config) -> dict:
         samples = [{"prompt_token_ids": p.token_ids, "prompt": p.text} for p in (held_out or prompts)[:4]]
         sync = prove_sync(trainer, engines, samples, config.max_tokens, timeout_s=config.timeout_s)
         tell(f"Ready after {time.time() - psutil.Process().create_time():.1f} s", flush=True)
+        sync |= explain_mismatch(config, trainer, ranks, samples, sync["before"])
         before = ask_held_out(config, engines, held_out, reward)
         rows = train(config, trainer, engines, prompts, reward, first)
         after = ask_held_out(config, engines, held_out, reward)
@@ -898,6 +997,28 @@ def main(config: Config) -> dict:
         summary["last_step"] = json.loads(to_json(rows[-1])) if rows else None
         report(config, summary)
         return summary
+
+
+def explain_mismatch(
+    config: Config, trainer, ranks: list[dict], samples: list[dict], answers: list[dict]
+) -> dict:
+    """The mismatch KL of the greedy answers, and of that what FP8 does not explain; told, and warned of."""
+    rollouts = [
+        Rollout(asked["prompt_token_ids"], said["token_ids"], said["logprobs"])
+        for asked, said in zip(samples, answers, strict=True)
+    ]
+    layers = [rank.pop("fp8_layers") for rank in ranks][0]
+    [(kl, rest)] = wait(
+        [trainer.score.remote(rollouts, layers)], 10 * config.timeout_s, "scoring the answers"
+    )
+    print(f"Mismatch KL of greedy answers: {kl:.1e}, of which {rest:.1e} is not FP8's rounding", flush=True)
+    if rest > BF16_MISMATCH:
+        print(
+            f"Warning: trainer and engine compute different functions: {rest:.1e} nats a token, more than BF16's "
+            f"{BF16_MISMATCH}. See whether --quantization none --learning-rate 0 shows it, too",
+            file=sys.stderr,
+        )
+    return {"mismatch_kl_at_start": kl, "mismatch_kl_without_fp8": rest}
 
 
 def ask_held_out(config: Config, engines: list, held_out: list[Prompt], reward: Callable) -> dict[str, float]:

@@ -59,6 +59,7 @@ from vllm.distributed.device_communicators.pynccl_wrapper import NCCLLibrary
 from vllm.model_executor.kernels.linear.scaled_mm import cutlass
 from vllm.model_executor.layers import utils as layer_utils
 from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import UnquantizedFusedMoEMethod
+from vllm.model_executor.layers.linear import RowParallelLinear
 from vllm.model_executor.layers.quantization import torchao as vllm_torchao
 from vllm.model_executor.model_loader import utils as loading
 from vllm.model_executor.model_loader.reload import layerwise
@@ -572,6 +573,77 @@ def saved_views(model: torch.nn.Module, layer: dict[str, Tensor]) -> dict[str, t
     return views
 
 
+EXPERTS = {"w13_weight": "gate_up_proj", "w2_weight": "down_proj"}  # vLLM's names -> Hugging Face's
+# Of vLLM's schemes: how many rows and columns of a weight share a scale, and how many inputs; None: all.
+FP8_BLOCKS = {"fp8_per_channel": (1, None, None), "fp8_per_tensor": (None, None, None)}
+FP8_BLOCKS["fp8_per_block"] = (128, 128, 128)
+
+
+@contextlib.contextmanager
+def computing_as(
+    model, fp8_layers: list, quantization: str, torchao_config=None, tp: int = 1
+) -> Iterator[None]:
+    """In the block a Hugging Face model computes the layers that an engine has in FP8 (`inspect_weights`) as
+    that does: weights are rounded, inputs as well where the scheme does, layer by layer, when they are used.
+    `quantization` is "torchao" (with a config) or one of vLLM's schemes. Raises ValueError: other layers."""
+    weights, known = {}, {}
+    for name, weight in model.named_parameters():
+        layer = model.get_submodule(name.rpartition(".")[0])
+        transposed = type(layer).__name__ == "Conv1D"
+        weights[key_of(name.removesuffix(".weight"))] = weight.T if transposed else weight
+    for names, split in fp8_layers:
+        if missing := [name for name in names if key_of(name) not in weights]:
+            raise ValueError(f"the trainer's model has no {some(missing)}, which the engine has in FP8")
+        stack = [weights[key_of(name)] for name in names]
+        known |= {storage(weight): (stack, tp if split else 1) for weight in stack}
+
+    def compute(plain, given, inputs: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        if storage(weight) not in known:
+            return plain(*given)
+        weight, (stack, split) = weight if plain is linear else weight.T, known[storage(weight)]
+        stack = stack if stack[0].ndim == 2 else [weight]  # of each expert
+        before = [storage(one) for one in stack].index(storage(weight))
+        start, whole = sum(map(len, stack[:before])), torch.cat([one.bfloat16() for one in stack])
+        output, flat = 0, inputs.bfloat16().flatten(0, -2)
+        rows, columns, of_input = FP8_BLOCKS.get(quantization, (0, 0, 0))
+        with torch.autocast(flat.device.type, enabled=False):
+            whole = whole if torchao_config else rounded_to_fp8(whole, rows, columns)
+            for x, w in zip(flat.chunk(split, 1), whole.chunk(split, 1), strict=True):
+                if torchao_config:
+                    w = torch.nn.Parameter(w.contiguous())
+                    w = repair_zero_rows(vllm_torchao.torchao_quantize_param_data(w, torchao_config))
+                else:
+                    x = rounded_to_fp8(x, 1, of_input)
+                output += linear(x, w)[:, start : start + len(weight)].bfloat16()
+        output = output if bias is None else output + bias.bfloat16()
+        return output.view(*inputs.shape[:-1], -1).to(inputs.dtype)
+
+    linear, experts = torch.nn.functional.linear, model.config._experts_implementation
+    model.set_experts_implementation("eager")  # expert by expert, each a linear layer
+    with contextlib.ExitStack() as modes, torch.no_grad():
+        modes.callback(model.set_experts_implementation, experts)
+        modes.enter_context(Instead(linear, lambda *given: compute(linear, given, *given)))
+        modes.enter_context(Instead(torch.addmm, lambda b, x, w: compute(torch.addmm, (b, x, w), x, w, b)))
+        modes.enter_context(Instead(Tensor.matmul, lambda x, w: compute(Tensor.matmul, (x, w), x, w)))
+        yield
+
+
+def key_of(name: str) -> tuple:
+    """By what a layer is known on both ends: the number of its block, and the last two parts of its name."""
+    return (*re.findall(r"\.(\d+)\.", name)[:1], *name.split(".")[-2:])
+
+
+def rounded_to_fp8(matrix: Tensor, rows: int | None, columns: int | None) -> Tensor:
+    """FP32 numbers, as they are after blocks of that size (None: all) were stored in FP8 with a scale."""
+    height, width = matrix.shape
+    rows, columns = rows or height, columns or width
+    padded = torch.nn.functional.pad(matrix.float(), (0, -width % columns, 0, -height % rows))
+    blocks = padded.view(len(padded) // rows, rows, -1, columns)
+    scales = blocks.abs().amax((1, 3), keepdim=True).div(448).clamp(min=1 / (448 * 512))
+    rounded = (blocks / scales).to(torch.float8_e4m3fn).float() * scales
+    return rounded.view_as(padded)[:height, :width]
+
+
 class Instead(TorchFunctionMode):
     """While active, torch calls another function instead of one of its own."""
 
@@ -767,8 +839,10 @@ class WorkerExtension:
     @collective
     def inspect_weights(self) -> dict:
         """GiB of this shard: `weights_gib`, of them `fp8_gib`; `bf16_weights_gib`, if all were
-        BF16. `fp8_linear_layers` counts tensors, `not_fp8` names and shapes of weights by kind of layer."""
-        model, layers, not_fp8 = self.get_model(), 0, {}
+        BF16. `fp8_linear_layers` counts tensors, `not_fp8` names and shapes of weights by kind of layer.
+        `fp8_layers`: of each in FP8 the names of what it is fused of, and does TP split their inputs."""
+        model, layers, not_fp8, fp8_layers = self.get_model(), 0, {}, []
+        fused = getattr(model, "packed_modules_mapping", {})
         gib = dict.fromkeys(("weights_gib", "fp8_gib", "bf16_weights_gib"), 0.0)
         for name, weight in model.named_parameters():
             path, _, leaf = name.rpartition(".")
@@ -784,9 +858,15 @@ class WorkerExtension:
             if any(part.dtype == torch.float8_e4m3fn for part in parts):
                 gib["fp8_gib"] += size
                 layers += 1 if leaf == "weight" else 0  # experts have others
+                above, _, last = path.removesuffix(".routed_experts").rpartition(".")
+                names = [f"{above}.{part}" for part in fused.get(last, [last])]
+                if leaf in EXPERTS:
+                    names = [f"{above}.{last}.{EXPERTS[leaf]}"]
+                fp8_layers.append((names, leaf == "w2_weight" or isinstance(layer, RowParallelLinear)))
             elif not is_scale and loaded.ndim > 1 and "bias" not in leaf:
                 not_fp8.setdefault(type(layer).__name__, []).append(f"{name} {list(loaded.shape)}")
-        return {"rank": self.rank, "fp8_linear_layers": layers, "not_fp8": not_fp8, **gib}
+        found = {"fp8_linear_layers": layers, "not_fp8": not_fp8, "fp8_layers": fp8_layers}
+        return {"rank": self.rank, **found, **gib}
 
 
 def check_manifest(manifest: Manifest, expected: Manifest) -> None:

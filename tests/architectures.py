@@ -41,7 +41,7 @@ MOE = dict(num_experts_per_tok=2, moe_intermediate_size=128)
 ARCHITECTURES = {
     "opt": ("OPTConfig", dict(ffn_dim=512, word_embed_proj_dim=256)),
     "gpt2": ("GPT2Config", dict(n_embd=256, n_layer=2, n_head=4, n_positions=512)),
-    "gpt-neox": ("GPTNeoXConfig", {}),
+    "gpt-neox": ("GPTNeoXConfig", dict(num_key_value_heads=4)),  # it has no groups
     "bloom": ("BloomConfig", dict(n_layer=2, n_head=4)),
     "falcon": ("FalconConfig", dict(new_decoder_architecture=True, num_kv_heads=2, alibi=False, bias=False)),
     "phi-2": ("PhiConfig", {}),
