@@ -94,9 +94,9 @@ class Config:
     model: str = "auto"  # Hugging Face name or folder; `auto`: facebook/opt-125m on GPUs, tests/tiny without
     trainer_device: Literal["auto", "cuda", "cpu"] = "auto"  # auto: a GPU if there is any; products in BF16
     trainer_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Of weights and checkpoints: float32 (16 bytes a parameter with AdamW's moments), or bfloat16 (6; moments
-    have 8 bits, updates are rounded at random, so that small ones count). `auto`: the first that fits."""
-    gradient_checkpointing: bool = True  # compute activations of 2 layers in 3, or more, again: less memory
+    """Of weights and checkpoints. float32: 16 bytes a parameter with gradients and AdamW's moments. bfloat16:
+    6, moments in 8 bits; updates are rounded at random, so small ones count. auto: the first that fits."""
+    gradient_checkpointing: bool = True  # compute 2 layers in 3 or more again, as memory wants: slower
     tensor_parallel_size: PositiveInt = 2  # GPUs of an engine (CPU: processes), besides the trainer's
     num_engines: PositiveInt = 1  # they share the prompts of a step, each with GPUs of its own
     quantization: str = "auto"
@@ -372,7 +372,7 @@ CLIP = 0.2  # PPO: the probability ratio to the policy before the step counts wi
 CORRECTION_CAP = 2.0  # the largest importance weight
 MAX_GRAD_NORM = 1.0  # gradients are scaled down to this norm
 HEAD_ROWS = 1024  # tokens whose logits are held at a time
-BF16_MISMATCH = 5e-3  # nats a token that rounding to BF16 may make
+BF16_MISMATCH = 5e-3  # nats a token that rounding to BF16 makes at most
 
 
 def compute_advantages(rewards_PG: torch.Tensor) -> torch.Tensor:
@@ -450,11 +450,13 @@ class Trainer(WeightSender):
         else:
             self.optimizer = torch.optim.AdamW(self.model.parameters(), **how, fused=True)
         self.random = torch.cuda if self.device.type == "cuda" else torch
+        if self.device.type == "cuda":  # pieces of freed blocks can be used
+            torch.cuda.memory._set_allocator_settings("expandable_segments:True")
         if config.resume:
             state = torch.load(config.resume / "trainer.pt", map_location=self.device, weights_only=True)
             self.optimizer.load_state_dict(state["optimizer"])
             self.optimizer.param_groups[0] |= how  # the flag's learning rate, not that of the run before
-            self.random.set_rng_state(state["random"].cpu())
+            self.random.set_rng_state(state.get("random", self.random.get_rng_state()).cpu())
             self.step = state["step"]
         self.saved = self.step, config.resume
 
@@ -514,19 +516,20 @@ class Trainer(WeightSender):
         return {name: tensor.to(self.device) for name, tensor in batch.items()}
 
     @torch.no_grad()
-    def score(self, rollouts: list[Rollout], fp8_layers: list) -> list[float]:
-        """Mismatch KL of an engine's answers: as the trainer computes, and with `fp8_layers` as the engine does."""
-        batch, config, found = self._pad(rollouts), self.config, []
-        scheme = quantization_arguments(config.quantization)
-        engine_N = batch["engine_BT"][batch["mask_BT"]]
-        as_json = scheme.get("hf_overrides", {}).get("quantization_config_dict_json")
-        scheme = scheme["quantization"], as_json and config_from_dict(json.loads(as_json))
-        as_engine = rlhf_utils.computing_as(self.model, fp8_layers, *scheme, config.tensor_parallel_size)
-        for context in (contextlib.nullcontext(), as_engine):
-            with context:
-                ours_N = completion_logprobs(self.model, batch)[batch["mask_BT"]]
-            found.append(measure_mismatch(ours_N, engine_N)["mismatch_kl"])
-        return found
+    def score(self, rollouts: list[Rollout], fp8_layers: list) -> tuple[float, float]:
+        """Mismatch KL of rollouts, and what rounding does not explain: what is left if `fp8_layers` are
+        computed as in the engine. Differences as small as BF16's may be rounded up here, down there: twice
+        what such noise in the embeddings makes is not counted."""
+        config, batch, found = self.config, self._pad(rollouts), {}
+        scheme = fp8_layers, config.tensor_parallel_size, quantization_arguments(config.quantization)
+        measure = lambda: completion_logprobs(self.model, batch, config.temperature)[batch["mask_BT"]]
+        own_N, engine_N = measure(), batch["engine_BT"][batch["mask_BT"]]
+        for noise in (0, 2**-9):
+            with rlhf_utils.computing_as(self.model, *scheme, noise):
+                found[noise] = measure()
+        pairs = (own_N, engine_N), (found[0], engine_N), (found[2**-9], found[0])
+        kl, left, of_noise = (measure_mismatch(*pair)["mismatch_kl"] for pair in pairs)
+        return kl, max(0.0, left - 2 * of_noise)
 
     def save_checkpoint(self, output_dir: Path) -> tuple[int, Path | None]:
         """Write all that `--resume` needs to checkpoint-STEP, which appears when it is complete. Returns the
@@ -554,39 +557,28 @@ class Trainer(WeightSender):
 
 
 def checkpoint_layers(model: torch.nn.Module, config: Config) -> None:
-    """Layers compute their activations again in the backward pass; one of three keeps them, or as many as fit
-    the GPU. (transformers' own way wants the model in training mode.) Raises ValueError: it has no layers."""
+    """Layers compute activations again in the backward pass; one in three keeps them, or as many as fit.
+    (transformers' own way wants the model in training mode.) Raises ValueError: it has no such layers."""
     layers = [layer for layer in model.modules() if isinstance(layer, GradientCheckpointingLayer)]
     if not layers:
         raise ValueError(f"{type(model).__name__} has no layers for it; type --no-gradient-checkpointing")
     keep = math.ceil(len(layers) / 3)
     if model.device.type == "cuda":
-
-        def measure(tokens: int) -> int:
-            before, ids = (
-                torch.cuda.memory_allocated(),
-                torch.zeros(1, tokens, dtype=int, device=model.device),
-            )
-            with torch.autocast("cuda", torch.bfloat16):
-                kept = model.get_decoder()(input_ids=ids, use_cache=False)  # with its graph
-            return torch.cuda.memory_allocated() - before if kept else 0
-
-        of_a_layer = config.tokens_per_microbatch * (measure(513) - measure(1)) / 512 / len(layers)
-        free, total = torch.cuda.mem_get_info()
-        to_come = (12 if model.dtype == torch.float32 else 4) * model.num_parameters()  # gradients, moments
-        room = free - total / 10 - to_come - least_activations(config, model.config)
-        keep = max(0, min(keep, int(room / of_a_layer)))
+        (free, total), more = torch.cuda.mem_get_info(), 12 if model.dtype == torch.float32 else 4
+        free -= total / 10 + model.num_parameters() * more  # gradients and moments, which are still to come
+        while keep and activation_bytes(config, model.config, keep) > free:
+            keep -= 1
     kept = {i * len(layers) // keep for i in range(keep)}
     for number, layer in enumerate(layers):
         if number not in kept:
             layer.forward = functools.partial(checkpoint, layer.forward, use_reentrant=False)
 
 
-def least_activations(config: Config, model: transformers.PretrainedConfig) -> float:
-    """About how many bytes a micro-batch takes if all layers are computed again: their inputs, what one keeps,
-    a part's logits, the buckets of a sync."""
-    wide = config.tokens_per_microbatch * model.hidden_size
-    return wide * (4 * model.num_hidden_layers + 60) + 16 * HEAD_ROWS * model.vocab_size + 2**31
+def activation_bytes(config: Config, model: transformers.PretrainedConfig, keep: int = 0) -> float:
+    """About what a micro-batch takes (seen at 8B): the inputs of all layers, what one computes again and
+    what `keep` others keep, a part's logits, the buckets of a sync."""
+    inputs = config.tokens_per_microbatch * model.hidden_size
+    return inputs * (4 * model.num_hidden_layers + 60 + 50 * keep) + 16 * HEAD_ROWS * model.vocab_size + 2**31
 
 
 def completion_logprobs(model, batch: dict[str, torch.Tensor], temperature: float = 1.0) -> torch.Tensor:
@@ -851,40 +843,30 @@ def check(config: Config, device: str) -> tuple[Config, list[Prompt], list[Promp
 
 
 def choose_dtype(config: Config, model: transformers.PretrainedConfig) -> str:
-    """What `--trainer-dtype auto` means: float32 if it fits the trainer's GPU, or bfloat16. Or ValueError."""
-    dtype = config.trainer_dtype
-    if dtype == "auto":
+    """`--trainer-dtype auto`: float32 if that fits the trainer's GPU, else bfloat16. Raises ValueError."""
+    dtype = config.trainer_dtype.replace("auto", "float32")
+    if config.trainer_dtype == "auto" and config.trainer_device == "cuda":
         with torch.device("meta"):
-            parameters = transformers.AutoModelForCausalLM.from_config(model).num_parameters()
-        sizes = {"float32": 16 + 4 * bool(config.kl_coef), "bfloat16": 6 + 2 * bool(config.kl_coef)}
-        need = {name: parameters * size + least_activations(config, model) for name, size in sizes.items()}
-        has = math.inf if config.trainer_device == "cpu" else memory_of_gpu(config)
-        fits = [name for name, size in need.items() if size < 0.95 * has]
-        told = ", ".join(f"{name} {size / 2**30:.0f}" for name, size in need.items())
-        told = f"{parameters / 1e9:.2f}B parameters take about {told} GiB; the trainer's GPU has {has / 2**30:.0f}"
+            count = transformers.AutoModelForCausalLM.from_config(model).num_parameters()
+        memory = lambda: vllm.platforms.current_platform.get_device_total_memory()  # without a CUDA context
+        asked = ray.remote(memory).options(num_gpus=1).remote() if config.ray_address else None
+        has = wait([asked], 300, "looking at the trainer's GPU")[0] if asked else memory()
+        sizes = {"float32": 20, "bfloat16": 8} if config.kl_coef else {"float32": 16, "bfloat16": 6}
+        takes = {name: count * size + activation_bytes(config, model) for name, size in sizes.items()}
+        found = ", ".join(f"{size / 2**30:.0f} GiB in {name}" for name, size in takes.items())
+        found = f"{count / 1e9:.2f}B parameters take {found}; the trainer's GPU has {has / 2**30:.0f}"
+        fits = [name for name, size in takes.items() if size < 0.95 * has]
         if not fits:
-            most = (0.95 * has - need["bfloat16"]) / sizes["bfloat16"] + parameters
-            raise ValueError(f"--model {config.model}: {told}, which fits {max(0, most) / 1e9:.1f}B")
+            most = max(0, count - (takes["bfloat16"] - 0.95 * has) / sizes["bfloat16"])
+            raise ValueError(f"{found}: at most {most / 1e9:.1f}B, or fewer --tokens-per-microbatch")
         dtype = fits[0]
-        if config.trainer_device == "cuda":
-            print(f"{told}: --trainer-dtype {dtype}", flush=True)
+        print(f"{found}: --trainer-dtype {dtype}", flush=True)
     if dtype == "bfloat16":
         with expected(
-            f"--trainer-dtype {dtype}", "a C++ compiler, for its optimizer; install g++, or float32"
+            f"--trainer-dtype {dtype}", "a C++ compiler for its optimizer; install g++, or float32"
         ):
             get_cpp_compiler()
     return dtype
-
-
-def memory_of_gpu(config: Config) -> int:
-    """Bytes of the GPU that the trainer will get."""
-    look = lambda: torch.cuda.get_device_properties(0).total_memory
-    if config.ray_address is None:  # by its driver, without a context
-        return vllm.platforms.current_platform.get_device_total_memory()
-    [found] = wait(
-        [ray.remote(look).options(num_gpus=1).remote()], 10 * config.timeout_s, "asking for the GPU"
-    )
-    return found
 
 
 def of_function(model: transformers.PretrainedConfig) -> dict:
@@ -982,7 +964,8 @@ def main(config: Config) -> dict:
         samples = [{"prompt_token_ids": p.token_ids, "prompt": p.text} for p in (held_out or prompts)[:4]]
         sync = prove_sync(trainer, engines, samples, config.max_tokens, timeout_s=config.timeout_s)
         tell(f"Ready after {time.time() - psutil.Process().create_time():.1f} s", flush=True)
-        sync |= explain_mismatch(config, trainer, ranks, samples, sync["before"])
+        fp8_layers = [rank.pop("fp8_layers") for rank in ranks][0]
+        sync |= explain_mismatch(config, trainer, engines[0], prompts[:4], fp8_layers)
         before = ask_held_out(config, engines, held_out, reward)
         rows = train(config, trainer, engines, prompts, reward, first)
         after = ask_held_out(config, engines, held_out, reward)
@@ -999,26 +982,17 @@ def main(config: Config) -> dict:
         return summary
 
 
-def explain_mismatch(
-    config: Config, trainer, ranks: list[dict], samples: list[dict], answers: list[dict]
-) -> dict:
-    """The mismatch KL of the greedy answers, and of that what FP8 does not explain; told, and warned of."""
-    rollouts = [
-        Rollout(asked["prompt_token_ids"], said["token_ids"], said["logprobs"])
-        for asked, said in zip(samples, answers, strict=True)
-    ]
-    layers = [rank.pop("fp8_layers") for rank in ranks][0]
-    [(kl, rest)] = wait(
-        [trainer.score.remote(rollouts, layers)], 10 * config.timeout_s, "scoring the answers"
-    )
-    print(f"Mismatch KL of greedy answers: {kl:.1e}, of which {rest:.1e} is not FP8's rounding", flush=True)
-    if rest > BF16_MISMATCH:
-        print(
-            f"Warning: trainer and engine compute different functions: {rest:.1e} nats a token, more than BF16's "
-            f"{BF16_MISMATCH}. See whether --quantization none --learning-rate 0 shows it, too",
-            file=sys.stderr,
-        )
-    return {"mismatch_kl_at_start": kl, "mismatch_kl_without_fp8": rest}
+def explain_mismatch(config: Config, trainer, engine, prompts: list[Prompt], fp8_layers: list) -> dict:
+    """Mismatch KL of answers to some prompts, and what rounding does not explain; None: not known."""
+    brief, found = dataclasses.replace(config, max_tokens=min(config.max_tokens, 64)), (None, None)
+    rollouts, *_ = take_in(ask([engine], prompts, brief), config)
+    with only_told("computing FP8 in the trainer"):
+        [found] = wait([trainer.score.remote(rollouts, fp8_layers)], 10 * config.timeout_s, "scoring answers")
+        tell("Mismatch KL at the start: {:.1e}, of which rounding does not explain {:.1e}".format(*found))
+        if not found[1] <= BF16_MISMATCH:
+            what = "trainer and engine compute different functions: see README, When something goes wrong"
+            print(f"Warning: {what}", file=sys.stderr, flush=True)
+    return dict(zip(("mismatch_kl_at_start", "mismatch_kl_without_fp8"), found, strict=True))
 
 
 def ask_held_out(config: Config, engines: list, held_out: list[Prompt], reward: Callable) -> dict[str, float]:

@@ -25,6 +25,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import itertools
+import json
 import logging
 import math
 import re
@@ -48,6 +49,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_leaves
+from torchao.core.config import config_from_dict
 from torchao.quantization import Float8Tensor
 from torchao.quantization.quantize_.workflows.float8 import float8_tensor
 from transformers.core_model_loading import revert_weight_conversion
@@ -574,54 +576,51 @@ def saved_views(model: torch.nn.Module, layer: dict[str, Tensor]) -> dict[str, t
 
 
 EXPERTS = {"w13_weight": "gate_up_proj", "w2_weight": "down_proj"}  # vLLM's names -> Hugging Face's
-# Of vLLM's schemes: how many rows and columns of a weight share a scale, and how many inputs; None: all.
-FP8_BLOCKS = {"fp8_per_channel": (1, None, None), "fp8_per_tensor": (None, None, None)}
-FP8_BLOCKS["fp8_per_block"] = (128, 128, 128)
 
 
 @contextlib.contextmanager
-def computing_as(
-    model, fp8_layers: list, quantization: str, torchao_config=None, tp: int = 1
-) -> Iterator[None]:
-    """In the block a Hugging Face model computes the layers that an engine has in FP8 (`inspect_weights`) as
-    that does: weights are rounded, inputs as well where the scheme does, layer by layer, when they are used.
-    `quantization` is "torchao" (with a config) or one of vLLM's schemes. Raises ValueError: other layers."""
-    weights, known = {}, {}
-    for name, weight in model.named_parameters():
-        layer = model.get_submodule(name.rpartition(".")[0])
-        transposed = type(layer).__name__ == "Conv1D"
-        weights[key_of(name.removesuffix(".weight"))] = weight.T if transposed else weight
-    for names, split in fp8_layers:
-        if missing := [name for name in names if key_of(name) not in weights]:
-            raise ValueError(f"the trainer's model has no {some(missing)}, which the engine has in FP8")
-        stack = [weights[key_of(name)] for name in names]
-        known |= {storage(weight): (stack, tp if split else 1) for weight in stack}
-
-    def compute(plain, given, inputs: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        if storage(weight) not in known:
-            return plain(*given)
-        weight, (stack, split) = weight if plain is linear else weight.T, known[storage(weight)]
-        stack = stack if stack[0].ndim == 2 else [weight]  # of each expert
-        before = [storage(one) for one in stack].index(storage(weight))
-        start, whole = sum(map(len, stack[:before])), torch.cat([one.bfloat16() for one in stack])
-        output, flat = 0, inputs.bfloat16().flatten(0, -2)
-        rows, columns, of_input = FP8_BLOCKS.get(quantization, (0, 0, 0))
-        with torch.autocast(flat.device.type, enabled=False):
-            whole = whole if torchao_config else rounded_to_fp8(whole, rows, columns)
-            for x, w in zip(flat.chunk(split, 1), whole.chunk(split, 1), strict=True):
-                if torchao_config:
-                    w = torch.nn.Parameter(w.contiguous())
-                    w = repair_zero_rows(vllm_torchao.torchao_quantize_param_data(w, torchao_config))
-                else:
-                    x = rounded_to_fp8(x, 1, of_input)
-                output += linear(x, w)[:, start : start + len(weight)].bfloat16()
-        output = output if bias is None else output + bias.bfloat16()
-        return output.view(*inputs.shape[:-1], -1).to(inputs.dtype)
-
+def computing_as(model, fp8_layers: list, tp: int, engine: dict, noise: float = 0.0) -> Iterator[None]:
+    """In the block a Hugging Face model computes `fp8_layers` (of `inspect_weights`) as an engine with these
+    arguments does: it rounds weights, and inputs where the scheme does, a layer at a time. Embeddings get
+    random `noise`, relative to them. Raises ValueError: a scheme other than torchao's (by rows) and
+    fp8_per_channel, or layers that the model does not have."""
     linear, experts = torch.nn.functional.linear, model.config._experts_implementation
+    held = {key_of(name.removesuffix(".weight")): storage(each) for name, each in model.named_parameters()}
+    inputs = {key_of(name): tp if split else 1 for names, split in fp8_layers for name in names}
+    as_json = engine.get("hf_overrides", {}).get("quantization_config_dict_json")
+    torchao_config = as_json and config_from_dict(json.loads(as_json))
+    if inputs.keys() - held.keys() or not (as_json or engine["quantization"] in (None, "fp8_per_channel")):
+        raise ValueError(f"{engine['quantization']} is not known here, or its layers are not the trainer's")
+    shards = {held[key]: count for key, count in inputs.items()}  # of a weight's inputs
+    random = torch.Generator(model.device)
+
+    def disturb(_, __, hidden: Tensor) -> Tensor:
+        drawn = torch.randn(hidden.shape, generator=random, device=hidden.device)
+        return (hidden * (1 + noise * drawn)).to(hidden.dtype)
+
+    def by_row(matrix: Tensor) -> Tensor:
+        scale = matrix.float().abs().amax(1, keepdim=True).div(448).clamp(min=1 / (448 * 512))
+        return (matrix / scale).to(torch.float8_e4m3fn).float() * scale
+
+    def compute(plain, given, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        if (count := shards.get(storage(weight))) is None:
+            return plain(*given)
+        weight, parts = weight if plain is linear else weight.T, x.bfloat16().flatten(0, -2).chunk(count, 1)
+        with torch.autocast(x.device.type, enabled=False):
+            if torchao_config:
+                shard = [torch.nn.Parameter(part.contiguous()) for part in weight.bfloat16().chunk(count, 1)]
+                shard = [vllm_torchao.torchao_quantize_param_data(part, torchao_config) for part in shard]
+                products = [linear(x, repair_zero_rows(w)) for x, w in zip(parts, shard, strict=True)]
+            else:
+                shard = by_row(weight.bfloat16()).chunk(count, 1)  # their scale is that of the whole row
+                products = [linear(by_row(x), w).bfloat16() for x, w in zip(parts, shard, strict=True)]
+            output = sum(products) + (0 if bias is None else bias.bfloat16())
+        return output.view(*x.shape[:-1], -1).to(x.dtype)
+
     model.set_experts_implementation("eager")  # expert by expert, each a linear layer
-    with contextlib.ExitStack() as modes, torch.no_grad():
+    with contextlib.ExitStack() as modes:
         modes.callback(model.set_experts_implementation, experts)
+        modes.callback(model.get_input_embeddings().register_forward_hook(disturb).remove)
         modes.enter_context(Instead(linear, lambda *given: compute(linear, given, *given)))
         modes.enter_context(Instead(torch.addmm, lambda b, x, w: compute(torch.addmm, (b, x, w), x, w, b)))
         modes.enter_context(Instead(Tensor.matmul, lambda x, w: compute(Tensor.matmul, (x, w), x, w)))
@@ -629,19 +628,8 @@ def computing_as(
 
 
 def key_of(name: str) -> tuple:
-    """By what a layer is known on both ends: the number of its block, and the last two parts of its name."""
+    """By what both ends know a layer: the number of its block, and the last two parts of its name."""
     return (*re.findall(r"\.(\d+)\.", name)[:1], *name.split(".")[-2:])
-
-
-def rounded_to_fp8(matrix: Tensor, rows: int | None, columns: int | None) -> Tensor:
-    """FP32 numbers, as they are after blocks of that size (None: all) were stored in FP8 with a scale."""
-    height, width = matrix.shape
-    rows, columns = rows or height, columns or width
-    padded = torch.nn.functional.pad(matrix.float(), (0, -width % columns, 0, -height % rows))
-    blocks = padded.view(len(padded) // rows, rows, -1, columns)
-    scales = blocks.abs().amax((1, 3), keepdim=True).div(448).clamp(min=1 / (448 * 512))
-    rounded = (blocks / scales).to(torch.float8_e4m3fn).float() * scales
-    return rounded.view_as(padded)[:height, :width]
 
 
 class Instead(TorchFunctionMode):

@@ -20,7 +20,7 @@ import transformers
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, set_seed
 
-from harness import DEVICE, helper
+from harness import DEVICE, driver, helper
 from local import CONFIG, Local, local_engine, local_pair
 from random_models import tokenizer_of
 
@@ -141,6 +141,15 @@ def send_one_by_one(
             updating.result()
 
 
+def mismatch(trainer: driver.Trainer, engine, answers: list[dict]) -> list[float]:
+    """KL of the engine's answers, and what FP8 does not explain."""
+    encode = engine.get_tokenizer()
+    asked = [encode(each["prompt"]).input_ids for each in answers]
+    pairs = zip(asked, answers, strict=True)
+    rollouts = [driver.Rollout(ids, each["token_ids"], each["logprobs"]) for ids, each in pairs]
+    return [*trainer.score(rollouts, engine.collective_rpc("inspect_weights")[0]["fp8_layers"])]
+
+
 def follow(name: str, tensor_parallel_size: int, folder: str, **more) -> dict:
     """Prove one architecture; then bring it other weights and its own in turn, each time by another
     mechanism, and compare all that it reaches and says with a fresh engine of the others, or with what it was
@@ -157,6 +166,7 @@ def follow(name: str, tensor_parallel_size: int, folder: str, **more) -> dict:
     found, observed = {"paths": []}, []
     with local_pair(old, config, **more) as (trainer, engine):
         proof = helper.prove_sync(trainer, engine, *asked, **settings)
+        found["kl"] = mismatch(trainer.target, engine.target, proof["before"])
         cold, model = engine.target.observe(), trainer.target.model  # as it was loaded, says the proof
         parameters = [parameter.detach() for parameter in model.parameters()]
         own = [parameter.clone() for parameter in parameters]

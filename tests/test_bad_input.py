@@ -747,6 +747,71 @@ def test_what_is_masked_has_no_gradient():
     assert loss == -1 and gradient.tolist() == [[-1.0, 0.0]]
 
 
+# ----- The trainer's GPU ------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def gpu_of(monkeypatch):
+    """Give the trainer's GPU so many GiB."""
+
+    def be(gib: float) -> None:
+        monkeypatch.setattr(platform, "get_device_total_memory", lambda *_: int(gib * 2**30), raising=False)
+
+    platform = type(driver.vllm.platforms.current_platform)
+    return be
+
+
+@pytest.mark.parametrize(
+    ("gib", "shape", "kl_coef", "dtype"),
+    [
+        (79.1, "qwen3-0.6b", 0, "float32"),
+        (79.1, "qwen3-4b", 0, "float32"),
+        (79.1, "qwen3-4b", 0.1, "bfloat16"),  # with a reference
+        (79.1, "qwen3-8b", 0, "bfloat16"),
+        (44.5, "qwen3-8b", 0, None),
+        (139.8, "qwen3-30b-a3b", 0, None),
+    ],
+)
+def test_the_trainers_dtype_follows_from_its_gpu(gpu_of, capsys, gib, shape, kl_coef, dtype):
+    """16 bytes a parameter if they fit, or 6, or it is said what would fit; nothing is loaded."""
+    gpu_of(gib)
+    config = dataclasses.replace(CONFIG, trainer_device="cuda", kl_coef=kl_coef, model=shape)
+    if dtype is None:
+        message = refused(driver.choose_dtype, config, SHAPES[shape])
+        assert f"the trainer's GPU has {gib:.0f}" in message and "at most " in message and "\n" not in message
+        at_most = float(message.partition("at most ")[2].partition("B")[0])
+        assert 0.7 * gib / 6 * 1.07 < at_most < gib / 6 * 1.07
+    else:
+        assert driver.choose_dtype(config, SHAPES[shape]) == dtype
+        assert capsys.readouterr().out.endswith(
+            f"; the trainer's GPU has {gib:.0f}: --trainer-dtype {dtype}\n"
+        )
+
+
+def test_a_dtype_that_is_given_or_none_is_known(gpu_of, monkeypatch):
+    gpu_of(1)  # is not asked
+    for given, device, expected in (("bfloat16", "cuda", "bfloat16"), ("float32", "cuda", "float32")) + (
+        ("auto", "cpu", "float32"),
+    ):
+        config = dataclasses.replace(CONFIG, trainer_device=device, trainer_dtype=given)
+        assert driver.choose_dtype(config, SHAPES["qwen3-8b"]) == expected
+
+    def none():
+        raise RuntimeError("No working C++ compiler found")
+
+    monkeypatch.setattr(driver, "get_cpp_compiler", none)
+    message = refused(driver.choose_dtype, dataclasses.replace(CONFIG, trainer_dtype="bfloat16"), None)
+    assert "install g++, or float32" in message and "\n" not in message
+
+
+def test_a_checkpoint_of_another_dtype_is_refused(path, saved, tmp_path):
+    """Its moments are of another form; `auto` takes what it has."""
+    flags = dict(model=str(path), resume=saved, reward="letters", trainer_device="cpu", steps=2)
+    assert checked(tmp_path, **flags)[0].trainer_dtype == "float32"
+    message = refused(lambda: checked(tmp_path, **flags, trainer_dtype="bfloat16"))
+    assert "float32, not in --trainer-dtype bfloat16" in message and "\n" not in message
+
+
 # ----- Files ------------------------------------------------------------------------------------------------
 
 

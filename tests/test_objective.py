@@ -200,6 +200,32 @@ def test_products_in_bfloat16_leave_weights_and_gradients_in_float32(path, rollo
     assert seen["float32"] != seen["bfloat16"] == pytest.approx(seen["float32"], rel=0.05)
 
 
+def test_bfloat16_keeps_updates_that_are_smaller_than_its_steps(path, rollouts, tmp_path):
+    """By rounding at random: on average all of an update arrives, of which rounding to the nearest would lose
+    nearly all. A resumed run draws the same random numbers."""
+    config = dataclasses.replace(CONFIG, model=path, trainer_dtype="bfloat16", learning_rate=1e-6)
+    exact = driver.Trainer(dataclasses.replace(config, trainer_dtype="float32"))
+    trainer = driver.Trainer(config)
+
+    def weights(model) -> torch.Tensor:
+        return torch.cat([each.detach().flatten() for each in model.parameters() if each.ndim == 2]).double()
+
+    before = weights(exact.model)
+    for each in (exact, trainer):
+        each.train_step(rollouts)
+    wanted, found = weights(exact.model) - before, weights(trainer.model) - before
+    nearest = weights(exact.model).bfloat16().double() - before
+    arrived = [((wanted * moved).sum() / (wanted * wanted).sum()).item() for moved in (found, nearest)]
+    assert arrived[0] == pytest.approx(1, abs=0.1) and arrived[1] < 0.5
+    assert found.abs().max() < 0.02, "one step of BF16 at most"
+    _, folder = trainer.save_checkpoint(tmp_path)
+    trainer.optimizer.param_groups[0]["lr"].fill_(2e-5)  # the flag's
+    trainer.train_step(rollouts)
+    resumed = driver.Trainer(dataclasses.replace(config, resume=folder, learning_rate=2e-5))
+    resumed.train_step(rollouts)
+    assert weights(trainer.model).equal(weights(resumed.model)) and trainer.model.dtype == torch.bfloat16
+
+
 def test_second_epoch_clips_and_sees_the_reference(path, rollouts, monkeypatch):
     """In the first epoch policy, old policy and reference are one."""
     monkeypatch.setattr(driver, "CLIP", 1e-4)

@@ -2,6 +2,7 @@
 
 import copy
 import shutil
+from unittest import mock
 
 import pytest
 import torch
@@ -248,6 +249,27 @@ def test_a_hybrid_model_runs_without_a_gpu(tmp_path, monkeypatch):
     with local_actors():
         summary = driver.main(driver.Config(steps=2, **settings))
     assert summary["last_step"]["weights_version"] == 6 and summary["sync"]["verified"]
+
+
+def test_other_functions_on_both_ends_are_warned_of_once(tmp_path, monkeypatch, capsys):
+    """vLLM's RoPE of a part, on the CPU: within FP8's mismatch, and none of it is FP8's."""
+    kind, settings = ARCHITECTURES["deepseek-v3"]
+    monkeypatch.setitem(ARCHITECTURES, "dense", (kind, settings | dict(first_k_dense_replace=2)))
+    flags = dict(model=build(tmp_path / "model", "dense"), tensor_parallel_size=1, prompts_per_step=4)
+    flags |= dict(max_tokens=32, samples_per_prompt=4, learning_rate=0, output_dir=tmp_path / "outputs")
+    with local_actors():
+        sync = driver.main(driver.Config(steps=2, **flags))["sync"]
+    assert 5e-3 < sync["mismatch_kl_without_fp8"] < sync["mismatch_kl_at_start"] < 5e-2
+    assert capsys.readouterr().err.count("Warning: trainer and engine compute different functions") == 1
+
+
+def test_a_scheme_that_the_trainer_cannot_compute_is_no_reason_to_fail(llama, tmp_path, capsys):
+    """One warning; nothing is claimed."""
+    flags = dict(tensor_parallel_size=1, max_tokens=2, prompts_per_step=1, output_dir=tmp_path / "outputs")
+    with local_actors(), mock.patch.object(helper, "key_of", lambda name: name[-3:] + str(id(name))):
+        sync = driver.main(driver.Config(model=str(llama), steps=1, **flags))["sync"]
+    assert sync["verified"] and sync["mismatch_kl_at_start"] is sync["mismatch_kl_without_fp8"] is None
+    assert "Warning: computing FP8 in the trainer fails, the run goes on: " in capsys.readouterr().err
 
 
 def test_a_weight_that_the_trainer_does_not_send_is_missed_though_it_is_zero(llama, tmp_path):
