@@ -316,9 +316,7 @@ def load_reward(name: str, columns: set[str]) -> Callable[..., list[float]]:
         if inspect.isclass(reward) or any(map(inspect.iscoroutinefunction, (reward, type(reward).__call__))):
             raise TypeError(f"{reward!r}, not a plain function")
         if double := given & columns:
-            raise ValueError(
-                f"the prompts file's columns {sorted(double)}, which the program fills: rename them"
-            )
+            raise ValueError(f"columns {sorted(double)} in the file, which the program fills: rename them")
         signature = inspect.signature(reward)
     takes_all = any(wanted.kind == wanted.VAR_KEYWORD for wanted in signature.parameters.values())
     names = known if takes_all else known & signature.parameters.keys()
@@ -564,8 +562,8 @@ def checkpoint_layers(model: torch.nn.Module, config: Config) -> None:
         raise ValueError(f"{type(model).__name__} has no layers for it; type --no-gradient-checkpointing")
     keep = math.ceil(len(layers) / 3)
     if model.device.type == "cuda":
-        (free, total), more = torch.cuda.mem_get_info(), 12 if model.dtype == torch.float32 else 4
-        free -= total / 10 + model.num_parameters() * more  # gradients and moments, which are still to come
+        (free, total), more = torch.cuda.mem_get_info(), 13 if model.dtype == torch.float32 else 4
+        free -= total / 10 + model.num_parameters() * more  # gradients, moments, FP32's copies for products
         while keep and activation_bytes(config, model.config, keep) > free:
             keep -= 1
     kept = {i * len(layers) // keep for i in range(keep)}
@@ -816,9 +814,7 @@ def check(config: Config, device: str) -> tuple[Config, list[Prompt], list[Promp
             saved = transformers.AutoConfig.from_pretrained(config.resume, trust_remote_code=False)
             dtype = str(saved.dtype).removeprefix("torch.")
             if config.trainer_dtype not in ("auto", dtype):
-                raise ValueError(
-                    f"weights and moments in {dtype}, not in --trainer-dtype {config.trainer_dtype}"
-                )
+                raise ValueError(f"weights in {dtype}, not in --trainer-dtype {config.trainer_dtype}")
             config = dataclasses.replace(config, trainer_dtype=dtype)
             saved, given = of_function(saved), of_function(model)
             if names := [name for name in saved | given if saved.get(name) != given.get(name)]:
@@ -851,7 +847,7 @@ def choose_dtype(config: Config, model: transformers.PretrainedConfig) -> str:
         memory = lambda: vllm.platforms.current_platform.get_device_total_memory()  # without a CUDA context
         asked = ray.remote(memory).options(num_gpus=1).remote() if config.ray_address else None
         has = wait([asked], 300, "looking at the trainer's GPU")[0] if asked else memory()
-        sizes = {"float32": 20, "bfloat16": 8} if config.kl_coef else {"float32": 16, "bfloat16": 6}
+        sizes = {"float32": 21, "bfloat16": 8} if config.kl_coef else {"float32": 17, "bfloat16": 6}
         takes = {name: count * size + activation_bytes(config, model) for name, size in sizes.items()}
         found = ", ".join(f"{size / 2**30:.0f} GiB in {name}" for name, size in takes.items())
         found = f"{count / 1e9:.2f}B parameters take {found}; the trainer's GPU has {has / 2**30:.0f}"
@@ -862,9 +858,7 @@ def choose_dtype(config: Config, model: transformers.PretrainedConfig) -> str:
         dtype = fits[0]
         print(f"{found}: --trainer-dtype {dtype}", flush=True)
     if dtype == "bfloat16":
-        with expected(
-            f"--trainer-dtype {dtype}", "a C++ compiler for its optimizer; install g++, or float32"
-        ):
+        with expected("--trainer-dtype bfloat16", "a C++ compiler for its optimizer (g++), or float32"):
             get_cpp_compiler()
     return dtype
 
@@ -990,8 +984,7 @@ def explain_mismatch(config: Config, trainer, engine, prompts: list[Prompt], fp8
         [found] = wait([trainer.score.remote(rollouts, fp8_layers)], 10 * config.timeout_s, "scoring answers")
         tell("Mismatch KL at the start: {:.1e}, of which rounding does not explain {:.1e}".format(*found))
         if not found[1] <= BF16_MISMATCH:
-            what = "trainer and engine compute different functions: see README, When something goes wrong"
-            print(f"Warning: {what}", file=sys.stderr, flush=True)
+            print("Warning: trainer and engine compute different functions; see README", file=sys.stderr)
     return dict(zip(("mismatch_kl_at_start", "mismatch_kl_without_fp8"), found, strict=True))
 
 

@@ -5,10 +5,10 @@
 
 Trainer and engine start once, from one checkpoint of random weights, whose answers have full length. For each
 length: the engine's mismatch with the trainer, by precision of the trainer's products; rollouts as the loop
-asks for them beside plain `LLM.generate`; then, with gradient checkpointing and without, `--repeats` steps in
-turn and as many overlapped, after two to warm up. Medians count. TRL does the same work afterwards (the same
-model, prompts, lengths and GPUs, both modes, its engine in BF16). Prints ratios within a mode, writes
-OUTPUT_DIR/loop_SHAPE.json and draws loop_SHAPE.png.
+asks for them beside plain `LLM.generate`; then, with gradient checkpointing and without, `--repeats` steps
+in turn and as many overlapped, after two to warm up. Medians count. TRL does the same work afterwards: the
+same model, prompts, lengths, GPUs and modes, its engine in BF16, with an 8-bit AdamW where weights are in
+BF16. Prints ratios within a mode, writes OUTPUT_DIR/loop_SHAPE.json and draws loop_SHAPE.png.
 """
 
 import contextlib
@@ -30,6 +30,7 @@ from unittest import mock
 
 import matplotlib.pyplot as plt
 import tests_on_path  # noqa: F401
+import transformers
 import tyro
 from vllm import SamplingParams
 from vllm.utils.network_utils import get_open_port
@@ -39,7 +40,6 @@ from random_models import build_random_model
 
 WARM_UP = 2
 PHASES = ["rollout_s", "train_s", "sync_s"]
-MODES = ["on", "off"]  # of gradient checkpointing
 COLORS = {  # of each way what it is drawn in; what no phase explains is the rest
     "TRL": {"TRL": "black"},
     "in turn": {"rollout_s": "tab:blue", "train_s": "tab:orange", "sync_s": "tab:green", "rest": "grey"},
@@ -57,6 +57,8 @@ class Benchmark(driver.Config):
     """Completion tokens."""
     repeats: int = 5
     """Measured steps."""
+    modes: tuple[Literal["on", "off"], ...] = ("on", "off")
+    """Of gradient checkpointing; without it 8B does not fit."""
     peer: Literal["none", "trl"] = "none"
     """TRL, with trainer and vLLM server on a GPU each; it must be installed."""
 
@@ -64,12 +66,15 @@ class Benchmark(driver.Config):
 class MeasuredTrainer(driver.Trainer):
     """The driver's, which can switch gradient checkpointing."""
 
+    checkpointed: dict = {}  # layer -> its forward
+
     def checkpoint_activations(self, mode: str) -> None:
         """From now on, as the driver's flag does it at the start."""
-        for module in self.model.modules():
-            vars(module).pop("forward", None)  # what the driver has put before the class's
-        if mode == "on":
-            driver.checkpoint_layers(self.model)
+        for layer in self.model.modules():
+            own = vars(layer).pop("forward", None)  # what the driver has put before the class's
+            self.checkpointed |= {layer: own} if own else {}
+        for layer, forward in self.checkpointed.items() if mode == "on" else ():
+            layer.forward = forward
 
 
 def steps(config: Benchmark, trainer, engines: list, prompts: list, overlap: bool) -> dict[str, float]:
@@ -134,7 +139,7 @@ def measure(config: Benchmark, device: str, port: int | None) -> dict[int, dict]
                 "mismatch_kl_of_the_first_batch": kl,
                 "rollout_tokens_per_s": rollout_rates(own, engines[0], prompts),
             }
-            for mode in MODES:
+            for mode in config.modes:
                 driver.wait([trainer.checkpoint_activations.remote(mode)], 60, "switching")
                 found[length][mode] = {
                     "in turn": steps(own, trainer, engines, prompts, overlap=False),
@@ -179,13 +184,13 @@ def wait_for_server(port: int, limit_s: float = 300) -> None:
 def measure_trl(config: Benchmark, port: int) -> dict[int, dict]:
     """TRL's part: seconds of a step by length and mode, each in a process of its own, on our engine's GPU."""
     found = {length: {} for length in config.lengths}
-    for length, mode in itertools.product(config.lengths, MODES):
+    for length, mode in itertools.product(config.lengths, config.modes):
         numbers = [WARM_UP + config.repeats, length, config.tokens_per_microbatch // length, port]
         program = str(Path(__file__).with_name("peer_trl.py"))
         command = [sys.executable, program, config.model, *map(str, numbers)]
         with (config.output_dir / f"trl_{length}_{mode}.log").open("w") as log:
             output = subprocess.run(
-                [*command, mode, json.dumps(helper.PROMPTS)],
+                [*command, mode, json.dumps(helper.PROMPTS), config.trainer_dtype],
                 env=os.environ | {"CUDA_VISIBLE_DEVICES": "1"},
                 stdout=subprocess.PIPE,
                 stderr=log,
@@ -208,10 +213,12 @@ def main(config: Benchmark) -> dict:
         port = cleanup.enter_context(trl_server(config)) if config.peer == "trl" else None
         with contextlib.ExitStack() as stop:
             config, device = driver.resolve(config, connect(config, stop))
+            dtype = driver.choose_dtype(config, transformers.AutoConfig.from_pretrained(path))
+            config = dataclasses.replace(config, trainer_dtype=dtype)
             result = write_result(config, device, "loop", lengths=measure(config, device, port))
         if port:
             for length, said in measure_trl(config, port).items():
-                for mode in MODES:
+                for mode in config.modes:
                     result["lengths"][length][mode]["TRL"] = said[mode]
     (config.output_dir / f"loop_{config.shape}.json").write_text(json.dumps(result, indent=2))
     report(result, config)
@@ -229,7 +236,7 @@ def report(result: dict, config: Benchmark) -> None:
     figure, axes = plt.subplots(1, len(config.lengths), sharey=True, squeeze=False, **size)
     for axis, length in zip(axes[0], config.lengths, strict=True):
         found, bars = result["lengths"][length], {}
-        for mode, way in itertools.product(MODES, COLORS):
+        for mode, way in itertools.product(config.modes, COLORS):
             if way not in found[mode]:
                 continue
             row, trl = found[mode][way], found[mode].get("TRL")

@@ -1,9 +1,10 @@
 """TRL's GRPO at the loop's work: one process trains, its vLLM server generates on another GPU.
 
-`bench_loop.py --peer trl` starts it:  peer_trl.py MODEL STEPS MAX_TOKENS MICROBATCH PORT MODE PROMPTS
-MICROBATCH counts sequences and divides 8 x 16; MODE, of gradient checkpointing, is `on`, TRL's default, or
-`off`; PROMPTS is a list in JSON. Prints a line of JSON: `step_s`, seconds from the end of an optimizer step
-to that of the next, and `trainer_gib`.
+`bench_loop.py --peer trl` starts it:
+peer_trl.py MODEL STEPS MAX_TOKENS MICROBATCH PORT MODE PROMPTS DTYPE. MICROBATCH counts sequences and
+divides 8 x 16; MODE, of gradient checkpointing, is `on`, TRL's default, or `off`; PROMPTS is a list in JSON;
+DTYPE, of the weights, is `float32`, or `bfloat16` with 8-bit AdamW. Prints a line of JSON: `step_s`, seconds
+from the end of an optimizer step to that of the next, and `trainer_gib`.
 """
 
 import itertools
@@ -35,9 +36,7 @@ class Stopwatch(TrainerCallback):
         self.ends.append(time.perf_counter())
 
 
-def main(
-    model: str, steps: int, max_tokens: int, microbatch: int, port: int, mode: str, prompts: list[str]
-) -> None:
+def main(model, steps: int, max_tokens: int, microbatch: int, port: int, mode, prompts: list, dtype) -> None:
     """Train for one step, and STEPS that are measured, of 8 prompts x 16 completions."""
     stopwatch = Stopwatch()
     arguments = GRPOConfig(
@@ -51,6 +50,8 @@ def main(
         temperature=1.0,
         beta=0.0,
         bf16=True,
+        model_init_kwargs={"dtype": dtype},
+        optim="adamw_torch_8bit" if dtype == "bfloat16" else "adamw_torch_fused",
         gradient_checkpointing=mode == "on",
         use_vllm=True,
         vllm_mode="server",
@@ -69,4 +70,4 @@ def main(
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], *map(int, sys.argv[2:6]), sys.argv[6], json.loads(sys.argv[7]))
+    main(sys.argv[1], *map(int, sys.argv[2:6]), sys.argv[6], json.loads(sys.argv[7]), sys.argv[8])
