@@ -73,7 +73,6 @@ from matplotlib.figure import Figure
 from pydantic import Field, NonNegativeInt, PositiveInt
 from pydantic.dataclasses import dataclass
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
-from torch._inductor.cpp_builder import get_cpp_compiler
 from torch.utils.checkpoint import checkpoint
 from torchao.core.config import config_from_dict, config_to_dict
 from torchao.optim import AdamW8bit
@@ -81,7 +80,7 @@ from torchao.quantization import Float8DynamicActivationFloat8WeightConfig, Floa
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 import rlhf_utils
-from rlhf_utils import PROMPTS, MyLLM, WeightSender, prove_sync, sync_weights_to_quantized_engine, wait
+from rlhf_utils import PROMPTS, MyLLM, WeightSender, prove_sync, sync_weights_to_quantized_engine, tell, wait
 
 # ----- 1. Config --------------------------------------------------------------------------------------------
 TINY = Path(__file__).resolve().parent / "tests" / "tiny"  # a model like any other, with prompts
@@ -93,9 +92,7 @@ class Config:
 
     model: str = "auto"  # Hugging Face name or folder; `auto`: facebook/opt-125m on GPUs, tests/tiny without
     trainer_device: Literal["auto", "cuda", "cpu"] = "auto"  # auto: a GPU if there is any; products in BF16
-    trainer_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Of weights and checkpoints. float32: 16 bytes a parameter with gradients and AdamW's moments. bfloat16:
-    6, moments in 8 bits; updates are rounded at random, so small ones count. auto: the first that fits."""
+    trainer_dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: float32 if that fits its GPU
     gradient_checkpointing: bool = True  # compute 2 layers in 3 or more again, as memory wants: slower
     tensor_parallel_size: PositiveInt = 2  # GPUs of an engine (CPU: processes), besides the trainer's
     num_engines: PositiveInt = 1  # they share the prompts of a step, each with GPUs of its own
@@ -187,21 +184,6 @@ def rlhf_training_iteration(
     return metrics | {"step_s": time.perf_counter() - start}, rollouts, pending
 
 
-WARNED: set[str] = set()  # what `only_told` has warned of
-
-
-@contextlib.contextmanager
-def only_told(what: str) -> Iterator[None]:
-    """What only tells of the run, and fails, does not end it: one warning."""
-    try:
-        yield
-    except (Exception, SystemExit) as error:
-        if what not in WARNED:
-            print(f"Warning: {what} fails, the run goes on: {error!r}", file=sys.stderr, flush=True)
-        WARNED.add(what)
-
-
-tell = only_told("printing")(print)  # to a pipe, say, that nobody reads any more
 LINE_OF_STEP = (
     "step {step:4d} | reward {reward:.3f} | mismatch KL {mismatch_kl:.2e}, |d| max {mismatch_abs_max:.3f}, "
     "ESS {effective_sample_size:.3f} | {tokens_per_s:.0f} tokens/s | rollout {rollout_s:.2f} s, "
@@ -214,10 +196,10 @@ def train(config: Config, trainer, engines: list, prompts: list, reward: Callabl
     file, pending, saved = config.output_dir / "metrics.jsonl", None, (first, config.resume)
     rows = [row for row in read_metrics(file) if row["step"] < first] if config.resume else []
     file.write_text("".join(map(to_json, rows)))
-    tracker, telling = None, only_told(f"--track {config.track}")  # a decorator
+    tracker, telling = None, rlhf_utils.only_told(f"--track {config.track}")  # a decorator
     with contextlib.ExitStack() as cleanup:
         if config.track != "none":
-            with only_told(f"--track {config.track}"):
+            with rlhf_utils.only_told(f"--track {config.track}"):
                 tracker = importlib.import_module(config.track)
                 cleanup.callback(telling(tracker.finish))
                 flags = json.loads(json.dumps(vars(config), default=str))
@@ -370,7 +352,6 @@ CLIP = 0.2  # PPO: the probability ratio to the policy before the step counts wi
 CORRECTION_CAP = 2.0  # the largest importance weight
 MAX_GRAD_NORM = 1.0  # gradients are scaled down to this norm
 HEAD_ROWS = 1024  # tokens whose logits are held at a time
-BF16_MISMATCH = 5e-3  # nats a token that rounding to BF16 makes at most
 
 
 def compute_advantages(rewards_PG: torch.Tensor) -> torch.Tensor:
@@ -429,7 +410,6 @@ class Trainer(WeightSender):
 
     def __init__(self, config: Config):
         self.config, self.step, self.unfinished = config, 0, False
-        torch.manual_seed(config.seed)  # for what rounds at random
         super().__init__(self._load(config.resume or config.model), config.trainer_device)
         transformers.AutoTokenizer.from_pretrained(config.model, trust_remote_code=False)  # fetches its files
         folder = Path(transformers.utils.cached_file(config.model, "config.json")).parent
@@ -465,9 +445,8 @@ class Trainer(WeightSender):
         model_config._attn_implementation = "eager" if caps else None
         if (getattr(model_config, "pad_token_id", 0) or 0) >= model_config.vocab_size:
             model_config.pad_token_id = None  # nothing is padded with it
-        dtype = "bfloat16" if self.config.trainer_dtype == "bfloat16" else "float32"
-        how = dict(config=model_config, dtype=dtype, trust_remote_code=False)
-        model = transformers.AutoModelForCausalLM.from_pretrained(folder, **how)
+        how = dict(dtype=self.config.trainer_dtype.replace("auto", "float32"), trust_remote_code=False)
+        model = transformers.AutoModelForCausalLM.from_pretrained(folder, config=model_config, **how)
         model.generation_config = transformers.GenerationConfig()  # not used; the file is kept as it came
         return model.to(self.config.trainer_device).eval()
 
@@ -518,10 +497,12 @@ class Trainer(WeightSender):
         """Mismatch KL of rollouts, and what rounding does not explain: what is left if `fp8_layers` are
         computed as in the engine. Differences as small as BF16's may be rounded up here, down there: twice
         what such noise in the embeddings makes is not counted."""
-        config, batch, found = self.config, self._pad(rollouts), {}
+        config, found = self.config, {}
         scheme = fp8_layers, config.tensor_parallel_size, quantization_arguments(config.quantization)
-        measure = lambda: completion_logprobs(self.model, batch, config.temperature)[batch["mask_BT"]]
-        own_N, engine_N = measure(), batch["engine_BT"][batch["mask_BT"]]
+        batches = [self._pad(part) for part in split_by_tokens(rollouts, config.tokens_per_microbatch)]
+        compute = lambda batch: completion_logprobs(self.model, batch, config.temperature)[batch["mask_BT"]]
+        measure = lambda: torch.cat([*map(compute, batches)])
+        own_N, engine_N = measure(), torch.cat([batch["engine_BT"][batch["mask_BT"]] for batch in batches])
         for noise in (0, 2**-9):
             with rlhf_utils.computing_as(self.model, *scheme, noise):
                 found[noise] = measure()
@@ -564,8 +545,7 @@ def checkpoint_layers(model: torch.nn.Module, config: Config) -> None:
     if model.device.type == "cuda":
         (free, total), more = torch.cuda.mem_get_info(), 13 if model.dtype == torch.float32 else 4
         free -= total / 10 + model.num_parameters() * more  # gradients, moments, FP32's copies for products
-        while keep and activation_bytes(config, model.config, keep) > free:
-            keep -= 1
+        keep = sum(activation_bytes(config, model.config, n) < free for n in range(1, keep + 1))
     kept = {i * len(layers) // keep for i in range(keep)}
     for number, layer in enumerate(layers):
         if number not in kept:
@@ -573,8 +553,7 @@ def checkpoint_layers(model: torch.nn.Module, config: Config) -> None:
 
 
 def activation_bytes(config: Config, model: transformers.PretrainedConfig, keep: int = 0) -> float:
-    """About what a micro-batch takes (seen at 8B): the inputs of all layers, what one computes again and
-    what `keep` others keep, a part's logits, the buckets of a sync."""
+    """About what a micro-batch takes, and a sync; of all layers but `keep` activations are computed again."""
     inputs = config.tokens_per_microbatch * model.hidden_size
     return inputs * (4 * model.num_hidden_layers + 60 + 50 * keep) + 16 * HEAD_ROWS * model.vocab_size + 2**31
 
@@ -851,15 +830,13 @@ def choose_dtype(config: Config, model: transformers.PretrainedConfig) -> str:
         takes = {name: count * size + activation_bytes(config, model) for name, size in sizes.items()}
         found = ", ".join(f"{size / 2**30:.0f} GiB in {name}" for name, size in takes.items())
         found = f"{count / 1e9:.2f}B parameters take {found}; the trainer's GPU has {has / 2**30:.0f}"
-        fits = [name for name, size in takes.items() if size < 0.95 * has]
-        if not fits:
+        dtype = next((name for name, size in takes.items() if size < 0.95 * has), None)
+        if dtype is None:
             most = max(0, count - (takes["bfloat16"] - 0.95 * has) / sizes["bfloat16"])
             raise ValueError(f"{found}: at most {most / 1e9:.1f}B, or fewer --tokens-per-microbatch")
-        dtype = fits[0]
         print(f"{found}: --trainer-dtype {dtype}", flush=True)
-    if dtype == "bfloat16":
-        with expected("--trainer-dtype bfloat16", "a C++ compiler for its optimizer (g++), or float32"):
-            get_cpp_compiler()
+    if dtype == "bfloat16" and not any(map(shutil.which, (os.environ.get("CXX", "g++"), "clang++"))):
+        raise ValueError(f"--trainer-dtype {dtype}: its optimizer is compiled; install g++, or type float32")
     return dtype
 
 
@@ -958,8 +935,7 @@ def main(config: Config) -> dict:
         samples = [{"prompt_token_ids": p.token_ids, "prompt": p.text} for p in (held_out or prompts)[:4]]
         sync = prove_sync(trainer, engines, samples, config.max_tokens, timeout_s=config.timeout_s)
         tell(f"Ready after {time.time() - psutil.Process().create_time():.1f} s", flush=True)
-        fp8_layers = [rank.pop("fp8_layers") for rank in ranks][0]
-        sync |= explain_mismatch(config, trainer, engines[0], prompts[:4], fp8_layers)
+        sync |= explain_mismatch(config, trainer, engines[0], prompts[:4], ranks[0]["fp8_layers"])
         before = ask_held_out(config, engines, held_out, reward)
         rows = train(config, trainer, engines, prompts, reward, first)
         after = ask_held_out(config, engines, held_out, reward)
@@ -977,13 +953,13 @@ def main(config: Config) -> dict:
 
 
 def explain_mismatch(config: Config, trainer, engine, prompts: list[Prompt], fp8_layers: list) -> dict:
-    """Mismatch KL of answers to some prompts, and what rounding does not explain; None: not known."""
+    """Mismatch KL of some answers, and what rounding does not explain of it; None: not known."""
     brief, found = dataclasses.replace(config, max_tokens=min(config.max_tokens, 64)), (None, None)
     rollouts, *_ = take_in(ask([engine], prompts, brief), config)
-    with only_told("computing FP8 in the trainer"):
+    with rlhf_utils.only_told("computing FP8 in the trainer"):
         [found] = wait([trainer.score.remote(rollouts, fp8_layers)], 10 * config.timeout_s, "scoring answers")
         tell("Mismatch KL at the start: {:.1e}, of which rounding does not explain {:.1e}".format(*found))
-        if not found[1] <= BF16_MISMATCH:
+        if not found[1] <= 5e-3:  # nats a token, which rounding to BF16 may make
             print("Warning: trainer and engine compute different functions; see README", file=sys.stderr)
     return dict(zip(("mismatch_kl_at_start", "mismatch_kl_without_fp8"), found, strict=True))
 
@@ -1005,7 +981,7 @@ def report(config: Config, summary: dict) -> None:
     for axis, name in zip(figure.subplots(1, len(names)), names, strict=True):
         axis.plot([row["step"] for row in rows], [row.get(name) for row in rows])
         axis.set(xlabel="step", title=name, yscale="log" if "mismatch" in name else "linear")
-    with only_told("drawing curves.png"):
+    with rlhf_utils.only_told("drawing curves.png"):
         figure.savefig(config.output_dir / "curves.png")
     for name, (before, after) in summary["held_out"].items():
         tell(f"Held-out prompts, {name}: {before:.3f} before training, {after:.3f} after")

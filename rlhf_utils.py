@@ -116,14 +116,14 @@ def prove_fp8(quantized_llm, *, expect_fp8: bool = True, timeout_s: float = 30.0
     ranks = sum(wait(asked, timeout_s, "inspecting the engine"), [])
     for number, rank in enumerate(ranks, start=1):
         line = "{fp8_linear_layers} linear layers in FP8, {fp8_gib:.4f} of {weights_gib:.4f} GiB of weights"
-        print(f"worker (rank {number}): {line.format(**rank)}, in BF16 {rank['bf16_weights_gib']:.4f} GiB")
+        tell(f"worker (rank {number}): {line.format(**rank)}, in BF16 {rank['bf16_weights_gib']:.4f} GiB")
     for kind, names in ranks[0]["not_fp8"].items():
-        print(f"  not in FP8: {kind}: {some(names)}")
+        tell(f"  not in FP8: {kind}: {some(names)}")
     if expect_fp8 and not all(rank["fp8_gib"] for rank in ranks):
         fits = "a --quantization to FP8, and shards whose dimensions are multiples of 16"
         raise ValueError(f"a worker has no weight in FP8; expected {fits}; or type --quantization none")
     if expect_fp8 and "RoutedExperts" in ranks[0]["not_fp8"]:
-        print("torchao leaves experts in BF16; --quantization fp8_per_channel, on GPUs, does not")
+        tell("torchao leaves experts in BF16; --quantization fp8_per_channel, on GPUs, does not")
     return ranks
 
 
@@ -195,7 +195,7 @@ def prove_sync(
             sync = None if because else go_through(REPLAYS)
         except RuntimeError as error:  # if it says nothing of the model, sessions will not do either
             because = str(error)
-            print(f"Weight syncs are reload sessions, because {because}")
+            tell(f"Weight syncs are reload sessions, because {because}")
         if because:
             wait(on_workers(engines, "give_up_replays", because), timeout_s, "settling on sessions")
             sync = go_through(SESSIONS)
@@ -218,7 +218,7 @@ def prove_sync(
         raise RuntimeError("this proves nothing: other weights have changed no tensor of the engine's")
     line = "Proved by {path} in {proof_s:.1f} s: set to zero and synced, and again behind other weights, the "
     line += "engine is what it was: {tensors} tensors ({changed} follow the weights), {answers} answers"
-    print(line.format(**sync | found))
+    tell(line.format(**sync | found))
     return sync | found
 
 
@@ -235,7 +235,7 @@ def find_agreement(trainers: list, engines: list, bucket_bytes: int, timeout_s: 
     wait([trainers[0].agree_on_weights.remote(manifests[0], bucket_bytes)], timeout_s, doing)
     because = "; ".join(sorted(set(filter(None, reasons)))) or None
     how = f"reload sessions, because {because}" if because else "replays of what vLLM would copy"
-    print(f"Agreed on {len(manifest)} weights; weight syncs are {how}")
+    tell(f"Agreed on {len(manifest)} weights; weight syncs are {how}")
     return because
 
 
@@ -257,7 +257,7 @@ def observe(engines: list, timeout_s: float, prompts=None, max_tokens=32, seen=N
     calls = [llm.observe.remote(prompts, max_tokens, one) for llm, one in pairs]
     found = wait(calls, 10 * timeout_s, "reading the engine's tensors and answers")
     if prompts and not all(engine["repeatable"] for engine in found):
-        print("This engine does not answer the same twice: only its tensors are compared")
+        tell("This engine does not answer the same twice: only its tensors are compared")
     return found
 
 
@@ -282,6 +282,23 @@ def as_list(handles) -> list:
 def on_workers(engines: list, method: str, *args) -> list:
     """Handles of calls of a method of every worker of every engine."""
     return [llm.collective_rpc.remote(method, args=args) for llm in engines]
+
+
+WARNED: set[str] = set()  # what `only_told` has warned of
+
+
+@contextlib.contextmanager
+def only_told(what: str) -> Iterator[None]:
+    """What only tells of the run, and fails, does not end it: one warning."""
+    try:
+        yield
+    except (Exception, SystemExit) as error:
+        if what not in WARNED:
+            print(f"Warning: {what} fails, the run goes on: {error!r}", file=sys.stderr, flush=True)
+        WARNED.add(what)
+
+
+tell = only_told("printing")(print)  # to a pipe, say, that nobody reads any more
 
 
 def some(names: list[str]) -> str:
@@ -585,13 +602,17 @@ def computing_as(model, fp8_layers: list, tp: int, engine: dict, noise: float = 
     random `noise`, relative to them. Raises ValueError: a scheme other than torchao's (by rows) and
     fp8_per_channel, or layers that the model does not have."""
     linear, experts = torch.nn.functional.linear, model.config._experts_implementation
-    held = {key_of(name.removesuffix(".weight")): storage(each) for name, each in model.named_parameters()}
-    inputs = {key_of(name): tp if split else 1 for names, split in fp8_layers for name in names}
     as_json = engine.get("hf_overrides", {}).get("quantization_config_dict_json")
-    torchao_config = as_json and config_from_dict(json.loads(as_json))
-    if inputs.keys() - held.keys() or not (as_json or engine["quantization"] in (None, "fp8_per_channel")):
-        raise ValueError(f"{engine['quantization']} is not known here, or its layers are not the trainer's")
-    shards = {held[key]: count for key, count in inputs.items()}  # of a weight's inputs
+    torchao_config, held = as_json and config_from_dict(json.loads(as_json)), {}
+    for name, weight in model.named_parameters():
+        held.setdefault(key_of(name.removesuffix(".weight")), []).append(storage(weight))
+    layers = [(key_of(name), tp if split else 1) for names, split in fp8_layers for name in names]
+    counts = Counter(key for key, _ in layers)
+    if wrong := [key for key, count in counts.items() if len(held.get(key, ())) != count]:
+        raise ValueError(f"the engine has {some([*map(str, wrong)])} in FP8, and the trainer no such layers")
+    if not (as_json or engine["quantization"] in (None, "fp8_per_channel")):
+        raise ValueError(f"the trainer does not know how {engine['quantization']} rounds")
+    shards = {held[key].pop(0): count for key, count in layers}  # by weight: parts of its inputs
     random = torch.Generator(model.device)
 
     def disturb(_, __, hidden: Tensor) -> Tensor:
@@ -628,8 +649,8 @@ def computing_as(model, fp8_layers: list, tp: int, engine: dict, noise: float = 
 
 
 def key_of(name: str) -> tuple:
-    """By what both ends know a layer: the number of its block, and the last two parts of its name."""
-    return (*re.findall(r"\.(\d+)\.", name)[:1], *name.split(".")[-2:])
+    """By what both ends know a layer: the number of its block, its last name, and whether of experts."""
+    return (*re.findall(r"\.(\d+)\.", name)[:1], name.rpartition(".")[2], ".experts." in name)
 
 
 class Instead(TorchFunctionMode):
