@@ -192,6 +192,8 @@ def test_default_run(loading, default_run):
     assert sync["verified"] is True and sync["path"] == "replay" and sync["because"] is None
     # 44 parameters (8 with scales) and buffers, and copies of two scales in both attentions.
     assert sync["tensors"] == 48 > sync["changed"] >= 36 and sync["answers"] == 4
+    assert 1e-4 < sync["mismatch_kl_at_start"] < 1e-2, "FP8's"
+    assert 0 <= sync["mismatch_kl_without_fp8"] < sync["mismatch_kl_at_start"] / 10
     assert sync["gb_per_s"] == pytest.approx(sync["bytes"] / sync["seconds"] / 1e9)
     layer = (
         4 * (128 * 128 + 128) + (128 * 256 + 256) + (256 * 128 + 128) + 2 * 2 * 128
@@ -236,7 +238,7 @@ def test_a_first_run_is_short_and_quiet(default_run):
     lines = [line for line in default_run[3].splitlines() if not re.match(r"\.\.\. .*: \d+ s$", line)]
     ours = (
         r"Importing|Starting|worker \(rank \d\)|  not in FP8|Agreed on|Proved|Ready after|step |  sample|"
-        r"Held-out prompts|Wrote "
+        r"Mismatch KL|Held-out prompts|Wrote "
     )
     assert len(lines) <= 40 and not [line for line in lines if not re.match(ours, line)]
 
