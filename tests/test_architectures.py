@@ -49,9 +49,8 @@ def check(found: dict, name: str, tensor_parallel_size: int) -> None:
     assert found["paths"] == expected and found["wrong"] == []
     assert found["as_in_file"] and found["fp8"] >= 4 and found["repeatable"]
     kl, rest = found["kl"]
-    assert rest > kl / 2 if name in OTHER_FUNCTIONS else rest <= max(kl / 5, 1e-6), (
-        "what FP8 does not explain"
-    )
+    different = name in OTHER_FUNCTIONS
+    assert rest > kl / 2 if different else rest <= max(kl / 10, 1e-4), "what rounding does not explain"
     assert found["buckets"] > 10, "weights are cut between buckets"
 
 
