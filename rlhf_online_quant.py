@@ -431,10 +431,11 @@ class Trainer(WeightSender):
         if self.device.type == "cuda":  # pieces of freed blocks can be used
             torch.cuda.memory._set_allocator_settings("expandable_segments:True")
         if config.resume:
-            state = torch.load(config.resume / "trainer.pt", map_location=self.device, weights_only=True)
+            state = torch.load(config.resume / "trainer.pt", map_location="cpu", weights_only=True)
             self.optimizer.load_state_dict(state["optimizer"])
             self.optimizer.param_groups[0] |= how  # the flag's learning rate, not that of the run before
-            self.random.set_rng_state(state.get("random", self.random.get_rng_state()).cpu())
+            if self.device.type in state.get("random", {}):
+                self.random.set_rng_state(state["random"][self.device.type])
             self.step = state["step"]
         self.saved = self.step, config.resume
 
@@ -493,22 +494,22 @@ class Trainer(WeightSender):
         return {name: tensor.to(self.device) for name, tensor in batch.items()}
 
     @torch.no_grad()
-    def score(self, rollouts: list[Rollout], fp8_layers: list) -> tuple[float, float]:
-        """Mismatch KL of rollouts, and what rounding does not explain: what is left if `fp8_layers` are
-        computed as in the engine. Differences as small as BF16's may be rounded up here, down there: twice
-        what such noise in the embeddings makes is not counted."""
+    def score(self, rollouts: list[Rollout], fp8_layers: list) -> tuple[float, float, float]:
+        """Mismatch KL of rollouts; what rounding does not explain: what is left if `fp8_layers` are computed
+        as in the engine; how much is not seen. Differences as small as BF16's may be rounded up here, down
+        there: twice what such noise in the embeddings makes is taken off."""
         config, found = self.config, {}
-        scheme = fp8_layers, config.tensor_parallel_size, quantization_arguments(config.quantization)
+        engine = json.loads(config.engine_args) | quantization_arguments(config.quantization)
         batches = [self._pad(part) for part in split_by_tokens(rollouts, config.tokens_per_microbatch)]
         compute = lambda batch: completion_logprobs(self.model, batch, config.temperature)[batch["mask_BT"]]
         measure = lambda: torch.cat([*map(compute, batches)])
         own_N, engine_N = measure(), torch.cat([batch["engine_BT"][batch["mask_BT"]] for batch in batches])
         for noise in (0, 2**-9):
-            with rlhf_utils.computing_as(self.model, *scheme, noise):
+            with rlhf_utils.computing_as(self.model, fp8_layers, config.tensor_parallel_size, engine, noise):
                 found[noise] = measure()
         pairs = (own_N, engine_N), (found[0], engine_N), (found[2**-9], found[0])
         kl, left, of_noise = (measure_mismatch(*pair)["mismatch_kl"] for pair in pairs)
-        return kl, max(0.0, left - 2 * of_noise)
+        return kl, max(left - 2 * of_noise, 0.0), 2 * of_noise
 
     def save_checkpoint(self, output_dir: Path) -> tuple[int, Path | None]:
         """Write all that `--resume` needs to checkpoint-STEP, which appears when it is complete. Returns the
@@ -526,7 +527,8 @@ class Trainer(WeightSender):
             (aside / name).parent.mkdir(exist_ok=True)
             (aside / name).write_bytes(content)
         state = {"optimizer": self.optimizer.state_dict(), "step": self.step}
-        torch.save(state | {"random": self.random.get_rng_state()}, aside / "trainer.pt")
+        state["random"] = {self.device.type: self.random.get_rng_state()}
+        torch.save(state, aside / "trainer.pt")
         for file in aside.glob("*.safetensors"):  # which are written for their owner alone
             file.chmod((aside / "trainer.pt").stat().st_mode)
         shutil.rmtree(folder, ignore_errors=True)
@@ -554,8 +556,11 @@ def checkpoint_layers(model: torch.nn.Module, config: Config) -> None:
 
 def activation_bytes(config: Config, model: transformers.PretrainedConfig, keep: int = 0) -> float:
     """About what a micro-batch takes, and a sync; of all layers but `keep` activations are computed again."""
-    inputs = config.tokens_per_microbatch * model.hidden_size
-    return inputs * (4 * model.num_hidden_layers + 60 + 50 * keep) + 16 * HEAD_ROWS * model.vocab_size + 2**31
+    tokens = max(config.tokens_per_microbatch, json.loads(config.engine_args).get("max_model_len") or 0)
+    width, layers = model.hidden_size, model.num_hidden_layers
+    of_layer = 26 * width + 8 * (getattr(model, "intermediate_size", None) or 4 * width)  # seen: Qwen3-8B
+    of_all = 4 * layers * width + 10 * width + (1 + keep) * of_layer
+    return tokens * of_all + 16 * HEAD_ROWS * model.vocab_size + 2**31
 
 
 def completion_logprobs(model, batch: dict[str, torch.Tensor], temperature: float = 1.0) -> torch.Tensor:
@@ -805,7 +810,6 @@ def check(config: Config, device: str) -> tuple[Config, list[Prompt], list[Promp
     for prompt in prompts + held_out:
         if (token := max(prompt.token_ids, default=None)) not in range(rows := model.vocab_size):
             raise ValueError(f"prompt {prompt.text[:60]!r}: found token {token}; embeddings have {rows} rows")
-    config = dataclasses.replace(config, trainer_dtype=choose_dtype(config, model))
     longest = config.max_tokens + max(len(prompt.token_ids) for prompt in prompts + held_out)
     check_model(config, model, longest, device)
     length = engine_arguments(config, device).get("max_model_len", longest)
@@ -814,7 +818,9 @@ def check(config: Config, device: str) -> tuple[Config, list[Prompt], list[Promp
     more = json.loads(config.engine_args) | {"max_model_len": length}
     if device == "cpu" and any("conv" in name or "mamba" in name for name in vars(model)):
         more = {"enable_prefix_caching": False} | more  # to keep a state's prefixes vLLM would cut prompts
-    return dataclasses.replace(config, engine_args=json.dumps(more)), prompts, held_out, reward, first
+    config = dataclasses.replace(config, engine_args=json.dumps(more))
+    config = dataclasses.replace(config, trainer_dtype=choose_dtype(config, model))
+    return config, prompts, held_out, reward, first
 
 
 def choose_dtype(config: Config, model: transformers.PretrainedConfig) -> str:
@@ -827,7 +833,8 @@ def choose_dtype(config: Config, model: transformers.PretrainedConfig) -> str:
         asked = ray.remote(memory).options(num_gpus=1).remote() if config.ray_address else None
         has = wait([asked], 300, "looking at the trainer's GPU")[0] if asked else memory()
         sizes = {"float32": 21, "bfloat16": 8} if config.kl_coef else {"float32": 17, "bfloat16": 6}
-        takes = {name: count * size + activation_bytes(config, model) for name, size in sizes.items()}
+        keep = 0 if config.gradient_checkpointing else model.num_hidden_layers
+        takes = {name: count * size + activation_bytes(config, model, keep) for name, size in sizes.items()}
         found = ", ".join(f"{size / 2**30:.0f} GiB in {name}" for name, size in takes.items())
         found = f"{count / 1e9:.2f}B parameters take {found}; the trainer's GPU has {has / 2**30:.0f}"
         dtype = next((name for name, size in takes.items() if size < 0.95 * has), None)
@@ -935,7 +942,8 @@ def main(config: Config) -> dict:
         samples = [{"prompt_token_ids": p.token_ids, "prompt": p.text} for p in (held_out or prompts)[:4]]
         sync = prove_sync(trainer, engines, samples, config.max_tokens, timeout_s=config.timeout_s)
         tell(f"Ready after {time.time() - psutil.Process().create_time():.1f} s", flush=True)
-        sync |= explain_mismatch(config, trainer, engines[0], prompts[:4], ranks[0]["fp8_layers"])
+        if config.trainer_device == device:  # else it takes long, and rounds otherwise
+            sync |= explain_mismatch(config, trainer, engines[0], prompts[:4], ranks[0]["fp8_layers"])
         before = ask_held_out(config, engines, held_out, reward)
         rows = train(config, trainer, engines, prompts, reward, first)
         after = ask_held_out(config, engines, held_out, reward)
@@ -953,15 +961,17 @@ def main(config: Config) -> dict:
 
 
 def explain_mismatch(config: Config, trainer, engine, prompts: list[Prompt], fp8_layers: list) -> dict:
-    """Mismatch KL of some answers, and what rounding does not explain of it; None: not known."""
-    brief, found = dataclasses.replace(config, max_tokens=min(config.max_tokens, 64)), (None, None)
-    rollouts, *_ = take_in(ask([engine], prompts, brief), config)
+    """Mismatch KL of some answers, what rounding does not explain, and what is too small to be seen."""
+    few = dict(max_tokens=min(config.max_tokens, 64), samples_per_prompt=min(config.samples_per_prompt, 8))
+    rollouts, *_ = take_in(ask([engine], prompts, dataclasses.replace(config, **few)), config)
+    names, found = ("mismatch_kl_at_start", "mismatch_kl_without_fp8", "mismatch_kl_not_seen"), [None] * 3
     with rlhf_utils.only_told("computing FP8 in the trainer"):
         [found] = wait([trainer.score.remote(rollouts, fp8_layers)], 10 * config.timeout_s, "scoring answers")
-        tell("Mismatch KL at the start: {:.1e}, of which rounding does not explain {:.1e}".format(*found))
+        line = "Mismatch KL at the start: {:.1e}, not explained by rounding: {:.1e} (below {:.1e}: not seen)"
+        tell(line.format(*found))
         if not found[1] <= 5e-3:  # nats a token, which rounding to BF16 may make
             print("Warning: trainer and engine compute different functions; see README", file=sys.stderr)
-    return dict(zip(("mismatch_kl_at_start", "mismatch_kl_without_fp8"), found, strict=True))
+    return json.loads(to_json(dict(zip(names, found, strict=True))))
 
 
 def ask_held_out(config: Config, engines: list, held_out: list[Prompt], reward: Callable) -> dict[str, float]:

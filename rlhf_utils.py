@@ -50,7 +50,11 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_leaves
 from torchao.core.config import config_from_dict
-from torchao.quantization import Float8Tensor
+from torchao.quantization import (
+    Float8DynamicActivationFloat8WeightConfig,
+    Float8Tensor,
+    Float8WeightOnlyConfig,
+)
 from torchao.quantization.quantize_.workflows.float8 import float8_tensor
 from transformers.core_model_loading import revert_weight_conversion
 from vllm import LLM, SamplingParams
@@ -592,6 +596,7 @@ def saved_views(model: torch.nn.Module, layer: dict[str, Tensor]) -> dict[str, t
     return views
 
 
+BY_ROW = Float8WeightOnlyConfig, Float8DynamicActivationFloat8WeightConfig  # torchao's, unless told otherwise
 EXPERTS = {"w13_weight": "gate_up_proj", "w2_weight": "down_proj"}  # vLLM's names -> Hugging Face's
 
 
@@ -610,22 +615,28 @@ def computing_as(model, fp8_layers: list, tp: int, engine: dict, noise: float = 
     counts = Counter(key for key, _ in layers)
     if wrong := [key for key, count in counts.items() if len(held.get(key, ())) != count]:
         raise ValueError(f"the engine has {some([*map(str, wrong)])} in FP8, and the trainer no such layers")
-    if not (as_json or engine["quantization"] in (None, "fp8_per_channel")):
-        raise ValueError(f"the trainer does not know how {engine['quantization']} rounds")
+    by_row = isinstance(torchao_config, BY_ROW) and "PerTensor" not in str(torchao_config)
+    caches = engine.get("kv_cache_dtype", "auto")
+    if not (by_row or engine["quantization"] in (None, "fp8_per_channel")) or caches not in (
+        "auto",
+        "bfloat16",
+    ):
+        raise ValueError(f"the trainer does not know how {torchao_config or engine} rounds")
     shards = {held[key].pop(0): count for key, count in layers}  # by weight: parts of its inputs
-    random = torch.Generator(model.device)
+    random, computed = torch.Generator(model.device), set()
 
     def disturb(_, __, hidden: Tensor) -> Tensor:
         drawn = torch.randn(hidden.shape, generator=random, device=hidden.device)
         return (hidden * (1 + noise * drawn)).to(hidden.dtype)
 
-    def by_row(matrix: Tensor) -> Tensor:
+    def round_rows(matrix: Tensor) -> Tensor:
         scale = matrix.float().abs().amax(1, keepdim=True).div(448).clamp(min=1 / (448 * 512))
         return (matrix / scale).to(torch.float8_e4m3fn).float() * scale
 
     def compute(plain, given, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         if (count := shards.get(storage(weight))) is None:
             return plain(*given)
+        computed.add(storage(weight))
         weight, parts = weight if plain is linear else weight.T, x.bfloat16().flatten(0, -2).chunk(count, 1)
         with torch.autocast(x.device.type, enabled=False):
             if torchao_config:
@@ -633,8 +644,8 @@ def computing_as(model, fp8_layers: list, tp: int, engine: dict, noise: float = 
                 shard = [vllm_torchao.torchao_quantize_param_data(part, torchao_config) for part in shard]
                 products = [linear(x, repair_zero_rows(w)) for x, w in zip(parts, shard, strict=True)]
             else:
-                shard = by_row(weight.bfloat16()).chunk(count, 1)  # their scale is that of the whole row
-                products = [linear(by_row(x), w).bfloat16() for x, w in zip(parts, shard, strict=True)]
+                shard = round_rows(weight.bfloat16()).chunk(count, 1)  # their scale is that of the whole row
+                products = [linear(round_rows(x), w).bfloat16() for x, w in zip(parts, shard, strict=True)]
             output = sum(products) + (0 if bias is None else bias.bfloat16())
         return output.view(*x.shape[:-1], -1).to(x.dtype)
 
@@ -646,6 +657,10 @@ def computing_as(model, fp8_layers: list, tp: int, engine: dict, noise: float = 
         modes.enter_context(Instead(torch.addmm, lambda b, x, w: compute(torch.addmm, (b, x, w), x, w, b)))
         modes.enter_context(Instead(Tensor.matmul, lambda x, w: compute(Tensor.matmul, (x, w), x, w)))
         yield
+    if missed := len(shards.keys() - computed):
+        raise ValueError(
+            f"the trainer computes {missed} of {len(shards)} layers in a way that is not known here"
+        )
 
 
 def key_of(name: str) -> tuple:

@@ -16,6 +16,7 @@ import socket
 import time
 import typing
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import ray
@@ -789,6 +790,48 @@ def test_the_trainers_dtype_follows_from_its_gpu(gpu_of, capsys, gib, shape, kl_
         )
 
 
+def test_activations_count_too(gpu_of):
+    """All that are kept, and those of one long answer."""
+    gpu_of(79.1)
+    config = dataclasses.replace(
+        CONFIG, trainer_device="cuda", model="qwen3-4b", gradient_checkpointing=False
+    )
+    assert driver.choose_dtype(config, SHAPES["qwen3-4b"]) == "bfloat16"
+    config = dataclasses.replace(config, gradient_checkpointing=True, engine_args='{"max_model_len": 32768}')
+    assert driver.choose_dtype(config, SHAPES["qwen3-4b"]) == "bfloat16"
+    wide, usual = (transformers.Qwen3Config(intermediate_size=size) for size in (32768, 12288))
+    assert driver.activation_bytes(config, wide, 3) > 1.4 * driver.activation_bytes(config, usual, 3)
+
+
+def test_a_mismatch_that_is_no_number_is_no_good_news(monkeypatch, capsys):
+    nan = float("nan")
+    for name, value in {"ask": [], "take_in": ([], 0, 0), "wait": [(nan, max(nan, 0.0), 0.1)]}.items():
+        monkeypatch.setattr(driver, name, lambda *_, value=value: value)
+    found = driver.explain_mismatch(CONFIG, mock.MagicMock(), None, [], [])
+    expected = dict(mismatch_kl_at_start=None, mismatch_kl_without_fp8=None, mismatch_kl_not_seen=0.1)
+    assert found == expected and "different functions" in capsys.readouterr().err
+
+
+PER_TENSOR = driver.Float8DynamicActivationFloat8WeightConfig()
+
+
+@pytest.mark.parametrize(
+    "engine",
+    [
+        {"quantization": "fp8_per_block"},
+        {"quantization": "fp8_per_channel", "kv_cache_dtype": "fp8"},
+        {"quantization": "torchao", "hf_overrides": {"quantization_config_dict_json": PER_TENSOR}},
+    ],
+)
+def test_what_the_trainer_cannot_round_as_the_engine_is_not_claimed(path, engine):
+    if "hf_overrides" in engine:
+        as_json = json.dumps(driver.config_to_dict(PER_TENSOR))
+        engine = engine | {"hf_overrides": {"quantization_config_dict_json": as_json}}
+    layers = [[["model.decoder.layers.0.fc1"], False]]
+    context = driver.rlhf_utils.computing_as(trainer_of(path).model, layers, 1, engine)
+    assert "does not know how" in refused(context.__enter__)
+
+
 def test_a_dtype_that_is_given_or_none_is_known(gpu_of, monkeypatch):
     gpu_of(1)  # is not asked
     for given, device in (("bfloat16", "cuda"), ("float32", "cuda"), ("auto", "cpu")):
@@ -817,7 +860,9 @@ def test_a_resumed_run_takes_the_flags(path, tmp_path):
     trainer.train_step([ROLLOUT])
     step, folder = trainer.save_checkpoint(tmp_path)
     assert (step, folder) == (1, tmp_path / "checkpoint-1")
-    resumed = trainer_of(path, resume=folder, learning_rate=7e-5)
+    own = torch.load(folder / "trainer.pt", weights_only=True)
+    torch.save(own | {"random": {"cuda": torch.zeros(16, dtype=torch.uint8)}}, folder / "trainer.pt")
+    resumed = trainer_of(path, resume=folder, learning_rate=7e-5)  # on another device
     assert resumed.step == 1 and [group["lr"] for group in resumed.optimizer.param_groups] == [7e-5]
     assert same(state(trainer), state(resumed))
     file = tmp_path / "metrics.jsonl"
