@@ -559,7 +559,7 @@ def activation_bytes(config: Config, model: transformers.PretrainedConfig, keep:
     tokens = max(config.tokens_per_microbatch, json.loads(config.engine_args).get("max_model_len") or 0)
     width, layers = model.hidden_size, model.num_hidden_layers
     of_layer = 26 * width + 8 * (getattr(model, "intermediate_size", None) or 4 * width)  # seen: Qwen3-8B
-    of_all = 4 * layers * width + 10 * width + (1 + keep) * of_layer
+    of_all = (4 * layers + 10) * width + (1 + keep) * of_layer
     return tokens * of_all + 16 * HEAD_ROWS * model.vocab_size + 2**31
 
 

@@ -616,11 +616,8 @@ def computing_as(model, fp8_layers: list, tp: int, engine: dict, noise: float = 
     if wrong := [key for key, count in counts.items() if len(held.get(key, ())) != count]:
         raise ValueError(f"the engine has {some([*map(str, wrong)])} in FP8, and the trainer no such layers")
     by_row = isinstance(torchao_config, BY_ROW) and "PerTensor" not in str(torchao_config)
-    caches = engine.get("kv_cache_dtype", "auto")
-    if not (by_row or engine["quantization"] in (None, "fp8_per_channel")) or caches not in (
-        "auto",
-        "bfloat16",
-    ):
+    by_row = by_row or engine["quantization"] in (None, "fp8_per_channel")
+    if not by_row or engine.get("kv_cache_dtype", "auto") not in ("auto", "bfloat16"):
         raise ValueError(f"the trainer does not know how {torchao_config or engine} rounds")
     shards = {held[key].pop(0): count for key, count in layers}  # by weight: parts of its inputs
     random, computed = torch.Generator(model.device), set()
@@ -658,9 +655,7 @@ def computing_as(model, fp8_layers: list, tp: int, engine: dict, noise: float = 
         modes.enter_context(Instead(Tensor.matmul, lambda x, w: compute(Tensor.matmul, (x, w), x, w)))
         yield
     if missed := len(shards.keys() - computed):
-        raise ValueError(
-            f"the trainer computes {missed} of {len(shards)} layers in a way that is not known here"
-        )
+        raise ValueError(f"{missed} of {len(shards)} layers are computed in a way that is not known here")
 
 
 def key_of(name: str) -> tuple:

@@ -803,13 +803,14 @@ def test_activations_count_too(gpu_of):
     assert driver.activation_bytes(config, wide, 3) > 1.4 * driver.activation_bytes(config, usual, 3)
 
 
-def test_a_mismatch_that_is_no_number_is_no_good_news(monkeypatch, capsys):
-    nan = float("nan")
-    for name, value in {"ask": [], "take_in": ([], 0, 0), "wait": [(nan, max(nan, 0.0), 0.1)]}.items():
+def test_a_mismatch_that_is_no_number_is_no_good_news(path, monkeypatch, capsys):
+    broken = dataclasses.replace(ROLLOUT, logprobs=[math.nan] * len(ROLLOUT.logprobs))
+    scored = trainer_of(path).score([broken], [])
+    for name, value in {"ask": [], "take_in": ([], 0, 0), "wait": [scored]}.items():
         monkeypatch.setattr(driver, name, lambda *_, value=value: value)
     found = driver.explain_mismatch(CONFIG, mock.MagicMock(), None, [], [])
-    expected = dict(mismatch_kl_at_start=None, mismatch_kl_without_fp8=None, mismatch_kl_not_seen=0.1)
-    assert found == expected and "different functions" in capsys.readouterr().err
+    assert found.pop("mismatch_kl_not_seen") < 1e-3 and [*found.values()] == [None, None]
+    assert "different functions" in capsys.readouterr().err
 
 
 PER_TENSOR = driver.Float8DynamicActivationFloat8WeightConfig()
