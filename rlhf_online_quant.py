@@ -160,14 +160,12 @@ class Rollout:
     advantage: float = 0.0
 
 
-def rlhf_training_iteration(
-    train_model, quantized_llm, prompts, reward, config: Config, step=0, pending=None, next_prompts=None
-) -> tuple[dict, list[Rollout], list]:
-    """Rollouts, rewards, a training step, sync. Given `next_prompts` (`--overlap`), the engines generate for
-    the next step while the trainer learns. Returns metrics, rollouts, and those calls: the next `pending`."""
+def rlhf_training_iteration(train_model, quantized_llm, prompts, reward, config, step=0, asked=(), ahead=()):
+    """Rollouts, rewards, a training step, sync. With the next prompts given as `ahead` (`--overlap`), engines
+    generate while the trainer learns. Returns metrics, rollouts, those calls: `asked` of the next step."""
     start, limit_s = time.perf_counter(), config.timeout_s
-    rollouts, rollout_s, sampled = take_in(pending or ask(quantized_llm, prompts, config, step), config)
-    pending = ask(quantized_llm, next_prompts, config, step + 1) if next_prompts else []
+    rollouts, rollout_s, sampled = take_in(asked or ask(quantized_llm, prompts, config, step), config)
+    pending = ask(quantized_llm, ahead, config, step + 1) if ahead else []
     rewards_PG = compute_rewards(prompts, rollouts, reward, limit_s)
     for rollout, advantage in zip(rollouts, compute_advantages(rewards_PG).flatten().tolist(), strict=True):
         rollout.advantage = advantage
@@ -428,8 +426,7 @@ class Trainer(WeightSender):
         else:
             self.optimizer = torch.optim.AdamW(self.model.parameters(), **how, fused=True)
         self.random = torch.cuda if self.device.type == "cuda" else torch
-        if self.device.type == "cuda":  # pieces of freed blocks can be used
-            torch.cuda.memory._set_allocator_settings("expandable_segments:True")
+        torch._C._accelerator_setAllocatorSettings("expandable_segments:True")  # freed pieces can be used
         if config.resume:
             state = torch.load(config.resume / "trainer.pt", map_location="cpu", weights_only=True)
             self.optimizer.load_state_dict(state["optimizer"])
@@ -476,7 +473,7 @@ class Trainer(WeightSender):
             self.unfinished = True  # if another epoch fails, the weights are those of no step
             self.optimizer.step()
         self.step, self.unfinished = self.step + 1, False
-        self.scan_weights()
+        self.check_finite()
         of_all = lambda name: torch.cat([batch[name][batch["mask_BT"]] for batch in batches])
         memory = torch.cuda.max_memory_allocated() if on_gpu else psutil.Process().memory_info().rss
         means = {name: float(value) / tokens / config.epochs for name, value in sums.items()}
@@ -495,9 +492,8 @@ class Trainer(WeightSender):
 
     @torch.no_grad()
     def score(self, rollouts: list[Rollout], fp8_layers: list) -> tuple[float, float, float]:
-        """Mismatch KL of rollouts; what rounding does not explain: what is left if `fp8_layers` are computed
-        as in the engine; how much is not seen. Differences as small as BF16's may be rounded up here, down
-        there: twice what such noise in the embeddings makes is taken off."""
+        """Mismatch KL of rollouts; what is left of it if `fp8_layers` are computed as in the engine; how much
+        is not seen, and taken off: twice what noise of BF16's size makes, rounded up here and down there."""
         config, found = self.config, {}
         engine = json.loads(config.engine_args) | quantization_arguments(config.quantization)
         batches = [self._pad(part) for part in split_by_tokens(rollouts, config.tokens_per_microbatch)]
@@ -603,19 +599,14 @@ class RolloutLLM(MyLLM):
         start, inputs = time.perf_counter(), [{"prompt_token_ids": each.token_ids} for each in prompts]
         outputs = self.generate(inputs, [vllm.SamplingParams(**each) for each in params], use_tqdm=False)
         seconds, tokenizer, rollouts = time.perf_counter() - start, self.get_tokenizer(), []
+        how = dict(skip_special_tokens=True, clean_up_tokenization_spaces=False)
         for prompt, output in zip(prompts, outputs, strict=True):
+            last = prompt.token_ids[-1:]  # without it some tokenizers would drop an answer's first space
             for said in output.outputs:
                 ids, logprobs = list(said.token_ids), list(said.logprobs.logprobs)
-                text = decode(tokenizer, prompt.token_ids, ids)
+                text = tokenizer.decode([*last, *ids], **how)[len(tokenizer.decode(last, **how)) :]
                 rollouts.append(Rollout(prompt.token_ids, ids, logprobs, text, said.finish_reason))
         return rollouts, seconds, self.weights_version
-
-
-def decode(tokenizer, prompt: list[int], answer: list[int]) -> str:
-    """An answer's text as it follows its prompt; alone, some tokenizers would drop its first space."""
-    options = dict(skip_special_tokens=True, clean_up_tokenization_spaces=False)
-    before = tokenizer.decode(prompt[-1:], **options)
-    return tokenizer.decode([*prompt[-1:], *answer], **options)[len(before) :]
 
 
 VLLM_SCHEMES = ("fp8_per_channel", "fp8_per_block", "fp8_per_tensor")  # its online quantization
@@ -800,8 +791,9 @@ def check(config: Config, device: str) -> tuple[Config, list[Prompt], list[Promp
             if config.trainer_dtype not in ("auto", dtype):
                 raise ValueError(f"weights in {dtype}, not in --trainer-dtype {config.trainer_dtype}")
             config = dataclasses.replace(config, trainer_dtype=dtype)
-            saved, given = of_function(saved), of_function(model)
-            if names := [name for name in saved | given if saved.get(name) != given.get(name)]:
+            aside = {*vars(transformers.GenerationConfig()), "_name_or_path", "architectures", "dtype"}
+            saved, given = {"model_type": ""} | saved.to_dict(), model.to_dict()
+            if names := [n for n in saved | given if n not in aside and saved.get(n) != given.get(n)]:
                 raise ValueError(f"another model's; different are {', '.join(names[:9])}")
     examples = [to_prompt({"prompt": prompt}, tokenizer) for prompt in PROMPTS]
     prompts = read_prompts("--prompts-file", config.prompts_file, tokenizer) or examples
@@ -845,12 +837,6 @@ def choose_dtype(config: Config, model: transformers.PretrainedConfig) -> str:
     if dtype == "bfloat16" and not any(map(shutil.which, (os.environ.get("CXX", "g++"), "clang++"))):
         raise ValueError(f"--trainer-dtype {dtype}: its optimizer is compiled; install g++, or type float32")
     return dtype
-
-
-def of_function(model: transformers.PretrainedConfig) -> dict:
-    """What a model's config says of the function that it computes."""
-    aside = {*vars(transformers.GenerationConfig()), "_name_or_path", "architectures", "dtype"}
-    return {"model_type": ""} | {name: value for name, value in model.to_dict().items() if name not in aside}
 
 
 def check_model(config: Config, model: transformers.PretrainedConfig, longest: int, device: str) -> None:

@@ -466,7 +466,7 @@ class WeightSender:
         self.model, self.device = model, torch.device(device)
         self.group: object | None = None
         self.listening: socket.socket | None = None  # from `open_rendezvous` to `init_weight_update_group`
-        self.looked: tuple | None = None  # what `scan_weights` has found, and by what it still holds
+        self.looked: tuple | None = None  # what `check_finite` has found, and by what it still holds
         self.state: dict[str, Tensor] | None = None  # that is prepared, for the next `weights`
         self.prepared: tuple[Manifest, int] | None = None  # what there is, and the bucket size
         self.buckets: Buckets | None = None  # for what is prepared; None until both ends have agreed
@@ -491,34 +491,31 @@ class WeightSender:
         )
 
     @torch.no_grad()
-    def scan_weights(self) -> None:
-        """Look for NaN. After `optimizer.step()`, which has to wait anyway, it delays no sync. If weights are
-        written to later, it is done again; but torch does not count what is written to `weight.data`."""
-        manifest, peaks = [], {}
-        state = self.state = self.model.state_dict(keep_vars=True)
-        for name, weight in self.weights():
-            manifest.append([name, str(weight.dtype).removeprefix("torch."), list(weight.shape)])
-            if weight.is_floating_point():
-                peaks[name] = torch.linalg.vector_norm(weight, math.inf).to(self.device, torch.bfloat16)
-        finite = torch.stack(list(peaks.values())).isfinite().tolist()
-        wrong = [name for name, is_finite in zip(peaks, finite) if not is_finite]
-        modules = [*self.model.modules()]
-        self.looked = manifest, wrong, state, modules, signs(state, modules)
-
     def check_finite(self) -> tuple[Manifest, dict[str, Tensor]]:
-        """Manifest and state of all weights. Raises ValueError if one is NaN, or infinite in BF16: which."""
-        *_, state, modules, seen = self.looked or (None,) * 5
+        """Manifest and state of all weights. Raises ValueError if one is NaN, or infinite in BF16: which.
+
+        After `optimizer.step()`, which has to wait anyway, it delays no sync: it looks again only at what has
+        been written to since. (Of what is written to `weight.data` torch keeps no count.)"""
+        manifest, state, modules, seen = self.looked or ([], {}, [None], None)
         if seen is None or modules[0] is not self.model or seen != signs(state, modules):
-            self.scan_weights()
-        (manifest, wrong, state, *_), self.looked = self.looked, None
-        if wrong:
-            what = f"{len(wrong)} weights hold NaN or infinity and were not sent: {some(wrong)}"
-            raise ValueError(f"{what}. Go on from an earlier checkpoint with a lower learning rate")
+            self.looked, manifest, peaks = None, [], {}
+            state = self.state = self.model.state_dict(keep_vars=True)
+            for name, weight in self.weights():
+                manifest.append([name, str(weight.dtype).removeprefix("torch."), list(weight.shape)])
+                if weight.is_floating_point():
+                    peaks[name] = torch.linalg.vector_norm(weight, math.inf).to(self.device, torch.bfloat16)
+            finite = torch.stack(list(peaks.values())).isfinite().tolist()
+            if wrong := [name for name, is_finite in zip(peaks, finite) if not is_finite]:
+                what = f"{len(wrong)} weights hold NaN or infinity and were not sent: {some(wrong)}"
+                raise ValueError(f"{what}. Go on from an earlier checkpoint with a lower learning rate")
+            modules = [*self.model.modules()]
+            self.looked = manifest, state, modules, signs(state, modules)
         return manifest, state
 
     def prepare_weights(self, bucket_bytes: int = BUCKET_BYTES) -> Manifest | None:
         """Check all weights, before a byte moves. Returns their manifest; None if it is the one agreed on."""
         manifest, self.state = self.check_finite()
+        self.looked = None  # it holds what may be replaced
         if self.buckets is not None and self.prepared == (manifest, bucket_bytes):
             return None
         self.prepared, self.buckets = (manifest, bucket_bytes), None
@@ -799,7 +796,7 @@ class WorkerExtension:
         with to_the_end(self.buckets.receive()) as numbers:
             if by_session:
                 with contextlib.closing(self._open_session()) as session:
-                    session.load(self.buckets.put_together(numbers))
+                    session.load(self.buckets.weights(numbers))
                     session.complete()
             else:
                 for number in numbers:
@@ -1132,41 +1129,35 @@ def stateless_init_process_group(
 
 # ----- 5. The buckets: both ends make the same plan from the same manifest ----------------------------------
 class Piece(NamedTuple):
-    """Rows `row` to `end` of one weight in a bucket, and where they are (offset and size in bytes)."""
+    """One weight in a bucket, and where it is (offset and size in bytes)."""
 
     name: str
     dtype: torch.dtype
-    full_shape: list[int]
-    row: int
-    end: int
+    shape: list[int]
     offset: int
     nbytes: int
 
     def view(self, bucket: Tensor) -> Tensor:
-        """The rows, as a view of their bucket (uint8)."""
-        shape = [self.end - self.row, *self.full_shape[1:]] if self.full_shape else []
-        return bucket[self.offset : self.offset + self.nbytes].view(self.dtype).view(shape)
+        """The weight, as a view of its bucket (uint8)."""
+        return bucket[self.offset : self.offset + self.nbytes].view(self.dtype).view(self.shape)
 
 
 def plan_buckets(manifest: Manifest, bucket_bytes: int = BUCKET_BYTES) -> list[tuple[int, list[Piece]]]:
-    """Split a manifest into (size in bytes, pieces), filling each bucket; weights may be cut between rows.
+    """Split a manifest into (size in bytes, pieces). A weight larger than a bucket gets one for itself.
 
-    >>> plan = plan_buckets([["a", "bfloat16", [3]], ["b", "bfloat16", [5, 16]]], 128)
-    >>> [[(piece.name, piece.row, piece.end, piece.offset) for piece in pieces] for _, pieces in plan]
-    [[('a', 0, 3, 0), ('b', 0, 3, 16)], [('b', 3, 5, 0)]]
+    >>> plan = plan_buckets([["a", "bfloat16", [3]], ["b", "bfloat16", [3, 16]], ["c", "bfloat16", [9]]], 128)
+    >>> [[(piece.name, piece.offset) for piece in pieces] for _, pieces in plan]
+    [[('a', 0), ('b', 16)], [('c', 0)]]
     """
     buckets: list[tuple[int, list[Piece]]] = []
     for name, dtype_name, shape in manifest:
-        dtype, (rows, *rest) = getattr(torch, dtype_name), shape or [1]
-        row_bytes, row = math.prod(rest) * dtype.itemsize, 0
-        while row < rows:
-            if not buckets or buckets[-1][0] + row_bytes > bucket_bytes:
-                buckets.append((0, []))  # it holds one row at least, however large that is
-            size, pieces = buckets.pop()
-            count = min(rows - row, max(1, (bucket_bytes - size) // row_bytes))
-            pieces.append(Piece(name, dtype, list(shape), row, row + count, size, count * row_bytes))
-            buckets.append((-(-(size + count * row_bytes) // 16) * 16, pieces))
-            row += count
+        dtype = getattr(torch, dtype_name)
+        nbytes = math.prod(shape) * dtype.itemsize
+        if not buckets or buckets[-1][0] + nbytes > bucket_bytes:
+            buckets.append((0, []))
+        size, pieces = buckets.pop()
+        pieces.append(Piece(name, dtype, list(shape), size, nbytes))
+        buckets.append((-(-(size + nbytes) // 16) * 16, pieces))
     return buckets
 
 
@@ -1179,8 +1170,8 @@ class Buckets:
     def __init__(self, manifest: Manifest, bucket_bytes: int, group, device: torch.device):
         self.manifest, self.group = manifest, group
         plan = plan_buckets(manifest, bucket_bytes)
-        largest = max(size for size, _ in plan)
-        two = [torch.empty(largest, dtype=torch.uint8, device=device) for _ in plan[:2]]
+        sizes = [max(size for size, _ in plan[i::2]) for i in range(len(plan[:2]))]
+        two = [torch.empty(size, dtype=torch.uint8, device=device) for size in sizes]
         self.buckets: list[tuple[Tensor, list[tuple[Piece, Tensor]]]] = []  # bytes; pieces, and views of them
         self.names = []  # for messages
         for number, (size, pieces) in enumerate(plan):
@@ -1225,21 +1216,20 @@ class Buckets:
 
         Others are made in the buckets, w + roll(w, 1) / 16 + 2^-10 of each piece w of floating-point numbers:
         bytes and scales of all FP8 rows change, zeros too, and a model stays sane."""
-        self.events, weight = [], torch.empty(0)
+        self.events = []
         for number, (memory, pieces) in enumerate(self.buckets):
             if number > 1:
                 self.events[number - 2].wait()  # it had the same memory
             if number > 0:  # now, so that packing does not take the GPU just when the next broadcast starts
                 self.digests[number - 1] = digest(self.buckets[number - 1][0])
             sources = []
-            for piece, view in pieces:
-                if piece.row == 0:
-                    name, weight = next(weights, ("no more weights", weight))
-                    found, expected = (name, list(weight.shape)), (piece.name, piece.full_shape)
-                    if found != expected:
-                        why = "the weights have changed since `prepare_weights`"
-                        raise ValueError(f"found {found}, expected {expected}: {why}")
-                sources.append(weight if view.shape == weight.shape else weight[piece.row : piece.end])
+            for piece, _ in pieces:
+                name, weight = next(weights, ("no more weights", torch.empty(0)))
+                found, expected = (name, list(weight.shape)), (piece.name, piece.shape)
+                if found != expected:
+                    why = "the weights have changed since `prepare_weights`"
+                    raise ValueError(f"found {found}, expected {expected}: {why}")
+                sources.append(weight)
             torch._foreach_copy_([view for _, view in pieces], sources)
             for _, view in pieces if others else ():
                 if view.is_floating_point():
@@ -1268,17 +1258,12 @@ class Buckets:
             names = ", ".join(self.names[number] for number in wrong)
             raise ConnectionError(f"{count} came in with other bytes than were sent: {names}")
 
-    def put_together(self, numbers: Iterator[int]) -> NamedTensors:
+    def weights(self, numbers: Iterator[int]) -> NamedTensors:
         """Ranks 1..TP: yield (name, tensor in memory of its own) of each weight from `receive`'s numbers."""
-        whole = None
         for number in numbers:
             self.finish(number)  # vLLM's loaders make the host wait in any case
             for piece, view in self.buckets[number][1]:
-                if piece.row == 0:
-                    whole = torch.empty(piece.full_shape, dtype=piece.dtype, device=view.device)
-                (whole if view.shape == whole.shape else whole[piece.row : piece.end]).copy_(view)
-                if piece.end == (piece.full_shape or [1])[0]:
-                    yield piece.name, whole
+                yield piece.name, view.clone()
 
 
 # ----- 6. The replay: what a session would copy, done again without vLLM's loaders --------------------------
@@ -1389,27 +1374,10 @@ class Replay:
 
 
 def bind(copy: Copy, piece: Piece, view: Tensor, live: dict[str, Tensor], rows: dict, plain: list) -> None:
-    """Add what a replay does with the part of a copy in a piece, as views of bucket and live tensor: to
-    `rows`, by kind (see `Rows`), or (target, source) to `plain`. Raises CannotReplay, with the reason."""
-    source, target, width = copy.source, copy.target, math.prod(piece.full_shape[1:])
-    if piece.end - piece.row < (piece.full_shape or [1])[0]:  # cut between buckets
-        first, within = divmod(source.storage_offset(), width)
-        across = [d for d in range(source.ndim) if source.shape[d] > 1 and source.stride(d) % width == 0]
-        within += sum((source.shape[d] - 1) * source.stride(d) for d in range(source.ndim) if d not in across)
-        if len(across) > 1 or 0 in source.stride() or within >= width:
-            raise CannotReplay(f"the rows of {piece.name} are taken in an order that cannot be cut")
-        if not across and not piece.row <= first < piece.end:
-            return  # a part of one row, which is in another bucket
-        for d in across:
-            step = source.stride(d) // width
-            start = max(0, -((first - piece.row) // step))
-            end = min(source.shape[d], -((first - piece.end) // step))
-            if start >= end:
-                return
-            source, target = (tensor.narrow(d, start, end - start) for tensor in (source, target))
-    offset = view.storage_offset() + source.storage_offset() - piece.row * width
-    source = view.as_strided(source.shape, source.stride(), offset)
-
+    """Add what a replay does with a copy from a piece, as views of bucket and live tensor: to `rows`, by kind
+    (see `Rows`), or (target, source) to `plain`. Raises CannotReplay, with the reason."""
+    target, offset = copy.target, view.storage_offset() + copy.source.storage_offset()
+    source = view.as_strided(copy.source.shape, copy.source.stride(), offset)
     stored, scale, loaded = live.get(copy.tensor), live.get(f"{copy.tensor}_scale"), copy.loaded
     if stored is None:
         raise CannotReplay(f"vLLM has no {copy.tensor} any more")
@@ -1430,7 +1398,7 @@ def bind(copy: Copy, piece: Piece, view: Tensor, live: dict[str, Tensor], rows: 
     if not taken_by_rows or beside or target.shape[-1] != columns or not target.is_contiguous():
         raise CannotReplay(f"{piece.name}, {view.dtype}, does not fill whole rows of {copy.tensor}")
     if by_vllm:  # the scale is made from all columns, also of those for other workers
-        length, step = piece.full_shape[-1], source.stride(0)
+        length, step = piece.shape[-1], source.stride(0)
         before = copy.source.storage_offset() % length
         if step % length and len(source) > 1 or before + columns > length:
             raise CannotReplay(f"rows of {copy.tensor} are no parts of rows of {piece.name}")

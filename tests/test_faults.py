@@ -262,7 +262,8 @@ def test_weights_that_are_not_finite_are_not_sent(quick, pair):
         plain, weights = trainer.optimizer.step, list(trainer.model.parameters())
         trainer.optimizer.step = lambda: [weight.data.mul_(3e38).mul_(10) for weight in weights]
         rollouts = [driver.Rollout([3, 4], [6, 7], [-5.0] * 2, advantage=value) for value in (1.0, -0.5)]
-        trainer.train_step(rollouts)
+        with pytest.raises(ValueError, match="weights hold NaN or infinity and were not sent"):
+            trainer.train_step(rollouts)
         trainer.optimizer.step = plain
 
     with as_it_was(pair):

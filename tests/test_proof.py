@@ -488,7 +488,7 @@ def test_calls_in_another_order_are_right_or_refused_at_once(llama):
             trainer.target.send_weights()
         assert helper.prove_sync(trainer, engine, max_tokens=8, **SETTINGS)["path"] == "replay"
         cold = helper.observe([engine], 60)
-        trainer.target.scan_weights()
+        trainer.target.check_finite()
         norm = trainer.target.model.model.norm.weight
         kept = norm.detach().clone()
         with torch.no_grad():
@@ -497,7 +497,7 @@ def test_calls_in_another_order_are_right_or_refused_at_once(llama):
                 helper.sync_weights_to_quantized_engine(trainer, engine, **SETTINGS)
             norm.copy_(kept)
         for holder, name in ((trainer.target.model.model, "norm"), (trainer.target, "model")):
-            trainer.target.scan_weights()
+            trainer.target.check_finite()
             there = getattr(holder, name)
             setattr(holder, name, other := copy.deepcopy(there))
             (other if name == "norm" else other.model.norm).weight.data[0] = torch.nan

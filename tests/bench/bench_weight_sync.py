@@ -236,7 +236,7 @@ def measure(config: Benchmark, device: str, trainer, actor) -> dict:
     def our_sync() -> float:
         ask_trainer(scale_weights, factors[0])  # other weights each time
         factors.reverse()
-        ask_trainer(WeightSender.scan_weights)  # as the training step does it, before the sync
+        ask_trainer(WeightSender.check_finite)  # as the training step does it, before the sync
         syncs.append(sync(config, trainer, actor))
         return syncs[-1]["seconds"]
 
