@@ -11,7 +11,6 @@ import contextlib
 import dataclasses
 import fcntl
 import json
-import os
 import shutil
 import statistics
 import sys
@@ -96,8 +95,9 @@ def main(config: Benchmark) -> None:
             for seed in range(config.seeds):
                 folder = config.output_dir / f"{way}-{seed}".replace(" ", "-")
                 own = dataclasses.replace(config, **changes, seed=seed, output_dir=folder)
-                with open(own.alone or os.devnull, "w") as lock:
-                    fcntl.flock(lock, fcntl.LOCK_EX)
+                with open(own.alone, "w") if own.alone else contextlib.nullcontext() as lock:
+                    if lock:
+                        fcntl.flock(lock, fcntl.LOCK_EX)
                     name = f"{config.quantization}, {way}, seed {seed}"
                     found[name] = run(own, trainer, engines, prompts, held_out, corrected)
                     shutil.rmtree(folder / f"checkpoint-{own.steps}")
@@ -118,7 +118,9 @@ def plot(folders: list[str]) -> None:
         color, style = f"C{number}", "-" if "in turn" in name else ":" if "overlap" in name else "--"
         for key, axis in zip(("reward", "mismatch_kl"), axes, strict=True):
             of_steps = zip(*([row[key] for row in each["rows"]] for each in runs), strict=True)
-            axis.plot([*map(statistics.mean, of_steps)], style, color=color, label=name)
+            means = [*map(statistics.mean, of_steps)]
+            smooth = [statistics.mean(means[max(0, i - 9) : i + 1]) for i in range(len(means))]
+            axis.plot(smooth, style, color=color, label=name)
         right = [each["held_out"] for each in runs]
         mean = lambda key: statistics.mean(row[key] for each in runs for row in each["rows"])
         median = lambda key: statistics.median(row[key] for each in runs for row in each["rows"][2:])
@@ -138,11 +140,11 @@ def plot(folders: list[str]) -> None:
         print(f"wall {', '.join(walls)} s; tokens of the first and last step {tokens}")
         for when in (0, 1):
             print(f"  mismatch {('before', 'after')[when]}: {[each['mismatch'][when] for each in runs]}")
-    for axis, title in zip(axes, ("reward, mean of the seeds", "mismatch KL, nats a token"), strict=True):
-        axis.set(xlabel="step", title=title)
+    for axis, title in zip(axes, ("reward", "mismatch KL, nats a token"), strict=True):
+        axis.set(xlabel="step", title=f"{title}: mean of the seeds and of 10 steps")
     axes[1].set_yscale("log")
     axes[0].legend(fontsize=7)
-    plt.savefig(Path(folders[0]) / "smollm2.png", dpi=100)
+    plt.savefig(Path(folders[0]) / "smollm2.png", dpi=65)
 
 
 if __name__ == "__main__":
