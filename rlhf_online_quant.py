@@ -491,17 +491,19 @@ class Trainer(WeightSender):
         return {name: tensor.to(self.device) for name, tensor in batch.items()}
 
     @torch.no_grad()
-    def score(self, rollouts: list[Rollout], fp8_layers: list) -> tuple[float, float, float]:
-        """Mismatch KL of rollouts; what is left of it if `fp8_layers` are computed as in the engine; how much
-        is not seen, and taken off: twice what noise of BF16's size makes, rounded up here and down there."""
-        config, found = self.config, {}
-        engine = json.loads(config.engine_args) | quantization_arguments(config.quantization)
+    def score(self, rollouts: list[Rollout], names: dict[str, list]) -> tuple[float, float, float]:
+        """Mismatch KL of rollouts; what is left if layers by `names` are computed as in the engine; what is
+        not seen, and taken off: twice what noise of BF16's size makes, rounded up here, down there."""
+        config, found, known = self.config, {}, (*TORCHAO_CONFIGS, "fp8_per_channel", "none")
+        if config.quantization not in known or "kv_cache_dtype" in config.engine_args:
+            raise ValueError(f"the trainer does not know how {config.quantization} or FP8 keys are rounded")
         batches = [self._pad(part) for part in split_by_tokens(rollouts, config.tokens_per_microbatch)]
         compute = lambda batch: completion_logprobs(self.model, batch, config.temperature)[batch["mask_BT"]]
         measure = lambda: torch.cat([*map(compute, batches)])
         own_N, engine_N = measure(), torch.cat([batch["engine_BT"][batch["mask_BT"]] for batch in batches])
         for noise in (0, 2**-9):
-            with rlhf_utils.computing_as(self.model, fp8_layers, config.tensor_parallel_size, engine, noise):
+            how = names, config.tensor_parallel_size, TORCHAO_CONFIGS.get(config.quantization), noise
+            with rlhf_utils.computing_as(self.model, *how):
                 found[noise] = measure()
         pairs = (own_N, engine_N), (found[0], engine_N), (found[2**-9], found[0])
         kl, left, of_noise = (measure_mismatch(*pair)["mismatch_kl"] for pair in pairs)
@@ -610,8 +612,7 @@ class RolloutLLM(MyLLM):
 
 
 VLLM_SCHEMES = ("fp8_per_channel", "fp8_per_block", "fp8_per_tensor")  # its online quantization
-# The lower bound keeps an all-zero activation row from being divided by its scale of 0; no other row changes.
-# Inductor's settings stay vLLM's: torchao's tune by timing, for minutes and not repeatably.
+# Activation rows of zeros get no scale of 0. Inductor's settings stay vLLM's: torchao's tune for minutes.
 BY_ROWS = dict(granularity=PerRow(), activation_value_lb=1e-12, set_inductor_config=False)
 TORCHAO_CONFIGS = {"fp8-dynamic": Float8DynamicActivationFloat8WeightConfig(**BY_ROWS)}
 TORCHAO_CONFIGS["fp8-weight-only"] = Float8WeightOnlyConfig(set_inductor_config=False)
@@ -929,7 +930,7 @@ def main(config: Config) -> dict:
         sync = prove_sync(trainer, engines, samples, config.max_tokens, timeout_s=config.timeout_s)
         tell(f"Ready after {time.time() - psutil.Process().create_time():.1f} s", flush=True)
         if config.trainer_device == device:  # else it takes long, and rounds otherwise
-            sync |= explain_mismatch(config, trainer, engines[0], prompts[:4], ranks[0]["fp8_layers"])
+            sync |= explain_mismatch(config, trainer, engines[0], prompts[:4], ranks[0]["names"])
         before = ask_held_out(config, engines, held_out, reward)
         rows = train(config, trainer, engines, prompts, reward, first)
         after = ask_held_out(config, engines, held_out, reward)
@@ -946,15 +947,14 @@ def main(config: Config) -> dict:
         return summary
 
 
-def explain_mismatch(config: Config, trainer, engine, prompts: list[Prompt], fp8_layers: list) -> dict:
+def explain_mismatch(config: Config, trainer, engine, prompts: list[Prompt], layers: dict) -> dict:
     """Mismatch KL of some answers, what rounding does not explain, and what is too small to be seen."""
     few = dict(max_tokens=min(config.max_tokens, 64), samples_per_prompt=min(config.samples_per_prompt, 8))
     rollouts, *_ = take_in(ask([engine], prompts, dataclasses.replace(config, **few)), config)
     names, found = ("mismatch_kl_at_start", "mismatch_kl_without_fp8", "mismatch_kl_not_seen"), [None] * 3
     with rlhf_utils.only_told("computing FP8 in the trainer"):
-        [found] = wait([trainer.score.remote(rollouts, fp8_layers)], 10 * config.timeout_s, "scoring answers")
-        line = "Mismatch KL at the start: {:.1e}, not explained by rounding: {:.1e} (below {:.1e}: not seen)"
-        tell(line.format(*found))
+        [found] = wait([trainer.score.remote(rollouts, layers)], 10 * config.timeout_s, "scoring answers")
+        tell("Mismatch KL {:.1e}, not explained by rounding {:.1e} (below {:.1e}: not seen)".format(*found))
         if not found[1] <= 5e-3:  # nats a token, which rounding to BF16 may make
             print("Warning: trainer and engine compute different functions; see README", file=sys.stderr)
     return json.loads(to_json(dict(zip(names, found, strict=True))))

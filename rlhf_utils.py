@@ -25,13 +25,11 @@ from __future__ import annotations
 import contextlib
 import functools
 import itertools
-import json
 import logging
 import math
 import re
 import socket
 import sys
-import threading
 import time
 import types
 from collections import Counter, deque
@@ -49,12 +47,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_leaves
-from torchao.core.config import config_from_dict
-from torchao.quantization import (
-    Float8DynamicActivationFloat8WeightConfig,
-    Float8Tensor,
-    Float8WeightOnlyConfig,
-)
+from torchao.quantization import Float8Tensor
 from torchao.quantization.quantize_.workflows.float8 import float8_tensor
 from transformers.core_model_loading import revert_weight_conversion
 from vllm import LLM, SamplingParams
@@ -62,12 +55,14 @@ from vllm.config import set_current_vllm_config
 from vllm.distributed import get_world_group
 from vllm.distributed.device_communicators.pynccl import PyNcclCommunicator
 from vllm.distributed.device_communicators.pynccl_wrapper import NCCLLibrary
+from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
+from vllm.distributed.weight_transfer.nccl_engine import NCCLWeightTransferEngine
+from vllm.model_executor import model_loader
 from vllm.model_executor.kernels.linear.scaled_mm import cutlass
 from vllm.model_executor.layers import utils as layer_utils
 from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import UnquantizedFusedMoEMethod
 from vllm.model_executor.layers.linear import RowParallelLinear
 from vllm.model_executor.layers.quantization import torchao as vllm_torchao
-from vllm.model_executor.model_loader import utils as loading
 from vllm.model_executor.model_loader.reload import layerwise
 from vllm.utils.nccl import unpinned_nccl_env
 from vllm.utils.torch_utils import set_default_torch_dtype
@@ -83,7 +78,6 @@ PROMPTS += ["The capital of France is", "The future of AI is"]
 
 # ----- 1. The controller's calls, and the engine that they drive --------------------------------------------
 ACTORS: dict[str, ray.ActorID] = {}  # of those that have joined a group, by their names in messages
-SYNCING = threading.Lock()  # held while a sync runs
 
 
 def join_group(train_model, quantized_llm, *, backend: str | None = None, timeout_s: float = 30.0) -> None:
@@ -126,23 +120,9 @@ def prove_fp8(quantized_llm, *, expect_fp8: bool = True, timeout_s: float = 30.0
     if expect_fp8 and not all(rank["fp8_gib"] for rank in ranks):
         fits = "a --quantization to FP8, and shards whose dimensions are multiples of 16"
         raise ValueError(f"a worker has no weight in FP8; expected {fits}; or type --quantization none")
-    if expect_fp8 and "RoutedExperts" in ranks[0]["not_fp8"]:
-        tell("torchao leaves experts in BF16; --quantization fp8_per_channel, on GPUs, does not")
     return ranks
 
 
-@contextlib.contextmanager
-def one_at_a_time() -> Iterator[None]:
-    """Refuse a sync, instead of letting it wait, while another is running."""
-    if not SYNCING.acquire(blocking=False):
-        raise RuntimeError("refusing to sync: another weight sync is running; ask again when it has ended")
-    try:
-        yield
-    finally:
-        SYNCING.release()
-
-
-@one_at_a_time()
 def sync_weights_to_quantized_engine(
     train_model, quantized_llm, *, bucket_bytes: int = BUCKET_BYTES, timeout_s: float = 30.0
 ) -> dict:
@@ -162,7 +142,6 @@ REPLAYS += [("", "own", "replay")]
 SESSIONS = [("all", "own", "session"), ("", "others", "session"), ("", "own", "session")]
 
 
-@one_at_a_time()
 def prove_sync(
     train_model, quantized_llm, prompts=PROMPTS, max_tokens=32, *, bucket_bytes=BUCKET_BYTES, timeout_s=30.0
 ) -> dict:
@@ -593,31 +572,20 @@ def saved_views(model: torch.nn.Module, layer: dict[str, Tensor]) -> dict[str, t
     return views
 
 
-BY_ROW = Float8WeightOnlyConfig, Float8DynamicActivationFloat8WeightConfig  # torchao's, unless told otherwise
-EXPERTS = {"w13_weight": "gate_up_proj", "w2_weight": "down_proj"}  # vLLM's names -> Hugging Face's
-
-
 @contextlib.contextmanager
-def computing_as(model, fp8_layers: list, tp: int, engine: dict, noise: float = 0.0) -> Iterator[None]:
-    """In the block a Hugging Face model computes `fp8_layers` (of `inspect_weights`) as an engine with these
-    arguments does: it rounds weights, and inputs where the scheme does, a layer at a time. Embeddings get
-    random `noise`, relative to them. Raises ValueError: a scheme other than torchao's (by rows) and
-    fp8_per_channel, or layers that the model does not have."""
+def computing_as(
+    model, names: dict[str, list], tp: int, torchao_config, noise: float = 0.0
+) -> Iterator[None]:
+    """In the block a Hugging Face model computes linear layers as an engine with these `names` (of
+    `inspect_weights`) does, by torchao, by rows, or else by fp8_per_channel: it rounds weights, and inputs
+    where the scheme does, a layer at a time. Embeddings get random `noise`, relative to them."""
     linear, experts = torch.nn.functional.linear, model.config._experts_implementation
-    as_json = engine.get("hf_overrides", {}).get("quantization_config_dict_json")
-    torchao_config, held = as_json and config_from_dict(json.loads(as_json)), {}
+    shards = {}  # by weight: parts of its inputs
     for name, weight in model.named_parameters():
-        held.setdefault(key_of(name.removesuffix(".weight")), []).append(storage(weight))
-    layers = [(key_of(name), tp if split else 1) for names, split in fp8_layers for name in names]
-    counts = Counter(key for key, _ in layers)
-    if wrong := [key for key, count in counts.items() if len(held.get(key, ())) != count]:
-        raise ValueError(f"the engine has {some([*map(str, wrong)])} in FP8, and the trainer no such layers")
-    by_row = isinstance(torchao_config, BY_ROW) and "PerTensor" not in str(torchao_config)
-    by_row = by_row or engine["quantization"] in (None, "fp8_per_channel")
-    if not by_row or engine.get("kv_cache_dtype", "auto") not in ("auto", "bfloat16"):
-        raise ValueError(f"the trainer does not know how {torchao_config or engine} rounds")
-    shards = {held[key].pop(0): count for key, count in layers}  # by weight: parts of its inputs
-    random, computed = torch.Generator(model.device), set()
+        last = name.removesuffix(".weight").rpartition(".")[2]
+        if last not in names["not_fp8"] and not (".experts." in name and "experts" in names["not_fp8"]):
+            shards[storage(weight)] = tp if last in names["split"] else 1
+    random = torch.Generator(model.device)
 
     def disturb(_, __, hidden: Tensor) -> Tensor:
         drawn = torch.randn(hidden.shape, generator=random, device=hidden.device)
@@ -630,7 +598,6 @@ def computing_as(model, fp8_layers: list, tp: int, engine: dict, noise: float = 
     def compute(plain, given, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         if (count := shards.get(storage(weight))) is None:
             return plain(*given)
-        computed.add(storage(weight))
         weight, parts = weight if plain is linear else weight.T, x.bfloat16().flatten(0, -2).chunk(count, 1)
         with torch.autocast(x.device.type, enabled=False):
             if torchao_config:
@@ -651,13 +618,6 @@ def computing_as(model, fp8_layers: list, tp: int, engine: dict, noise: float = 
         modes.enter_context(Instead(torch.addmm, lambda b, x, w: compute(torch.addmm, (b, x, w), x, w, b)))
         modes.enter_context(Instead(Tensor.matmul, lambda x, w: compute(Tensor.matmul, (x, w), x, w)))
         yield
-    if missed := len(shards.keys() - computed):
-        raise ValueError(f"{missed} of {len(shards)} layers are computed in a way that is not known here")
-
-
-def key_of(name: str) -> tuple:
-    """By what both ends know a layer: the number of its block, its last name, and whether of experts."""
-    return (*re.findall(r"\.(\d+)\.", name)[:1], name.rpartition(".")[2], ".experts." in name)
 
 
 class Instead(TorchFunctionMode):
@@ -734,11 +694,13 @@ class WorkerExtension:
     session: ReloadSession | None = None  # that `update_weight` has opened, until an update was complete
     last_seen: dict[str, int] | None = None  # what was stored when `check_weights_changed` was last asked
     at_start: Reached | None = None  # what the model reached before anything was brought
+    newest: WorkerExtension | None = None  # of this process
 
     def __new__(cls, *args, **kwargs):
         """The first thing that happens in a worker, before there is a model."""
         patch_libraries()
-        return super().__new__(cls)
+        WorkerExtension.newest = super().__new__(cls)
+        return WorkerExtension.newest
 
     @collective
     def init_weight_update_group(
@@ -793,36 +755,38 @@ class WorkerExtension:
         if self.buckets is None:
             raise RuntimeError(NOT_AGREED)
         by_session = by_session or self.replay is None
-        with to_the_end(self.buckets.receive()) as numbers:
-            if by_session:
-                with contextlib.closing(self._open_session()) as session:
-                    session.load(self.buckets.weights(numbers))
-                    session.complete()
-            else:
-                for number in numbers:
-                    if number == 0:  # while the second bucket travels
-                        if self.session is not None:
-                            self.session.close()
-                        self.at_start.put_back()  # what others may have moved or made anew
-                    self.replay(number)
-        self.manifest, self.session = self.buckets.manifest, None
+        with to_the_end(self.buckets.receive(by_session)) as numbers:
+            self._take_in(numbers, by_session)
+        self.manifest = self.buckets.manifest
         return "session" if by_session else "replay"
+
+    def _take_in(self, numbers: Iterator[int], by_session: bool) -> None:
+        """Bring what comes in buckets of these numbers to where it is computed with."""
+        if by_session:
+            with contextlib.closing(self._open_session()) as session:
+                session.load(self.buckets.weights(numbers))
+                session.complete()
+        for number in numbers:
+            if number == 0:  # while the second bucket travels
+                if self.session is not None:
+                    self.session.close()
+                self.at_start.put_back()  # what others may have moved or made anew
+            self.replay(number)
+        self.session = None
 
     @collective
     def update_weight(self, name: str, dtype_name: str, shape: list[int]) -> None:
         """Receive one weight that rank 0 broadcasts now. The first call opens the update."""
-        try:
-            one = Buckets([[name, dtype_name, shape]], sys.maxsize, self.weight_group, self.device)
-            [(_, [(_, weight)])] = one.buckets
-            one.start(weight)  # before any check: rank 0 is already sending
-            one.finish(0)
-            if self.session is None or not self.session.is_open:
-                self.session = self._open_session()
-            self.session.load(iter([(name, weight)]))
-        except Exception:
-            self.session = self.session or self._open_session()  # so that it is known that one has failed
-            self.session.close()
-            raise
+        self._updating()
+        one = Buckets([[name, dtype_name, shape]], 0, self.weight_group, self.device, as_vllm=True)
+        with to_the_end(one.receive_from_vllm()) as weights:
+            self.session.load(weights)
+
+    def _updating(self) -> ReloadSession:
+        """The session that is open, or a new one."""
+        if self.session is None or not self.session.is_open:
+            self.session = self._open_session()
+        return self.session
 
     @collective
     def check_weights_changed(self) -> bool:
@@ -856,8 +820,8 @@ class WorkerExtension:
     def inspect_weights(self) -> dict:
         """GiB of this shard: `weights_gib`, of them `fp8_gib`; `bf16_weights_gib`, if all were
         BF16. `fp8_linear_layers` counts tensors, `not_fp8` names and shapes of weights by kind of layer.
-        `fp8_layers`: of each in FP8 the names of what it is fused of, and does TP split their inputs."""
-        model, layers, not_fp8, fp8_layers = self.get_model(), 0, {}, []
+        `names`: the last part of names in a checkpoint, of what is `not_fp8`, and has inputs split by TP."""
+        model, layers, not_fp8, names = self.get_model(), 0, {}, {"not_fp8": [], "split": []}
         fused = getattr(model, "packed_modules_mapping", {})
         gib = dict.fromkeys(("weights_gib", "fp8_gib", "bf16_weights_gib"), 0.0)
         for name, weight in model.named_parameters():
@@ -874,14 +838,14 @@ class WorkerExtension:
             if any(part.dtype == torch.float8_e4m3fn for part in parts):
                 gib["fp8_gib"] += size
                 layers += 1 if leaf == "weight" else 0  # experts have others
-                above, _, last = path.removesuffix(".routed_experts").rpartition(".")
-                names = [f"{above}.{part}" for part in fused.get(last, [last])]
-                if leaf in EXPERTS:
-                    names = [f"{above}.{last}.{EXPERTS[leaf]}"]
-                fp8_layers.append((names, leaf == "w2_weight" or isinstance(layer, RowParallelLinear)))
+                if leaf == "w2_weight" or isinstance(layer, RowParallelLinear):
+                    names["split"].append("down_proj" if leaf == "w2_weight" else path.rpartition(".")[2])
             elif not is_scale and loaded.ndim > 1 and "bias" not in leaf:
                 not_fp8.setdefault(type(layer).__name__, []).append(f"{name} {list(loaded.shape)}")
-        found = {"fp8_linear_layers": layers, "not_fp8": not_fp8, "fp8_layers": fp8_layers}
+                last = path.removesuffix(".routed_experts").rpartition(".")[2]
+                names["not_fp8"] += fused.get(last, [last])
+        found = {"fp8_linear_layers": layers, "not_fp8": not_fp8}
+        found["names"] = {kind: sorted(set(each)) for kind, each in names.items()}
         return {"rank": self.rank, **found, **gib}
 
 
@@ -1142,8 +1106,9 @@ class Piece(NamedTuple):
         return bucket[self.offset : self.offset + self.nbytes].view(self.dtype).view(self.shape)
 
 
-def plan_buckets(manifest: Manifest, bucket_bytes: int = BUCKET_BYTES) -> list[tuple[int, list[Piece]]]:
-    """Split a manifest into (size in bytes, pieces). A weight larger than a bucket gets one for itself.
+def plan_buckets(manifest: Manifest, bucket_bytes: int, as_vllm=False) -> list[tuple[int, list[Piece]]]:
+    """Split a manifest into (size in bytes, pieces). A weight larger than a bucket gets one for itself. vLLM
+    packs without gaps, until a bucket is larger than that.
 
     >>> plan = plan_buckets([["a", "bfloat16", [3]], ["b", "bfloat16", [3, 16]], ["c", "bfloat16", [9]]], 128)
     >>> [[(piece.name, piece.offset) for piece in pieces] for _, pieces in plan]
@@ -1151,13 +1116,13 @@ def plan_buckets(manifest: Manifest, bucket_bytes: int = BUCKET_BYTES) -> list[t
     """
     buckets: list[tuple[int, list[Piece]]] = []
     for name, dtype_name, shape in manifest:
-        dtype = getattr(torch, dtype_name)
+        dtype, unit = getattr(torch, dtype_name), 1 if as_vllm else 16
         nbytes = math.prod(shape) * dtype.itemsize
-        if not buckets or buckets[-1][0] + nbytes > bucket_bytes:
+        if not buckets or buckets[-1][0] + (0 if as_vllm else nbytes) > bucket_bytes:
             buckets.append((0, []))
         size, pieces = buckets.pop()
         pieces.append(Piece(name, dtype, list(shape), size, nbytes))
-        buckets.append((-(-(size + nbytes) // 16) * 16, pieces))
+        buckets.append((-(-(size + nbytes) // unit) * unit, pieces))
     return buckets
 
 
@@ -1167,9 +1132,9 @@ class Buckets:
     Both ends work on buckets in the current stream and broadcast in one of their own (on the CPU both are
     nothing); the host waits for nothing until the end."""
 
-    def __init__(self, manifest: Manifest, bucket_bytes: int, group, device: torch.device):
+    def __init__(self, manifest: Manifest, bucket_bytes: int, group, device: torch.device, as_vllm=False):
         self.manifest, self.group = manifest, group
-        plan = plan_buckets(manifest, bucket_bytes)
+        plan = plan_buckets(manifest, bucket_bytes, as_vllm)
         sizes = [max(size for size, _ in plan[i::2]) for i in range(len(plan[:2]))]
         two = [torch.empty(size, dtype=torch.uint8, device=device) for size in sizes]
         self.buckets: list[tuple[Tensor, list[tuple[Piece, Tensor]]]] = []  # bytes; pieces, and views of them
@@ -1211,17 +1176,12 @@ class Buckets:
                 raise TimeoutError(f"{at}: no progress for {self.group.timeout_s:g} s")
             time.sleep(1e-4)
 
-    def send(self, weights: NamedTensors, others: bool = False) -> None:
-        """Rank 0: fill each bucket, cast to its dtypes, and broadcast it; digests come last.
+    def fill(self, weights: NamedTensors, others: bool = False) -> Iterator[int]:
+        """Fill each bucket, cast to its dtypes; yield its number.
 
         Others are made in the buckets, w + roll(w, 1) / 16 + 2^-10 of each piece w of floating-point numbers:
         bytes and scales of all FP8 rows change, zeros too, and a model stays sane."""
-        self.events = []
-        for number, (memory, pieces) in enumerate(self.buckets):
-            if number > 1:
-                self.events[number - 2].wait()  # it had the same memory
-            if number > 0:  # now, so that packing does not take the GPU just when the next broadcast starts
-                self.digests[number - 1] = digest(self.buckets[number - 1][0])
+        for number, (_, pieces) in enumerate(self.buckets):
             sources = []
             for piece, _ in pieces:
                 name, weight = next(weights, ("no more weights", torch.empty(0)))
@@ -1234,21 +1194,31 @@ class Buckets:
             for _, view in pieces if others else ():
                 if view.is_floating_point():
                     view.add_(view.roll(1).div_(16).add_(2**-10))
-            self.start(memory)
-        self.digests[-1] = digest(memory)
+            yield number
+
+    def send(self, weights: NamedTensors, others: bool = False) -> None:
+        """Rank 0: fill and broadcast each bucket; digests come last."""
+        self.events = []
+        for number in self.fill(weights, others):
+            self.start(self.buckets[number][0])
+            # Before the next is packed, so that it does not take the GPU just when that broadcast starts.
+            self.digests[number] = digest(self.buckets[number][0])
+            if number > 0:
+                self.events[number - 1].wait()  # it has the same memory as the next
         self.start(self.digests)
         for number in range(len(self.events)):
             self.finish(number)
 
-    def receive(self) -> Iterator[int]:
-        """Ranks 1..TP: yield the number of each bucket that has come in; to the end, even after an error.
+    def receive(self, waiting: bool = False) -> Iterator[int]:
+        """Ranks 1..TP: yield the number of each bucket that has come in; to the end, even after an error. The
+        host is `waiting` for each where that is done anyway, so that there is a limit.
         Raises ConnectionError if a bucket is not what was sent, with its first and last weight."""
         self.events, sent = [], torch.empty_like(self.digests)
         coming = [*(memory for memory, _ in self.buckets), sent]
         self.start(coming[0])
         for number, (memory, _) in enumerate(self.buckets):
             self.start(coming[number + 1])  # into the memory of the bucket before this one, which was used
-            self.events[number].wait()
+            self.finish(number) if waiting else self.events[number].wait()
             self.digests[number] = digest(memory)
             yield number
         for number in range(len(self.events)):
@@ -1259,11 +1229,18 @@ class Buckets:
             raise ConnectionError(f"{count} came in with other bytes than were sent: {names}")
 
     def weights(self, numbers: Iterator[int]) -> NamedTensors:
-        """Ranks 1..TP: yield (name, tensor in memory of its own) of each weight from `receive`'s numbers."""
+        """(name, tensor in memory of its own) of each weight in buckets of these numbers."""
         for number in numbers:
-            self.finish(number)  # vLLM's loaders make the host wait in any case
             for piece, view in self.buckets[number][1]:
                 yield piece.name, view.clone()
+
+    def receive_from_vllm(self) -> NamedTensors:
+        """(name, tensor) of what vLLM's own sender broadcasts; to be used before the next bucket but one."""
+        self.events = []
+        for number, (memory, pieces) in enumerate(self.buckets):
+            self.start(memory)
+            self.finish(number)
+            yield from ((piece.name, view) for piece, view in pieces)
 
 
 # ----- 6. The replay: what a session would copy, done again without vLLM's loaders --------------------------
@@ -1411,6 +1388,99 @@ def bind(copy: Copy, piece: Piece, view: Tensor, live: dict[str, Tensor], rows: 
     rows.setdefault((*source.shape, source.stride(0), whole.shape[1], by_vllm), []).append(tensors)
 
 
+class OnlineQuantTransfer(NCCLWeightTransferEngine):
+    """vLLM's own weight transfer with `{"backend": "online-quant"}`: senders are those of its "nccl" backend.
+
+    Before the first update replays prove themselves, by the checkpoint that was loaded. Weights with other
+    names than it has, or that come in parts, are a session. Until an update is complete nothing is computed.
+    """
+
+    supports_draft_weight_update = False
+
+    def __init__(self, *args):
+        super().__init__(*args)
+        self.worker, runner = WorkerExtension.newest, WorkerExtension.newest.model_runner
+        self.torn = False
+        self.known: list | None = None  # names and shapes of the checkpoint's weights
+        self.because: str | None = None  # why there are no replays
+        self.last: tuple = None, None, None  # (manifest, group), buckets in which it comes, why by a session
+        plain = runner.execute_model
+
+        def execute_model(*args, **kwargs):
+            if self.torn:
+                raise RuntimeError("refusing to generate: a weight update is not complete; send all weights")
+            return plain(*args, **kwargs)
+
+        runner.execute_model = execute_model
+        for name in ("start_weight_update", "receive_weights", "finish_weight_update"):  # as while vLLM loads
+            setattr(self, name, set_default_torch_dtype(self.model_config.dtype)(getattr(self, name)))
+
+    def start_weight_update(self) -> None:
+        """What is there may be lost from now on. Before the first update: the proof."""
+        self.torn = True
+        if self.known is None:
+            self._prove()
+
+    def _prove(self) -> None:
+        """As `prove_sync` does, but for answers; each worker for itself. Raises RuntimeError."""
+        loader, worker = model_loader.get_model_loader(self.vllm_config.load_config), self.worker
+        read = functools.partial(loader.get_all_weights, self.model_config, self.model)
+        manifest = [[name, str(weight.dtype)[6:], list(weight.shape)] for name, weight in read()]
+        cold = worker._reached().digests()
+        _, self.because = worker.agree_on_weights.__wrapped__(worker, manifest)
+        for moves in [SESSIONS] if self.because else [REPLAYS, SESSIONS]:
+            seen, different = {"own": cold}, set()
+            for zero, weights, path in moves:
+                if zero:
+                    worker.zero_weights.__wrapped__(worker, zero)
+                worker._take_in(worker.buckets.fill(read(), weights == "others"), path == "session")
+                now = worker._reached().digests()
+                different |= {name for name, _ in seen.setdefault(weights, now).items() ^ now.items()}
+            if not different:
+                self.known = sorted((name, shape) for name, _, shape in manifest)
+                return tell(f"online-quant: proved by {path}, {len(now)} tensors; because {self.because}")
+            self.because = f"{some(sorted(different))} are not as they were before"
+        raise RuntimeError(f"this model cannot be synced: {self.because}")
+
+    def receive_weights(self, update_info) -> None:
+        """Receive weights, all or a part, of any floating-point type. Raises TimeoutError, ConnectionError or
+        what a session does."""
+        info = zip(update_info.names, update_info.dtype_names, update_info.shapes, strict=True)
+        manifest, worker = [[name, dtype, list(shape)] for name, dtype, shape in info], self.worker
+        if (manifest, self.model_update_group) != self.last[0]:
+            size, because = self.packed_buffer_size_bytes if self.packed else 0, self.because
+            self.model_update_group.timeout_s = 60.0  # for each bucket; then the sender has died
+            wire = Buckets(manifest, size, self.model_update_group, self.device, as_vllm=True)
+            if sorted((name, shape) for name, _, shape in manifest) != self.known:
+                because = (
+                    because
+                    or "these are not the weights of the checkpoint, all of them, by their names there"
+                )
+            if not because:  # what one of these buckets takes, even in FP32, is in two of vLLM's
+                size = min(BUCKET_BYTES, size // 4)
+                _, because = worker.agree_on_weights.__wrapped__(worker, manifest, size)
+            tell(
+                f"online-quant: {len(manifest)} weights come "
+                + (f"by sessions: {because}" if because else "by replays")
+            )
+            self.last = (manifest, self.model_update_group), wire, because
+        _, wire, because = self.last
+        with to_the_end(wire.receive_from_vllm()) as weights:
+            if because:
+                worker._updating().load((name, weight.clone()) for name, weight in weights)
+            else:
+                worker._take_in(worker.buckets.fill(weights), by_session=False)
+                self.torn = False
+
+    def finish_weight_update(self) -> None:
+        """Raises ValueError, which names them, if weights are missing."""
+        if self.torn:
+            worker = self.worker
+            session, worker.session = worker._updating(), None
+            session.complete()
+        self.torn = False
+
+
 # ----- 7. Bytes: digests, and rows quantized as torchao and vLLM do it --------------------------------------
 def digest(tensor: Tensor) -> Tensor:
     """64-bit checksum of a tensor's bytes, as an int64 scalar on its device: no copy to the host, no waiting.
@@ -1421,20 +1491,10 @@ def digest(tensor: Tensor) -> Tensor:
     if data.numel() % 8 or data.storage_offset() % 8:
         data = torch.nn.functional.pad(data, (0, -data.numel() % 8))  # a copy, at the start of its memory
     words = data.view(torch.int64)
-    if not words.is_cuda:
-        return (words * (2 * torch.arange(len(words), device=words.device) + 1)).sum()
-    total = torch.zeros((), dtype=torch.int64, device=words.device)
-    if words.numel():
-        digest_kernel[(triton.cdiv(words.numel(), 4096),)](words, words.numel(), total, 4096, num_warps=8)
-    return total
-
-
-@triton.jit
-def digest_kernel(words, count, total, BLOCK: tl.constexpr):
-    """One program a block; sums of integers do not depend on their order."""
-    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    word = tl.load(words + i, mask=i < count, other=0)
-    tl.atomic_add(total, tl.sum(word * (2 * i + 1)))
+    count, index = len(words) // 4096, lambda size: torch.arange(size, device=words.device)
+    rows, rest = words[: 4096 * count].view(count, 4096), words[4096 * count :]  # i is 4096 row + column
+    total = (rows.sum(0) * (2 * index(4096) + 1)).sum() + 8192 * (rows.sum(1) * index(count)).sum()
+    return total + (rest * (2 * index(len(rest)) + 8192 * count + 1)).sum()
 
 
 class Rows:
@@ -1507,12 +1567,15 @@ def quantize_rows_kernel(
 def patch_libraries() -> None:
     """What a worker changes in torchao and vLLM before it has a model. Importing this file does not."""
 
-    def watch_loading(model: torch.nn.Module, plain=loading.record_metadata_for_reloading) -> None:
+    def watch_loading(model: torch.nn.Module, plain=model_loader.utils.record_metadata_for_reloading) -> None:
         plain(model)
         model.digests_before_loading = Reached(model).digests()
 
+    # Why: vLLM has no such backend. Delete when: it has.
+    WeightTransferEngineFactory.register_engine("online-quant", OnlineQuantTransfer)
+
     # Why: called before loading, it tells `zero_weights` what that has written. Delete when: vLLM tells.
-    loading.record_metadata_for_reloading = watch_loading
+    model_loader.utils.record_metadata_for_reloading = watch_loading
 
     plain_quantize = vllm_torchao.torchao_quantize_param_data
     # Why: torchao 0.18 divides an all-zero row (or one whose amax / 448 underflows) by its scale of 0: NaN.

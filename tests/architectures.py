@@ -147,7 +147,7 @@ def mismatch(trainer: driver.Trainer, engine, answers: list[dict]) -> list[float
     asked = [encode(each["prompt"]).input_ids for each in answers]
     pairs = zip(asked, answers, strict=True)
     rollouts = [driver.Rollout(ids, each["token_ids"], each["logprobs"]) for ids, each in pairs]
-    return [*trainer.score(rollouts, engine.collective_rpc("inspect_weights")[0]["fp8_layers"])[:2]]
+    return [*trainer.score(rollouts, engine.collective_rpc("inspect_weights")[0]["names"])[:2]]
 
 
 def follow(name: str, tensor_parallel_size: int, folder: str, **more) -> dict:

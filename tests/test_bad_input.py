@@ -813,24 +813,18 @@ def test_a_mismatch_that_is_no_number_is_no_good_news(path, monkeypatch, capsys)
     assert "different functions" in capsys.readouterr().err
 
 
-PER_TENSOR = driver.Float8DynamicActivationFloat8WeightConfig()
-
-
 @pytest.mark.parametrize(
-    "engine",
+    "flags",
     [
         {"quantization": "fp8_per_block"},
-        {"quantization": "fp8_per_channel", "kv_cache_dtype": "fp8"},
-        {"quantization": "torchao", "hf_overrides": {"quantization_config_dict_json": PER_TENSOR}},
+        {"quantization": "fp8_per_channel", "engine_args": '{"kv_cache_dtype": "fp8"}'},
+        {"quantization": "own.json"},
     ],
 )
-def test_what_the_trainer_cannot_round_as_the_engine_is_not_claimed(path, engine):
-    if "hf_overrides" in engine:
-        as_json = json.dumps(driver.config_to_dict(PER_TENSOR))
-        engine = engine | {"hf_overrides": {"quantization_config_dict_json": as_json}}
-    layers = [[["model.decoder.layers.0.fc1"], False]]
-    context = driver.rlhf_utils.computing_as(trainer_of(path).model, layers, 1, engine)
-    assert "does not know how" in refused(context.__enter__)
+def test_what_the_trainer_cannot_round_as_the_engine_is_not_claimed(path, flags):
+    trainer = trainer_of(path)
+    trainer.config = dataclasses.replace(trainer.config, **flags)
+    assert "does not know how" in refused(trainer.score, [], {})
 
 
 def test_a_dtype_that_is_given_or_none_is_known(gpu_of, monkeypatch):

@@ -77,7 +77,7 @@ def run(config: Benchmark, trainer, engines, prompts, held_out, corrected: bool)
 def layers(engines: list) -> list:
     """What the engine has in FP8."""
     asked = helper.on_workers(engines[:1], "inspect_weights")
-    return driver.wait(asked, 60, "inspecting the engine")[0][0]["fp8_layers"]
+    return driver.wait(asked, 60, "inspecting the engine")[0][0]["names"]
 
 
 def main(config: Benchmark) -> None:
