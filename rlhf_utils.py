@@ -55,14 +55,12 @@ from vllm.config import set_current_vllm_config
 from vllm.distributed import get_world_group
 from vllm.distributed.device_communicators.pynccl import PyNcclCommunicator
 from vllm.distributed.device_communicators.pynccl_wrapper import NCCLLibrary
-from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
-from vllm.distributed.weight_transfer.nccl_engine import NCCLWeightTransferEngine
-from vllm.model_executor import model_loader
 from vllm.model_executor.kernels.linear.scaled_mm import cutlass
 from vllm.model_executor.layers import utils as layer_utils
 from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import UnquantizedFusedMoEMethod
 from vllm.model_executor.layers.linear import RowParallelLinear
 from vllm.model_executor.layers.quantization import torchao as vllm_torchao
+from vllm.model_executor.model_loader import utils as loading
 from vllm.model_executor.model_loader.reload import layerwise
 from vllm.utils.nccl import unpinned_nccl_env
 from vllm.utils.torch_utils import set_default_torch_dtype
@@ -120,6 +118,8 @@ def prove_fp8(quantized_llm, *, expect_fp8: bool = True, timeout_s: float = 30.0
     if expect_fp8 and not all(rank["fp8_gib"] for rank in ranks):
         fits = "a --quantization to FP8, and shards whose dimensions are multiples of 16"
         raise ValueError(f"a worker has no weight in FP8; expected {fits}; or type --quantization none")
+    if expect_fp8 and "RoutedExperts" in ranks[0]["not_fp8"]:
+        tell("torchao leaves experts in BF16; --quantization fp8_per_channel, on GPUs, does not")
     return ranks
 
 
@@ -583,7 +583,8 @@ def computing_as(
     shards = {}  # by weight: parts of its inputs
     for name, weight in model.named_parameters():
         last = name.removesuffix(".weight").rpartition(".")[2]
-        if last not in names["not_fp8"] and not (".experts." in name and "experts" in names["not_fp8"]):
+        known = "experts" if ".experts." in name else last
+        if known in names["fp8"] and known not in names["not_fp8"]:
             shards[storage(weight)] = tp if last in names["split"] else 1
     random = torch.Generator(model.device)
 
@@ -694,13 +695,11 @@ class WorkerExtension:
     session: ReloadSession | None = None  # that `update_weight` has opened, until an update was complete
     last_seen: dict[str, int] | None = None  # what was stored when `check_weights_changed` was last asked
     at_start: Reached | None = None  # what the model reached before anything was brought
-    newest: WorkerExtension | None = None  # of this process
 
     def __new__(cls, *args, **kwargs):
         """The first thing that happens in a worker, before there is a model."""
         patch_libraries()
-        WorkerExtension.newest = super().__new__(cls)
-        return WorkerExtension.newest
+        return super().__new__(cls)
 
     @collective
     def init_weight_update_group(
@@ -755,38 +754,36 @@ class WorkerExtension:
         if self.buckets is None:
             raise RuntimeError(NOT_AGREED)
         by_session = by_session or self.replay is None
-        with to_the_end(self.buckets.receive(by_session)) as numbers:
-            self._take_in(numbers, by_session)
-        self.manifest = self.buckets.manifest
+        with to_the_end(self.buckets.receive()) as numbers:
+            if by_session:
+                with contextlib.closing(self._open_session()) as session:
+                    session.load(self.buckets.weights(numbers))
+                    session.complete()
+            else:
+                for number in numbers:
+                    if number == 0:  # while the second bucket travels
+                        if self.session is not None:
+                            self.session.close()
+                        self.at_start.put_back()  # what others may have moved or made anew
+                    self.replay(number)
+        self.manifest, self.session = self.buckets.manifest, None
         return "session" if by_session else "replay"
-
-    def _take_in(self, numbers: Iterator[int], by_session: bool) -> None:
-        """Bring what comes in buckets of these numbers to where it is computed with."""
-        if by_session:
-            with contextlib.closing(self._open_session()) as session:
-                session.load(self.buckets.weights(numbers))
-                session.complete()
-        for number in numbers:
-            if number == 0:  # while the second bucket travels
-                if self.session is not None:
-                    self.session.close()
-                self.at_start.put_back()  # what others may have moved or made anew
-            self.replay(number)
-        self.session = None
 
     @collective
     def update_weight(self, name: str, dtype_name: str, shape: list[int]) -> None:
         """Receive one weight that rank 0 broadcasts now. The first call opens the update."""
-        self._updating()
-        one = Buckets([[name, dtype_name, shape]], 0, self.weight_group, self.device, as_vllm=True)
-        with to_the_end(one.receive_from_vllm()) as weights:
-            self.session.load(weights)
-
-    def _updating(self) -> ReloadSession:
-        """The session that is open, or a new one."""
-        if self.session is None or not self.session.is_open:
-            self.session = self._open_session()
-        return self.session
+        try:
+            one = Buckets([[name, dtype_name, shape]], sys.maxsize, self.weight_group, self.device)
+            [(_, [(_, weight)])] = one.buckets
+            one.start(weight)  # before any check: rank 0 is already sending
+            one.finish(0)
+            if self.session is None or not self.session.is_open:
+                self.session = self._open_session()
+            self.session.load(iter([(name, weight)]))
+        except Exception:
+            self.session = self.session or self._open_session()  # so that it is known that one has failed
+            self.session.close()
+            raise
 
     @collective
     def check_weights_changed(self) -> bool:
@@ -820,8 +817,8 @@ class WorkerExtension:
     def inspect_weights(self) -> dict:
         """GiB of this shard: `weights_gib`, of them `fp8_gib`; `bf16_weights_gib`, if all were
         BF16. `fp8_linear_layers` counts tensors, `not_fp8` names and shapes of weights by kind of layer.
-        `names`: the last part of names in a checkpoint, of what is `not_fp8`, and has inputs split by TP."""
-        model, layers, not_fp8, names = self.get_model(), 0, {}, {"not_fp8": [], "split": []}
+        `names`: the last part of names in a checkpoint, of what is in FP8, is not, has inputs split by TP."""
+        model, layers, not_fp8, names = self.get_model(), 0, {}, {"fp8": [], "not_fp8": [], "split": []}
         fused = getattr(model, "packed_modules_mapping", {})
         gib = dict.fromkeys(("weights_gib", "fp8_gib", "bf16_weights_gib"), 0.0)
         for name, weight in model.named_parameters():
@@ -832,18 +829,20 @@ class WorkerExtension:
                 parts = [getattr(weight, part) for part in weight.__tensor_flatten__()[0]]
             loaded = layerwise.get_layerwise_info(layer).restore_metadata[0].get(leaf, weight)
             size = sum(part.nbytes for part in parts) / 2**30
+            last = path.removesuffix(".routed_experts").rpartition(".")[2]
+            called = fused.get(last, [last])
             gib["weights_gib"] += size
             if not is_scale:
                 gib["bf16_weights_gib"] += 2 * loaded.numel() / 2**30
             if any(part.dtype == torch.float8_e4m3fn for part in parts):
                 gib["fp8_gib"] += size
                 layers += 1 if leaf == "weight" else 0  # experts have others
+                names["fp8"] += called
                 if leaf == "w2_weight" or isinstance(layer, RowParallelLinear):
-                    names["split"].append("down_proj" if leaf == "w2_weight" else path.rpartition(".")[2])
+                    names["split"].append("down_proj" if leaf == "w2_weight" else last)
             elif not is_scale and loaded.ndim > 1 and "bias" not in leaf:
+                names["not_fp8"] += called
                 not_fp8.setdefault(type(layer).__name__, []).append(f"{name} {list(loaded.shape)}")
-                last = path.removesuffix(".routed_experts").rpartition(".")[2]
-                names["not_fp8"] += fused.get(last, [last])
         found = {"fp8_linear_layers": layers, "not_fp8": not_fp8}
         found["names"] = {kind: sorted(set(each)) for kind, each in names.items()}
         return {"rank": self.rank, **found, **gib}
@@ -1106,9 +1105,8 @@ class Piece(NamedTuple):
         return bucket[self.offset : self.offset + self.nbytes].view(self.dtype).view(self.shape)
 
 
-def plan_buckets(manifest: Manifest, bucket_bytes: int, as_vllm=False) -> list[tuple[int, list[Piece]]]:
-    """Split a manifest into (size in bytes, pieces). A weight larger than a bucket gets one for itself. vLLM
-    packs without gaps, until a bucket is larger than that.
+def plan_buckets(manifest: Manifest, bucket_bytes: int = BUCKET_BYTES) -> list[tuple[int, list[Piece]]]:
+    """Split a manifest into (size in bytes, pieces). A weight larger than a bucket gets one for itself.
 
     >>> plan = plan_buckets([["a", "bfloat16", [3]], ["b", "bfloat16", [3, 16]], ["c", "bfloat16", [9]]], 128)
     >>> [[(piece.name, piece.offset) for piece in pieces] for _, pieces in plan]
@@ -1116,13 +1114,13 @@ def plan_buckets(manifest: Manifest, bucket_bytes: int, as_vllm=False) -> list[t
     """
     buckets: list[tuple[int, list[Piece]]] = []
     for name, dtype_name, shape in manifest:
-        dtype, unit = getattr(torch, dtype_name), 1 if as_vllm else 16
+        dtype = getattr(torch, dtype_name)
         nbytes = math.prod(shape) * dtype.itemsize
-        if not buckets or buckets[-1][0] + (0 if as_vllm else nbytes) > bucket_bytes:
+        if not buckets or buckets[-1][0] + nbytes > bucket_bytes:
             buckets.append((0, []))
         size, pieces = buckets.pop()
         pieces.append(Piece(name, dtype, list(shape), size, nbytes))
-        buckets.append((-(-(size + nbytes) // unit) * unit, pieces))
+        buckets.append((-(-(size + nbytes) // 16) * 16, pieces))
     return buckets
 
 
@@ -1132,9 +1130,9 @@ class Buckets:
     Both ends work on buckets in the current stream and broadcast in one of their own (on the CPU both are
     nothing); the host waits for nothing until the end."""
 
-    def __init__(self, manifest: Manifest, bucket_bytes: int, group, device: torch.device, as_vllm=False):
+    def __init__(self, manifest: Manifest, bucket_bytes: int, group, device: torch.device):
         self.manifest, self.group = manifest, group
-        plan = plan_buckets(manifest, bucket_bytes, as_vllm)
+        plan = plan_buckets(manifest, bucket_bytes)
         sizes = [max(size for size, _ in plan[i::2]) for i in range(len(plan[:2]))]
         two = [torch.empty(size, dtype=torch.uint8, device=device) for size in sizes]
         self.buckets: list[tuple[Tensor, list[tuple[Piece, Tensor]]]] = []  # bytes; pieces, and views of them
@@ -1176,12 +1174,17 @@ class Buckets:
                 raise TimeoutError(f"{at}: no progress for {self.group.timeout_s:g} s")
             time.sleep(1e-4)
 
-    def fill(self, weights: NamedTensors, others: bool = False) -> Iterator[int]:
-        """Fill each bucket, cast to its dtypes; yield its number.
+    def send(self, weights: NamedTensors, others: bool = False) -> None:
+        """Rank 0: fill each bucket, cast to its dtypes, and broadcast it; digests come last.
 
         Others are made in the buckets, w + roll(w, 1) / 16 + 2^-10 of each piece w of floating-point numbers:
         bytes and scales of all FP8 rows change, zeros too, and a model stays sane."""
-        for number, (_, pieces) in enumerate(self.buckets):
+        self.events = []
+        for number, (memory, pieces) in enumerate(self.buckets):
+            if number > 1:
+                self.events[number - 2].wait()  # it had the same memory
+            if number > 0:  # now, so that packing does not take the GPU just when the next broadcast starts
+                self.digests[number - 1] = digest(self.buckets[number - 1][0])
             sources = []
             for piece, _ in pieces:
                 name, weight = next(weights, ("no more weights", torch.empty(0)))
@@ -1194,31 +1197,21 @@ class Buckets:
             for _, view in pieces if others else ():
                 if view.is_floating_point():
                     view.add_(view.roll(1).div_(16).add_(2**-10))
-            yield number
-
-    def send(self, weights: NamedTensors, others: bool = False) -> None:
-        """Rank 0: fill and broadcast each bucket; digests come last."""
-        self.events = []
-        for number in self.fill(weights, others):
-            self.start(self.buckets[number][0])
-            # Before the next is packed, so that it does not take the GPU just when that broadcast starts.
-            self.digests[number] = digest(self.buckets[number][0])
-            if number > 0:
-                self.events[number - 1].wait()  # it has the same memory as the next
+            self.start(memory)
+        self.digests[-1] = digest(memory)
         self.start(self.digests)
         for number in range(len(self.events)):
             self.finish(number)
 
-    def receive(self, waiting: bool = False) -> Iterator[int]:
-        """Ranks 1..TP: yield the number of each bucket that has come in; to the end, even after an error. The
-        host is `waiting` for each where that is done anyway, so that there is a limit.
+    def receive(self) -> Iterator[int]:
+        """Ranks 1..TP: yield the number of each bucket that has come in; to the end, even after an error.
         Raises ConnectionError if a bucket is not what was sent, with its first and last weight."""
         self.events, sent = [], torch.empty_like(self.digests)
         coming = [*(memory for memory, _ in self.buckets), sent]
         self.start(coming[0])
         for number, (memory, _) in enumerate(self.buckets):
             self.start(coming[number + 1])  # into the memory of the bucket before this one, which was used
-            self.finish(number) if waiting else self.events[number].wait()
+            self.events[number].wait()
             self.digests[number] = digest(memory)
             yield number
         for number in range(len(self.events)):
@@ -1229,18 +1222,11 @@ class Buckets:
             raise ConnectionError(f"{count} came in with other bytes than were sent: {names}")
 
     def weights(self, numbers: Iterator[int]) -> NamedTensors:
-        """(name, tensor in memory of its own) of each weight in buckets of these numbers."""
+        """Ranks 1..TP: yield (name, tensor in memory of its own) of each weight from `receive`'s numbers."""
         for number in numbers:
+            self.finish(number)  # vLLM's loaders make the host wait in any case
             for piece, view in self.buckets[number][1]:
                 yield piece.name, view.clone()
-
-    def receive_from_vllm(self) -> NamedTensors:
-        """(name, tensor) of what vLLM's own sender broadcasts; to be used before the next bucket but one."""
-        self.events = []
-        for number, (memory, pieces) in enumerate(self.buckets):
-            self.start(memory)
-            self.finish(number)
-            yield from ((piece.name, view) for piece, view in pieces)
 
 
 # ----- 6. The replay: what a session would copy, done again without vLLM's loaders --------------------------
@@ -1388,99 +1374,6 @@ def bind(copy: Copy, piece: Piece, view: Tensor, live: dict[str, Tensor], rows: 
     rows.setdefault((*source.shape, source.stride(0), whole.shape[1], by_vllm), []).append(tensors)
 
 
-class OnlineQuantTransfer(NCCLWeightTransferEngine):
-    """vLLM's own weight transfer with `{"backend": "online-quant"}`: senders are those of its "nccl" backend.
-
-    Before the first update replays prove themselves, by the checkpoint that was loaded. Weights with other
-    names than it has, or that come in parts, are a session. Until an update is complete nothing is computed.
-    """
-
-    supports_draft_weight_update = False
-
-    def __init__(self, *args):
-        super().__init__(*args)
-        self.worker, runner = WorkerExtension.newest, WorkerExtension.newest.model_runner
-        self.torn = False
-        self.known: list | None = None  # names and shapes of the checkpoint's weights
-        self.because: str | None = None  # why there are no replays
-        self.last: tuple = None, None, None  # (manifest, group), buckets in which it comes, why by a session
-        plain = runner.execute_model
-
-        def execute_model(*args, **kwargs):
-            if self.torn:
-                raise RuntimeError("refusing to generate: a weight update is not complete; send all weights")
-            return plain(*args, **kwargs)
-
-        runner.execute_model = execute_model
-        for name in ("start_weight_update", "receive_weights", "finish_weight_update"):  # as while vLLM loads
-            setattr(self, name, set_default_torch_dtype(self.model_config.dtype)(getattr(self, name)))
-
-    def start_weight_update(self) -> None:
-        """What is there may be lost from now on. Before the first update: the proof."""
-        self.torn = True
-        if self.known is None:
-            self._prove()
-
-    def _prove(self) -> None:
-        """As `prove_sync` does, but for answers; each worker for itself. Raises RuntimeError."""
-        loader, worker = model_loader.get_model_loader(self.vllm_config.load_config), self.worker
-        read = functools.partial(loader.get_all_weights, self.model_config, self.model)
-        manifest = [[name, str(weight.dtype)[6:], list(weight.shape)] for name, weight in read()]
-        cold = worker._reached().digests()
-        _, self.because = worker.agree_on_weights.__wrapped__(worker, manifest)
-        for moves in [SESSIONS] if self.because else [REPLAYS, SESSIONS]:
-            seen, different = {"own": cold}, set()
-            for zero, weights, path in moves:
-                if zero:
-                    worker.zero_weights.__wrapped__(worker, zero)
-                worker._take_in(worker.buckets.fill(read(), weights == "others"), path == "session")
-                now = worker._reached().digests()
-                different |= {name for name, _ in seen.setdefault(weights, now).items() ^ now.items()}
-            if not different:
-                self.known = sorted((name, shape) for name, _, shape in manifest)
-                return tell(f"online-quant: proved by {path}, {len(now)} tensors; because {self.because}")
-            self.because = f"{some(sorted(different))} are not as they were before"
-        raise RuntimeError(f"this model cannot be synced: {self.because}")
-
-    def receive_weights(self, update_info) -> None:
-        """Receive weights, all or a part, of any floating-point type. Raises TimeoutError, ConnectionError or
-        what a session does."""
-        info = zip(update_info.names, update_info.dtype_names, update_info.shapes, strict=True)
-        manifest, worker = [[name, dtype, list(shape)] for name, dtype, shape in info], self.worker
-        if (manifest, self.model_update_group) != self.last[0]:
-            size, because = self.packed_buffer_size_bytes if self.packed else 0, self.because
-            self.model_update_group.timeout_s = 60.0  # for each bucket; then the sender has died
-            wire = Buckets(manifest, size, self.model_update_group, self.device, as_vllm=True)
-            if sorted((name, shape) for name, _, shape in manifest) != self.known:
-                because = (
-                    because
-                    or "these are not the weights of the checkpoint, all of them, by their names there"
-                )
-            if not because:  # what one of these buckets takes, even in FP32, is in two of vLLM's
-                size = min(BUCKET_BYTES, size // 4)
-                _, because = worker.agree_on_weights.__wrapped__(worker, manifest, size)
-            tell(
-                f"online-quant: {len(manifest)} weights come "
-                + (f"by sessions: {because}" if because else "by replays")
-            )
-            self.last = (manifest, self.model_update_group), wire, because
-        _, wire, because = self.last
-        with to_the_end(wire.receive_from_vllm()) as weights:
-            if because:
-                worker._updating().load((name, weight.clone()) for name, weight in weights)
-            else:
-                worker._take_in(worker.buckets.fill(weights), by_session=False)
-                self.torn = False
-
-    def finish_weight_update(self) -> None:
-        """Raises ValueError, which names them, if weights are missing."""
-        if self.torn:
-            worker = self.worker
-            session, worker.session = worker._updating(), None
-            session.complete()
-        self.torn = False
-
-
 # ----- 7. Bytes: digests, and rows quantized as torchao and vLLM do it --------------------------------------
 def digest(tensor: Tensor) -> Tensor:
     """64-bit checksum of a tensor's bytes, as an int64 scalar on its device: no copy to the host, no waiting.
@@ -1567,15 +1460,12 @@ def quantize_rows_kernel(
 def patch_libraries() -> None:
     """What a worker changes in torchao and vLLM before it has a model. Importing this file does not."""
 
-    def watch_loading(model: torch.nn.Module, plain=model_loader.utils.record_metadata_for_reloading) -> None:
+    def watch_loading(model: torch.nn.Module, plain=loading.record_metadata_for_reloading) -> None:
         plain(model)
         model.digests_before_loading = Reached(model).digests()
 
-    # Why: vLLM has no such backend. Delete when: it has.
-    WeightTransferEngineFactory.register_engine("online-quant", OnlineQuantTransfer)
-
     # Why: called before loading, it tells `zero_weights` what that has written. Delete when: vLLM tells.
-    model_loader.utils.record_metadata_for_reloading = watch_loading
+    loading.record_metadata_for_reloading = watch_loading
 
     plain_quantize = vllm_torchao.torchao_quantize_param_data
     # Why: torchao 0.18 divides an all-zero row (or one whose amax / 448 underflows) by its scale of 0: NaN.

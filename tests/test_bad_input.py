@@ -805,10 +805,10 @@ def test_activations_count_too(gpu_of):
 
 def test_a_mismatch_that_is_no_number_is_no_good_news(path, monkeypatch, capsys):
     broken = dataclasses.replace(ROLLOUT, logprobs=[math.nan] * len(ROLLOUT.logprobs))
-    scored = trainer_of(path).score([broken], [])
+    scored = trainer_of(path).score([broken], {"not_fp8": [], "split": []})
     for name, value in {"ask": [], "take_in": ([], 0, 0), "wait": [scored]}.items():
         monkeypatch.setattr(driver, name, lambda *_, value=value: value)
-    found = driver.explain_mismatch(CONFIG, mock.MagicMock(), None, [], [])
+    found = driver.explain_mismatch(CONFIG, mock.MagicMock(), None, [], {})
     assert found.pop("mismatch_kl_not_seen") < 1e-3 and [*found.values()] == [None, None]
     assert "different functions" in capsys.readouterr().err
 
