@@ -805,7 +805,7 @@ def test_activations_count_too(gpu_of):
 
 def test_a_mismatch_that_is_no_number_is_no_good_news(path, monkeypatch, capsys):
     broken = dataclasses.replace(ROLLOUT, logprobs=[math.nan] * len(ROLLOUT.logprobs))
-    scored = trainer_of(path).score([broken], {"not_fp8": [], "split": []})
+    scored = trainer_of(path).score([broken], dict(fp8=[], not_fp8=[], split=[]))
     for name, value in {"ask": [], "take_in": ([], 0, 0), "wait": [scored]}.items():
         monkeypatch.setattr(driver, name, lambda *_, value=value: value)
     found = driver.explain_mismatch(CONFIG, mock.MagicMock(), None, [], {})
