@@ -55,12 +55,14 @@ from vllm.config import set_current_vllm_config
 from vllm.distributed import get_world_group
 from vllm.distributed.device_communicators.pynccl import PyNcclCommunicator
 from vllm.distributed.device_communicators.pynccl_wrapper import NCCLLibrary
+from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
+from vllm.distributed.weight_transfer.nccl_engine import NCCLWeightTransferEngine
+from vllm.model_executor import model_loader
 from vllm.model_executor.kernels.linear.scaled_mm import cutlass
 from vllm.model_executor.layers import utils as layer_utils
 from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import UnquantizedFusedMoEMethod
 from vllm.model_executor.layers.linear import RowParallelLinear
 from vllm.model_executor.layers.quantization import torchao as vllm_torchao
-from vllm.model_executor.model_loader import utils as loading
 from vllm.model_executor.model_loader.reload import layerwise
 from vllm.utils.nccl import unpinned_nccl_env
 from vllm.utils.torch_utils import set_default_torch_dtype
@@ -108,18 +110,16 @@ def join_group(train_model, quantized_llm, *, backend: str | None = None, timeou
 
 def prove_fp8(quantized_llm, *, expect_fp8: bool = True, timeout_s: float = 30.0) -> list[dict]:
     """Print and return what each worker holds (`inspect_weights`). Raises ValueError if nothing is in FP8."""
-    asked = on_workers(as_list(quantized_llm), "inspect_weights")
-    ranks = sum(wait(asked, timeout_s, "inspecting the engine"), [])
+    ranks = sum(wait(on_workers(as_list(quantized_llm), "inspect_weights"), timeout_s, "inspecting it"), [])
     for number, rank in enumerate(ranks, start=1):
         line = "{fp8_linear_layers} linear layers in FP8, {fp8_gib:.4f} of {weights_gib:.4f} GiB of weights"
         tell(f"worker (rank {number}): {line.format(**rank)}, in BF16 {rank['bf16_weights_gib']:.4f} GiB")
     for kind, names in ranks[0]["not_fp8"].items():
-        tell(f"  not in FP8: {kind}: {some(names)}")
+        advice = "; --quantization fp8_per_channel has them" if expect_fp8 and kind == "RoutedExperts" else ""
+        tell(f"  not in FP8: {kind}: {some(names)}{advice}")
     if expect_fp8 and not all(rank["fp8_gib"] for rank in ranks):
         fits = "a --quantization to FP8, and shards whose dimensions are multiples of 16"
         raise ValueError(f"a worker has no weight in FP8; expected {fits}; or type --quantization none")
-    if expect_fp8 and "RoutedExperts" in ranks[0]["not_fp8"]:
-        tell("torchao leaves experts in BF16; --quantization fp8_per_channel, on GPUs, does not")
     return ranks
 
 
@@ -672,6 +672,8 @@ def collective(method):
                 found = f"engine rank {group.rank_in_group}: {error or 'done'}; {missing}"
                 raise RuntimeError(f"{method.__name__} failed. {found}") from missing
             dist.all_gather_object(errors, error, group=group.cpu_group)
+        if any(errors) and isinstance(self, OnlineQuantTransfer):
+            self.torn, self.worker._weight_update_active = True, False  # the latter is vLLM's account
         if any(errors) and group.rank_in_group == group.world_size - 1:
             failed = "; ".join(f"engine rank {rank}: {e}" for rank, e in enumerate(errors) if e)
             raise RuntimeError(f"{method.__name__} failed. {failed}")
@@ -695,11 +697,13 @@ class WorkerExtension:
     session: ReloadSession | None = None  # that `update_weight` has opened, until an update was complete
     last_seen: dict[str, int] | None = None  # what was stored when `check_weights_changed` was last asked
     at_start: Reached | None = None  # what the model reached before anything was brought
+    newest: WorkerExtension | None = None  # of this process
 
     def __new__(cls, *args, **kwargs):
         """The first thing that happens in a worker, before there is a model."""
         patch_libraries()
-        return super().__new__(cls)
+        WorkerExtension.newest = super().__new__(cls)
+        return WorkerExtension.newest
 
     @collective
     def init_weight_update_group(
@@ -755,35 +759,33 @@ class WorkerExtension:
             raise RuntimeError(NOT_AGREED)
         by_session = by_session or self.replay is None
         with to_the_end(self.buckets.receive()) as numbers:
-            if by_session:
-                with contextlib.closing(self._open_session()) as session:
-                    session.load(self.buckets.weights(numbers))
-                    session.complete()
-            else:
-                for number in numbers:
-                    if number == 0:  # while the second bucket travels
-                        if self.session is not None:
-                            self.session.close()
-                        self.at_start.put_back()  # what others may have moved or made anew
-                    self.replay(number)
-        self.manifest, self.session = self.buckets.manifest, None
+            self._take_in(numbers, by_session)
+        self.manifest = self.buckets.manifest
         return "session" if by_session else "replay"
+
+    def _take_in(self, numbers: Iterator[int], by_session: bool) -> None:
+        """Bring what comes in buckets to where it is computed with."""
+        if by_session:
+            with contextlib.closing(self._open_session()) as session:
+                session.load(self.buckets.weights(numbers))
+                session.complete()
+        else:
+            for number in numbers:
+                if number == 0:  # while the second bucket travels
+                    if self.session is not None:
+                        self.session.close()
+                    self.at_start.put_back()  # what others may have moved or made anew
+                self.replay(number)
+        self.session = None
 
     @collective
     def update_weight(self, name: str, dtype_name: str, shape: list[int]) -> None:
         """Receive one weight that rank 0 broadcasts now. The first call opens the update."""
-        try:
-            one = Buckets([[name, dtype_name, shape]], sys.maxsize, self.weight_group, self.device)
-            [(_, [(_, weight)])] = one.buckets
-            one.start(weight)  # before any check: rank 0 is already sending
-            one.finish(0)
+        one = Buckets([[name, dtype_name, shape]], 0, self.weight_group, self.device, as_vllm=True)
+        with to_the_end(one.receive_from_vllm()) as weights:
             if self.session is None or not self.session.is_open:
                 self.session = self._open_session()
-            self.session.load(iter([(name, weight)]))
-        except Exception:
-            self.session = self.session or self._open_session()  # so that it is known that one has failed
-            self.session.close()
-            raise
+            self.session.load(weights)
 
     @collective
     def check_weights_changed(self) -> bool:
@@ -853,11 +855,9 @@ def check_manifest(manifest: Manifest, expected: Manifest) -> None:
     found, known = ({name: list(shape) for name, _, shape in each} for each in (manifest, expected))
     counts = Counter(name for name, _, _ in manifest)
     problems = [f"duplicate: {name}" for name, count in counts.items() if count > 1]
-    problems += [f"unexpected: {name} {shape}" for name, shape in found.items() if name not in known]
-    problems += [f"missing: {name} {shape}" for name, shape in known.items() if name not in found]
-    for name, shape in found.items():
-        if known.get(name, shape) != shape:
-            problems.append(f"misshapen: {name} is {shape}, the engine's model has {known[name]}")
+    for name in [name for name in found | known if found.get(name) != known.get(name)]:
+        kind = "unexpected" if name not in known else "missing" if name not in found else "misshapen"
+        problems.append(f"{kind}: {name} is {found.get(name)}, the engine's model has {known.get(name)}")
     if problems:
         what = f"{len(problems)} weights do not fit the engine's model; send one of the same architecture and"
         raise ValueError("\n  ".join([f"{what} shapes as the engine was started with:", *problems]))
@@ -1091,36 +1091,23 @@ def stateless_init_process_group(
 
 
 # ----- 5. The buckets: both ends make the same plan from the same manifest ----------------------------------
-class Piece(NamedTuple):
-    """One weight in a bucket, and where it is (offset and size in bytes)."""
-
-    name: str
-    dtype: torch.dtype
-    shape: list[int]
-    offset: int
-    nbytes: int
-
-    def view(self, bucket: Tensor) -> Tensor:
-        """The weight, as a view of its bucket (uint8)."""
-        return bucket[self.offset : self.offset + self.nbytes].view(self.dtype).view(self.shape)
-
-
-def plan_buckets(manifest: Manifest, bucket_bytes: int = BUCKET_BYTES) -> list[tuple[int, list[Piece]]]:
-    """Split a manifest into (size in bytes, pieces). A weight larger than a bucket gets one for itself.
+def plan_buckets(manifest: Manifest, bucket_bytes: int, as_vllm=False) -> list[tuple[int, list[tuple]]]:
+    """Split a manifest into (bytes, [(name, offset, bytes, dtype, shape), ...]). What is larger than a bucket
+    gets one for itself. vLLM packs without gaps, until a bucket is larger than that.
 
     >>> plan = plan_buckets([["a", "bfloat16", [3]], ["b", "bfloat16", [3, 16]], ["c", "bfloat16", [9]]], 128)
-    >>> [[(piece.name, piece.offset) for piece in pieces] for _, pieces in plan]
+    >>> [[(name, offset) for name, offset, *_ in pieces] for _, pieces in plan]
     [[('a', 0), ('b', 16)], [('c', 0)]]
     """
-    buckets: list[tuple[int, list[Piece]]] = []
+    buckets: list[tuple[int, list[tuple]]] = []
     for name, dtype_name, shape in manifest:
-        dtype = getattr(torch, dtype_name)
+        dtype, unit = getattr(torch, dtype_name), 1 if as_vllm else 16
         nbytes = math.prod(shape) * dtype.itemsize
-        if not buckets or buckets[-1][0] + nbytes > bucket_bytes:
+        if not buckets or buckets[-1][0] + (0 if as_vllm else nbytes) > bucket_bytes:
             buckets.append((0, []))
         size, pieces = buckets.pop()
-        pieces.append(Piece(name, dtype, list(shape), size, nbytes))
-        buckets.append((-(-(size + nbytes) // 16) * 16, pieces))
+        pieces.append((name, size, nbytes, dtype, shape))
+        buckets.append((-(-(size + nbytes) // unit) * unit, pieces))
     return buckets
 
 
@@ -1130,19 +1117,22 @@ class Buckets:
     Both ends work on buckets in the current stream and broadcast in one of their own (on the CPU both are
     nothing); the host waits for nothing until the end."""
 
-    def __init__(self, manifest: Manifest, bucket_bytes: int, group, device: torch.device):
+    def __init__(self, manifest: Manifest, bucket_bytes: int, group, device: torch.device, as_vllm=False):
         self.manifest, self.group = manifest, group
-        plan = plan_buckets(manifest, bucket_bytes)
+        plan = plan_buckets(manifest, bucket_bytes, as_vllm)
         sizes = [max(size for size, _ in plan[i::2]) for i in range(len(plan[:2]))]
         two = [torch.empty(size, dtype=torch.uint8, device=device) for size in sizes]
-        self.buckets: list[tuple[Tensor, list[tuple[Piece, Tensor]]]] = []  # bytes; pieces, and views of them
+        self.buckets: list[tuple[Tensor, list[tuple[str, Tensor]]]] = []  # bytes; names, and views of them
         self.names = []  # for messages
         for number, (size, pieces) in enumerate(plan):
             memory = two[number % 2][:size]
-            self.buckets.append((memory, [(piece, piece.view(memory)) for piece in pieces]))
-            self.names.append(f"bucket {number + 1} of {len(plan)} ({pieces[0].name} .. {pieces[-1].name})")
+            views = [
+                (name, memory[at : at + n].view(dtype).view(shape)) for name, at, n, dtype, shape in pieces
+            ]
+            self.buckets.append((memory, views))
+            self.names.append(f"bucket {number + 1} of {len(plan)} ({pieces[0][0]} .. {pieces[-1][0]})")
         self.names.append("the digests")
-        self.nbytes = sum(piece.nbytes for _, pieces in plan for piece in pieces)
+        self.nbytes = sum(view.nbytes for _, views in self.buckets for _, view in views)
         self.digests = torch.zeros(len(plan), dtype=torch.int64, device=device)
         self.streams = torch.get_device_module(device)
         self.wire = self.streams.Stream(priority=-1)
@@ -1174,31 +1164,35 @@ class Buckets:
                 raise TimeoutError(f"{at}: no progress for {self.group.timeout_s:g} s")
             time.sleep(1e-4)
 
-    def send(self, weights: NamedTensors, others: bool = False) -> None:
-        """Rank 0: fill each bucket, cast to its dtypes, and broadcast it; digests come last.
+    def fill(self, weights: NamedTensors, others: bool = False) -> Iterator[int]:
+        """Fill each bucket, cast to its dtypes; yield its number.
 
         Others are made in the buckets, w + roll(w, 1) / 16 + 2^-10 of each piece w of floating-point numbers:
         bytes and scales of all FP8 rows change, zeros too, and a model stays sane."""
         self.events = []
-        for number, (memory, pieces) in enumerate(self.buckets):
-            if number > 1:
-                self.events[number - 2].wait()  # it had the same memory
-            if number > 0:  # now, so that packing does not take the GPU just when the next broadcast starts
-                self.digests[number - 1] = digest(self.buckets[number - 1][0])
+        for number, (_, views) in enumerate(self.buckets):
             sources = []
-            for piece, _ in pieces:
-                name, weight = next(weights, ("no more weights", torch.empty(0)))
-                found, expected = (name, list(weight.shape)), (piece.name, piece.shape)
+            for name, view in views:
+                came, weight = next(weights, ("no more weights", torch.empty(0)))
+                found, expected = (came, list(weight.shape)), (name, list(view.shape))
                 if found != expected:
                     why = "the weights have changed since `prepare_weights`"
                     raise ValueError(f"found {found}, expected {expected}: {why}")
                 sources.append(weight)
-            torch._foreach_copy_([view for _, view in pieces], sources)
-            for _, view in pieces if others else ():
+            torch._foreach_copy_([view for _, view in views], sources)
+            for _, view in views if others else ():
                 if view.is_floating_point():
                     view.add_(view.roll(1).div_(16).add_(2**-10))
-            self.start(memory)
-        self.digests[-1] = digest(memory)
+            yield number
+
+    def send(self, weights: NamedTensors, others: bool = False) -> None:
+        """Rank 0: fill and broadcast each bucket; digests come last."""
+        for number in self.fill(weights, others):
+            self.start(self.buckets[number][0])
+            # Before the next is packed, so that it does not take the GPU just when that broadcast starts.
+            self.digests[number] = digest(self.buckets[number][0])
+            if number > 0:
+                self.events[number - 1].wait()  # it has the same memory as the next
         self.start(self.digests)
         for number in range(len(self.events)):
             self.finish(number)
@@ -1222,11 +1216,19 @@ class Buckets:
             raise ConnectionError(f"{count} came in with other bytes than were sent: {names}")
 
     def weights(self, numbers: Iterator[int]) -> NamedTensors:
-        """Ranks 1..TP: yield (name, tensor in memory of its own) of each weight from `receive`'s numbers."""
+        """(name, tensor in memory of its own) of each weight in buckets of these numbers."""
         for number in numbers:
-            self.finish(number)  # vLLM's loaders make the host wait in any case
-            for piece, view in self.buckets[number][1]:
-                yield piece.name, view.clone()
+            if self.events:
+                self.finish(number)  # vLLM's loaders make the host wait in any case
+            for name, view in self.buckets[number][1]:
+                yield name, view.clone()
+
+    def receive_from_vllm(self) -> NamedTensors:
+        """(name, tensor) of what vLLM's own sender broadcasts; to be used before the next bucket but one."""
+        for number, (memory, views) in enumerate(self.buckets):
+            self.start(memory)
+            self.finish(number)
+            yield from views
 
 
 # ----- 6. The replay: what a session would copy, done again without vLLM's loaders --------------------------
@@ -1307,11 +1309,11 @@ class Replay:
         self.graphs: dict[int, torch.cuda.CUDAGraph] = {}  # by bucket
         self.capturing = buckets.streams.Stream()
         self.steps = []  # for each bucket: what to quantize, and arguments of _foreach_copy_
-        for _, pieces in buckets.buckets:
+        for _, views in buckets.buckets:
             rows, plain = {}, []
-            for piece, view in pieces:
-                for copy in copies.get(piece.name, []):
-                    bind(copy, piece, view, live, rows, plain)
+            for name, view in views:
+                for copy in copies.get(name, []):
+                    bind(copy, name, view, live, rows, plain)
             self.steps.append(([Rows(*item) for item in rows.items()], tuple(zip(*plain))))
 
     def __call__(self, number: int) -> None:
@@ -1336,8 +1338,8 @@ class Replay:
             torch._foreach_copy_(*to_copy)
 
 
-def bind(copy: Copy, piece: Piece, view: Tensor, live: dict[str, Tensor], rows: dict, plain: list) -> None:
-    """Add what a replay does with a copy from a piece, as views of bucket and live tensor: to `rows`, by kind
+def bind(copy: Copy, name: str, view: Tensor, live: dict[str, Tensor], rows: dict, plain: list) -> None:
+    """Add what a replay does with a weight's copy, as views of bucket and live tensor: to `rows`, by kind
     (see `Rows`), or (target, source) to `plain`. Raises CannotReplay, with the reason."""
     target, offset = copy.target, view.storage_offset() + copy.source.storage_offset()
     source = view.as_strided(copy.source.shape, copy.source.stride(), offset)
@@ -1359,12 +1361,12 @@ def bind(copy: Copy, piece: Piece, view: Tensor, live: dict[str, Tensor], rows: 
     first, beside = divmod(target.storage_offset(), columns)
     taken_by_rows = view.dtype == torch.bfloat16 and source.ndim == 2 and source.stride(1) == 1
     if not taken_by_rows or beside or target.shape[-1] != columns or not target.is_contiguous():
-        raise CannotReplay(f"{piece.name}, {view.dtype}, does not fill whole rows of {copy.tensor}")
+        raise CannotReplay(f"{name}, {view.dtype}, does not fill whole rows of {copy.tensor}")
     if by_vllm:  # the scale is made from all columns, also of those for other workers
-        length, step = piece.shape[-1], source.stride(0)
+        length, step = view.shape[-1], source.stride(0)
         before = copy.source.storage_offset() % length
         if step % length and len(source) > 1 or before + columns > length:
-            raise CannotReplay(f"rows of {copy.tensor} are no parts of rows of {piece.name}")
+            raise CannotReplay(f"rows of {copy.tensor} are no parts of rows of {name}")
         whole = view.as_strided((len(source), length), (step, 1), offset - before)
     span = slice(first, first + len(source))
     qdata, scale = qdata.detach().flatten(0, -2)[span], scale.detach().flatten(0, -2)[span]
@@ -1372,6 +1374,112 @@ def bind(copy: Copy, piece: Piece, view: Tensor, live: dict[str, Tensor], rows: 
     if any(tensor.data_ptr() % 16 for tensor in tensors[:3]):
         raise CannotReplay(f"rows of {copy.tensor} are at no multiples of 16 bytes")
     rows.setdefault((*source.shape, source.stride(0), whole.shape[1], by_vllm), []).append(tensors)
+
+
+def agreed(reason: str | None) -> str | None:
+    """What any worker of this engine has to say."""
+    reasons = [None] * get_world_group().world_size
+    dist.all_gather_object(reasons, reason, group=get_world_group().cpu_group)
+    return "; ".join(sorted(set(filter(None, reasons)))) or None
+
+
+class OnlineQuantTransfer(NCCLWeightTransferEngine):
+    """vLLM's own weight transfer, `{"backend": "online-quant"}`, from the senders of its "nccl" backend.
+
+    Before the first update replays prove themselves by the checkpoint that was loaded. Weights by other names
+    are a session, and so are those in parts. Until an update is complete nothing is computed."""
+
+    supports_draft_weight_update = False
+    weight_group = None  # see `collective`
+
+    def __init__(self, *args):
+        super().__init__(*args)
+        self.worker, self.torn = WorkerExtension.newest, False
+        self.cold: dict[str, int] | None = None  # digests of what was loaded
+        self.known, self.because = None, None  # when it is proved: the checkpoint's weights, why no replays
+        self.last: tuple | None = None  # a manifest, a size, and the worker's buckets for them
+        plain = self.worker.model_runner.execute_model
+
+        def execute_model(scheduled, *args, **kwargs):
+            if self.torn and scheduled.total_num_scheduled_tokens:
+                raise RuntimeError("refusing to generate: a weight update is not complete; send all weights")
+            return plain(scheduled, *args, **kwargs)
+
+        self.worker.model_runner.execute_model = execute_model
+
+    def start_weight_update(self) -> None:
+        """What is there may be lost from now on."""
+        self.torn = True
+        if self.worker.session is not None:
+            with contextlib.suppress(Exception):  # of one that has failed; what it has left comes anew
+                self.worker.session.close()
+        self.worker.session = None
+
+    def _agree(self, manifest: Manifest, bucket_bytes: int) -> str | None:
+        try:
+            _, because = self.worker.agree_on_weights.__wrapped__(self.worker, manifest, bucket_bytes)
+        except Exception as error:  # of one worker: then all take sessions
+            because = f"{type(error).__name__}: {error}"
+        self.last = manifest, bucket_bytes, self.worker.buckets
+        return agreed(because)
+
+    def _prove(self) -> None:
+        """As `prove_sync` does, but for answers. Raises RuntimeError."""
+        loader, worker = model_loader.get_model_loader(self.vllm_config.load_config), self.worker
+        read = functools.partial(loader.get_all_weights, self.model_config, self.model)
+        manifest = [[name, str(weight.dtype)[6:], list(weight.shape)] for name, weight in read()]
+        self.cold = self.cold or worker._reached().digests()
+        self.because = self._agree(manifest, BUCKET_BYTES)
+        for moves in [SESSIONS] if self.because else [REPLAYS, SESSIONS]:
+            seen, wrong = {"own": self.cold}, set()
+            try:
+                for zero, weights, path in moves:
+                    if zero:
+                        worker.zero_weights.__wrapped__(worker, zero)
+                    worker._take_in(worker.buckets.fill(read(), weights == "others"), path == "session")
+                    now = worker._reached().digests()
+                    wrong |= {name for name, _ in seen.setdefault(weights, now).items() ^ now.items()}
+            except Exception as error:  # of one worker, which all have to hear of
+                wrong.add(str(error))
+            found = agreed(f"not as it was before: {some(sorted(wrong))}" if wrong else None)
+            if not found:
+                self.known = sorted((name, shape) for name, _, shape in manifest)
+                return tell(f"online-quant: proved by {path}, {len(now)} tensors; because {self.because}")
+            self.because = found
+        raise RuntimeError(f"this model cannot be synced: {self.because}")
+
+    @collective
+    def receive_weights(self, update_info) -> None:
+        """Receive weights, all or a part, of any floating-point type. Raises RuntimeError."""
+        info = zip(update_info.names, update_info.dtype_names, update_info.shapes, strict=True)
+        manifest, worker = [[name, dtype, list(shape)] for name, dtype, shape in info], self.worker
+        size, self.torn = self.packed_buffer_size_bytes if self.packed else 0, True
+        self.model_update_group.timeout_s = 60.0  # for each bucket; then the sender has died
+        wire = Buckets(manifest, size, self.model_update_group, self.device, as_vllm=True)
+        with to_the_end(wire.receive_from_vllm()) as weights:
+            if self.known is None:
+                self._prove()
+            because = self.because
+            if sorted((name, shape) for name, _, shape in manifest) != self.known:
+                because = because or "these are not all weights of the checkpoint, by their names there"
+            small = min(BUCKET_BYTES, size // 4)  # is in two of vLLM's buckets, even in FP32
+            if not because and (manifest, small, worker.buckets) != self.last:
+                because = self.because = self._agree(manifest, small)
+            if because:
+                tell(f"online-quant: {len(manifest)} weights by a session, because {because}")
+                worker.session = worker.session or worker._open_session()
+                worker.session.load((name, weight.clone()) for name, weight in weights)
+            else:
+                worker._take_in(worker.buckets.fill(weights), by_session=False)
+                self.torn = False
+
+    @collective
+    def finish_weight_update(self) -> None:
+        """Raises RuntimeError, which names them, if weights are missing."""
+        if self.torn:
+            session, self.worker.session = self.worker.session or self.worker._open_session(), None
+            session.complete()
+        self.torn = False
 
 
 # ----- 7. Bytes: digests, and rows quantized as torchao and vLLM do it --------------------------------------
@@ -1460,12 +1568,14 @@ def quantize_rows_kernel(
 def patch_libraries() -> None:
     """What a worker changes in torchao and vLLM before it has a model. Importing this file does not."""
 
-    def watch_loading(model: torch.nn.Module, plain=loading.record_metadata_for_reloading) -> None:
+    def watch_loading(model: torch.nn.Module, plain=model_loader.utils.record_metadata_for_reloading) -> None:
         plain(model)
         model.digests_before_loading = Reached(model).digests()
 
+    # Why: vLLM has no such backend. Delete when: it has.
+    WeightTransferEngineFactory.register_engine("online-quant", OnlineQuantTransfer)
     # Why: called before loading, it tells `zero_weights` what that has written. Delete when: vLLM tells.
-    loading.record_metadata_for_reloading = watch_loading
+    model_loader.utils.record_metadata_for_reloading = watch_loading
 
     plain_quantize = vllm_torchao.torchao_quantize_param_data
     # Why: torchao 0.18 divides an all-zero row (or one whose amax / 448 underflows) by its scale of 0: NaN.

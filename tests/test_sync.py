@@ -252,7 +252,7 @@ def test_wrong_manifest_is_refused_before_a_byte_moves(config, pair):
     for line in (
         f"misshapen: {first} is [3, 3], the engine's model has [259, 128]",
         f"duplicate: {rest[0][0]}",
-        "unexpected: model.lora [1]",
+        "unexpected: model.lora is [1]",
         f"missing: {rest[-1][0]}",
     ):
         assert line in str(error.value)

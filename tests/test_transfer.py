@@ -1,0 +1,184 @@
+"""vLLM's own weight transfer with the helper's backend, on the CPU: what vLLM's sender would broadcast."""
+
+import concurrent.futures
+import dataclasses
+import itertools
+from types import SimpleNamespace
+
+import pytest
+from safetensors.torch import load_file
+from vllm.config.weight_transfer import WeightTransferConfig
+from vllm.distributed.weight_transfer.packed_tensor import pack_tensors
+
+from architectures import build
+from harness import helper
+from local import CONFIG, local_engine, worker
+
+CONFIGURED = WeightTransferConfig(backend="online-quant")
+
+
+def sent(weights: dict, size: int = 100_000) -> tuple:
+    """A group in which vLLM's sender broadcasts, and what it tells of the weights."""
+    items = iter(weights.items())
+    chunks = iter(lambda: pack_tensors(items, lambda item: item[1], size), None)
+    recorded = iter([chunk.packed_tensor for chunk in chunks])
+    group = SimpleNamespace(rank=1, timeout_s=5.0, destroy=lambda: None)
+    group.broadcast = lambda tensor, src, stream: tensor.copy_(next(recorded))
+    dtypes = [str(weight.dtype)[6:] for weight in weights.values()]
+    shapes = [list(weight.shape) for weight in weights.values()]
+    return group, SimpleNamespace(names=[*weights], dtype_names=dtypes, shapes=shapes)
+
+
+def receive(llm, weights: dict, update: bool = True) -> None:
+    """What a worker does when a sender starts an update and broadcasts."""
+    transfer = worker(llm).weight_transfer_engine
+    transfer.packed, transfer.packed_buffer_size_bytes = True, 100_000
+    transfer.model_update_group, info = sent(weights)
+    if update:
+        llm.collective_rpc("start_weight_update")
+    transfer.receive_weights(info)
+
+
+def finish(llm) -> None:
+    llm.collective_rpc("finish_weight_update")
+    llm.reset_prefix_cache()
+
+
+def seen(llm) -> dict:
+    found = llm.observe(["Hello, my name is", "The capital"], 8)
+    assert found["repeatable"]
+    return found
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma-3", "mixtral", "gpt2"])
+def test_an_engine_follows_vllm_s_own_sender(tmp_path, name):
+    """In FP32, in another order, in two parts, and back; as fresh engines of the same checkpoints."""
+    old, new = (build(tmp_path / str(seed), name, seed=seed) for seed in (0, 1))
+    with local_engine(new, CONFIG) as llm:
+        fresh = seen(llm)
+    with local_engine(old, CONFIG, weight_transfer_config=CONFIGURED) as llm:
+        cold, own, others = (
+            seen(llm),
+            load_file(f"{old}/model.safetensors"),
+            load_file(f"{new}/model.safetensors"),
+        )
+        receive(llm, dict(sorted(((key, w.float()) for key, w in others.items()), reverse=True)))
+        finish(llm)
+        assert seen(llm) == fresh
+        receive(llm, own)
+        finish(llm)
+        assert seen(llm) == cold
+        half = len(others) // 2
+        receive(llm, dict(itertools.islice(others.items(), half)))
+        receive(llm, dict(itertools.islice(others.items(), half, None)), update=False)
+        finish(llm)
+        assert seen(llm) == fresh
+
+
+def test_an_update_that_is_not_complete_is_not_served(tmp_path):
+    """Nothing came, or not all: an error with names, and no answers; also while one is under way."""
+    path, left_out = build(tmp_path / "model", "llama"), "model.layers.1.self_attn.v_proj.weight"
+    weights = load_file(f"{path}/model.safetensors")
+    less = {name: weight for name, weight in weights.items() if name != left_out}
+    with local_engine(path, CONFIG, weight_transfer_config=CONFIGURED) as llm:
+        cold = seen(llm)
+
+        def refused_until_all_came() -> None:
+            with pytest.raises(RuntimeError, match="refusing to generate: a weight update is not complete"):
+                llm.answer(["a"], 2)
+            receive(llm, weights)
+            finish(llm)
+            assert seen(llm) == cold
+
+        receive(llm, less)
+        with pytest.raises(RuntimeError, match=rf"1 parameters got no weight .*without {left_out}"):
+            llm.collective_rpc("finish_weight_update")
+        refused_until_all_came()
+        llm.collective_rpc("start_weight_update")
+        with pytest.raises(RuntimeError, match="parameters got no weight .*embed_tokens"):
+            llm.collective_rpc("finish_weight_update")
+        refused_until_all_came()
+        transfer = worker(llm).weight_transfer_engine
+        llm.collective_rpc("start_weight_update")
+        transfer.model_update_group, info = sent(weights)
+        plain, came = transfer.model_update_group.broadcast, []
+
+        def dies(tensor, src, stream) -> None:
+            came.append(tensor)
+            if len(came) == 5:
+                raise RuntimeError("connection closed by peer")
+            plain(tensor, src, stream)
+
+        transfer.model_update_group.broadcast = dies
+        with pytest.raises(RuntimeError, match="bucket 5 of .*connection closed by peer"):
+            transfer.receive_weights(info)
+        refused_until_all_came()
+
+
+class Extension(helper.WorkerExtension):
+    """Workers of an engine with two, whose sender is in the test's process, over gloo."""
+
+    def fail_once(self) -> None:
+        plain = self._take_in
+
+        def fail(*_, **__) -> None:
+            self._take_in = plain
+            raise RuntimeError("out of memory")
+
+        self._take_in = fail if self.rank == 1 else plain
+
+    def receive_from(self, info: dict) -> None:
+        transfer = self.weight_transfer_engine
+        transfer.model_update_group, transfer.packed = self.weight_group, True
+        transfer.packed_buffer_size_bytes = 100_000
+        try:
+            transfer.receive_weights(SimpleNamespace(**info))
+        finally:
+            transfer.model_update_group = None
+
+
+def test_two_workers_stay_in_step(tmp_path):
+    """Replays, a session, and an error that one of them has; by a real broadcast."""
+    old, new = (build(tmp_path / str(seed), "llama", seed=seed) for seed in (0, 1))
+    config = dataclasses.replace(CONFIG, tensor_parallel_size=2)
+    with local_engine(new, config) as llm:
+        fresh = seen(llm)
+    more = dict(weight_transfer_config=CONFIGURED, worker_extension_cls="test_transfer.Extension")
+    with local_engine(old, config, **more) as llm, helper.listen("127.0.0.1") as listening:
+        cold, port = seen(llm), listening.getsockname()[1]
+        weights = {path: load_file(f"{path}/model.safetensors") for path in (old, new)}
+        with concurrent.futures.ThreadPoolExecutor(1) as pool:
+            joining = pool.submit(
+                llm.collective_rpc, "init_weight_update_group", args=("127.0.0.1", port, 1, 3, "gloo", 20.0)
+            )
+            where = "127.0.0.1", port, 0, 3, "cpu", "gloo", 20.0, listening
+            group = helper.stateless_init_process_group(*where)
+            joining.result()
+
+            def bring(these: dict) -> None:
+                names, shapes = [*these], [list(weight.shape) for weight in these.values()]
+                info = dict(names=names, dtype_names=["bfloat16"] * len(names), shapes=shapes)
+                receiving = pool.submit(llm.collective_rpc, "receive_from", args=(info,))
+                items = iter(these.items())
+                while chunk := pack_tensors(items, lambda item: item[1], 100_000):
+                    group.broadcast(chunk.packed_tensor, 0)
+                receiving.result(60)
+
+            def follow() -> None:
+                for path, expected in ((new, fresh), (old, cold)):
+                    llm.collective_rpc("start_weight_update")
+                    bring(weights[path])
+                    finish(llm)
+                    assert seen(llm) == expected
+
+            follow()
+            llm.collective_rpc("start_weight_update")
+            bring(dict(list(weights[new].items())[1:]))
+            with pytest.raises(RuntimeError, match="parameters got no weight"):
+                llm.collective_rpc("finish_weight_update")
+            follow()
+            llm.collective_rpc("fail_once")
+            llm.collective_rpc("start_weight_update")
+            with pytest.raises(RuntimeError, match="engine rank 1: RuntimeError: out of memory"):
+                bring(weights[new])
+            follow()
