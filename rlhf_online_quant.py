@@ -160,11 +160,11 @@ class Rollout:
     advantage: float = 0.0
 
 
-def rlhf_training_iteration(train_model, quantized_llm, prompts, reward, config, step=0, asked=(), ahead=()):
+def rlhf_training_iteration(train_model, quantized_llm, prompts, reward, config, step, pending=(), ahead=()):
     """Rollouts, rewards, a training step, sync. With the next prompts given as `ahead` (`--overlap`), engines
-    generate while the trainer learns. Returns metrics, rollouts, those calls: `asked` of the next step."""
+    generate while the trainer learns. Returns metrics, rollouts, those calls: the next step's `pending`."""
     start, limit_s = time.perf_counter(), config.timeout_s
-    rollouts, rollout_s, sampled = take_in(asked or ask(quantized_llm, prompts, config, step), config)
+    rollouts, rollout_s, sampled = take_in(pending or ask(quantized_llm, prompts, config, step), config)
     pending = ask(quantized_llm, ahead, config, step + 1) if ahead else []
     rewards_PG = compute_rewards(prompts, rollouts, reward, limit_s)
     for rollout, advantage in zip(rollouts, compute_advantages(rewards_PG).flatten().tolist(), strict=True):
@@ -449,7 +449,7 @@ class Trainer(WeightSender):
         return model.to(self.config.trainer_device).eval()
 
     def train_step(self, rollouts: list[Rollout]) -> dict:
-        """`epochs` AdamW steps; returns metrics (README, Metrics). RuntimeError: a gradient is not finite."""
+        """`epochs` AdamW steps; returns metrics (README). Raises if a gradient or weight is not finite."""
         config, start = self.config, time.perf_counter()
         on_gpu = self.device.type == "cuda"
         if on_gpu:

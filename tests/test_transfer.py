@@ -57,11 +57,8 @@ def test_an_engine_follows_vllm_s_own_sender(tmp_path, name):
     with local_engine(new, CONFIG) as llm:
         fresh = seen(llm)
     with local_engine(old, CONFIG, weight_transfer_config=CONFIGURED) as llm:
-        cold, own, others = (
-            seen(llm),
-            load_file(f"{old}/model.safetensors"),
-            load_file(f"{new}/model.safetensors"),
-        )
+        own, others = (load_file(f"{path}/model.safetensors") for path in (old, new))
+        cold = seen(llm)
         receive(llm, dict(sorted(((key, w.float()) for key, w in others.items()), reverse=True)))
         finish(llm)
         assert seen(llm) == fresh
@@ -115,6 +112,35 @@ def test_an_update_that_is_not_complete_is_not_served(tmp_path):
         refused_until_all_came()
 
 
+def test_a_replay_that_forgets_is_found_before_it_serves(tmp_path, monkeypatch, capsys):
+    """It is not proved by the checkpoint, so sessions serve; if they forget, too, nothing does."""
+    old, new = (build(tmp_path / str(seed), "llama", seed=seed) for seed in (0, 1))
+    with local_engine(new, CONFIG) as llm:
+        fresh = seen(llm)
+    weights, plain = load_file(f"{new}/model.safetensors"), helper.bind
+    load, norm = helper.ReloadSession.load, "model.norm.weight"
+    forgets = lambda copy, name, *rest: None if name == norm else plain(copy, name, *rest)
+    monkeypatch.setattr(helper, "bind", forgets)
+    loads_less = lambda session, weights: load(session, ((n, w) for n, w in weights if n != norm))
+    for broken in (False, True):
+        with local_engine(old, CONFIG, weight_transfer_config=CONFIGURED) as llm:
+            if broken:
+                monkeypatch.setattr(helper.ReloadSession, "load", loads_less)
+                monkeypatch.setattr(helper.ReloadSession, "complete", helper.ReloadSession.close)
+                for _ in range(2):  # what a failed proof has left is not what was loaded
+                    with pytest.raises(RuntimeError, match="cannot be synced: not as it was before: "):
+                        receive(llm, weights)
+                continue
+            receive(llm, weights)
+            finish(llm)
+            assert seen(llm) == fresh
+    said = capsys.readouterr().out
+    assert (
+        "proved by session" in said
+        and "by a session, because not as it was before: model.norm.weight" in said
+    )
+
+
 class Extension(helper.WorkerExtension):
     """Workers of an engine with two, whose sender is in the test's process, over gloo."""
 
@@ -127,6 +153,9 @@ class Extension(helper.WorkerExtension):
 
         self._take_in = fail if self.rank == 1 else plain
 
+    def why_no_replays(self) -> str | None:
+        return self.weight_transfer_engine.because
+
     def receive_from(self, info: dict) -> None:
         transfer = self.weight_transfer_engine
         transfer.model_update_group, transfer.packed = self.weight_group, True
@@ -137,8 +166,9 @@ class Extension(helper.WorkerExtension):
             transfer.model_update_group = None
 
 
-def test_two_workers_stay_in_step(tmp_path):
-    """Replays, a session, and an error that one of them has; by a real broadcast."""
+@pytest.mark.parametrize("one_cannot", [False, True])
+def test_two_workers_stay_in_step(tmp_path, one_cannot):
+    """Replays, a session, and an error that one of them has, in its proof or later; by a real broadcast."""
     old, new = (build(tmp_path / str(seed), "llama", seed=seed) for seed in (0, 1))
     config = dataclasses.replace(CONFIG, tensor_parallel_size=2)
     with local_engine(new, config) as llm:
@@ -171,7 +201,14 @@ def test_two_workers_stay_in_step(tmp_path):
                     finish(llm)
                     assert seen(llm) == expected
 
+            if one_cannot:
+                llm.collective_rpc("fail_once")
             follow()
+            because = llm.collective_rpc("why_no_replays")
+            if one_cannot:
+                assert because == ["not as it was before: out of memory"] * 2
+                return
+            assert because == [None, None]
             llm.collective_rpc("start_weight_update")
             bring(dict(list(weights[new].items())[1:]))
             with pytest.raises(RuntimeError, match="parameters got no weight"):

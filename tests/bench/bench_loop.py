@@ -85,7 +85,7 @@ def steps(config: Benchmark, trainer, engines: list, prompts: list, overlap: boo
         batch, following = (driver.prompts_of_step(config, prompts, number) for number in (step, step + 1))
         more = following if overlap and step + 1 < count else None
         row, _, asked = driver.rlhf_training_iteration(
-            trainer, engines, batch, driver.letters, config, step, asked, ahead=more
+            trainer, engines, batch, driver.letters, config, step, asked, more
         )
         rows.append(row)
         print(driver.LINE_OF_STEP.format(**row), flush=True)

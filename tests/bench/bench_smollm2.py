@@ -9,7 +9,6 @@ The runs of WAYS, each with seeds 0, 1 and 2, start from the same weights in one
 
 import contextlib
 import dataclasses
-import fcntl
 import json
 import shutil
 import statistics
@@ -37,8 +36,6 @@ class Benchmark(driver.Config):
     """Keys of WAYS."""
     seeds: int = 3
     """0, 1 and so on."""
-    alone: Path | None = None
-    """A file that one of several benchmarks on a GPU holds while it runs."""
 
 
 def start_again(trainer: driver.Trainer, config: driver.Config, corrected: bool) -> None:
@@ -55,13 +52,13 @@ def start_again(trainer: driver.Trainer, config: driver.Config, corrected: bool)
     module.compute_ppo_loss = loss
 
 
-def run(config: Benchmark, trainer, engines, prompts, held_out, corrected: bool) -> dict:
+def run(config: Benchmark, trainer, engines, prompts, held_out, names: dict, corrected: bool) -> dict:
     """One run from the start: rows of metrics, held-out answers and mismatch before and after, seconds."""
     config.output_dir.mkdir(parents=True, exist_ok=True)
     driver.wait([trainer.__ray_call__.remote(start_again, config, corrected)], 300, "starting again")
     helper.sync_weights_to_quantized_engine(trainer, engines, timeout_s=300)
     # Outside of the time that is taken.
-    look = lambda: driver.explain_mismatch(config, trainer, engines[0], prompts[:8], layers(engines))
+    look = lambda: driver.explain_mismatch(config, trainer, engines[0], prompts[:8], names)
     ask = lambda: driver.ask_held_out(config, engines, held_out, make_smollm2.exact)
     mismatch, answers, start = [look()], [ask()], time.perf_counter()
     rows = driver.train(config, trainer, engines, prompts, make_smollm2.exact, 0)
@@ -74,12 +71,6 @@ def run(config: Benchmark, trainer, engines, prompts, held_out, corrected: bool)
     }
 
 
-def layers(engines: list) -> list:
-    """What the engine has in FP8."""
-    asked = helper.on_workers(engines[:1], "inspect_weights")
-    return driver.wait(asked, 60, "inspecting the engine")[0][0]["names"]
-
-
 def main(config: Benchmark) -> None:
     """All ways and seeds with one engine."""
     config = dataclasses.replace(config, reward="make_smollm2:exact")
@@ -87,7 +78,7 @@ def main(config: Benchmark) -> None:
     with contextlib.ExitStack() as cleanup:
         config, device = driver.resolve(config, connect(config, cleanup))
         config, prompts, held_out, *_ = driver.check(config, device)
-        trainer, engines, _ = driver.start(config, device, cleanup)
+        trainer, engines, ranks = driver.start(config, device, cleanup)
         helper.prove_sync(trainer, engines, max_tokens=config.max_tokens, timeout_s=config.timeout_s)
         print(f"Ready after {time.time() - psutil.Process().create_time():.1f} s", flush=True)
         for way in config.ways:
@@ -95,12 +86,9 @@ def main(config: Benchmark) -> None:
             for seed in range(config.seeds):
                 folder = config.output_dir / f"{way}-{seed}".replace(" ", "-")
                 own = dataclasses.replace(config, **changes, seed=seed, output_dir=folder)
-                with open(own.alone, "w") if own.alone else contextlib.nullcontext() as lock:
-                    if lock:
-                        fcntl.flock(lock, fcntl.LOCK_EX)
-                    name = f"{config.quantization}, {way}, seed {seed}"
-                    found[name] = run(own, trainer, engines, prompts, held_out, corrected)
-                    shutil.rmtree(folder / f"checkpoint-{own.steps}")
+                name, names = f"{config.quantization}, {way}, seed {seed}", ranks[0]["names"]
+                found[name] = run(own, trainer, engines, prompts, held_out, names, corrected)
+                shutil.rmtree(folder / f"checkpoint-{own.steps}")
                 print(name, {key: value for key, value in found[name].items() if key != "rows"}, flush=True)
                 (config.output_dir / "smollm2.json").write_text(json.dumps(found))
 
@@ -123,7 +111,9 @@ def plot(folders: list[str]) -> None:
             axis.plot(smooth, style, color=color, label=name)
         right = [each["held_out"] for each in runs]
         mean = lambda key: statistics.mean(row[key] for each in runs for row in each["rows"])
-        median = lambda key: statistics.median(row[key] for each in runs for row in each["rows"][2:])
+        median = lambda key: statistics.median(
+            row[key] for each in runs for row in each["rows"][2 * (len(each["rows"]) > 2) :]
+        )
         after = [f"{100 * last['all_right']:.1f}%" for _, last in right]
         print(
             f"RESULT {name}: held out {100 * right[0][0]['all_right']:.1f}% before, {', '.join(after)} after"
