@@ -217,8 +217,7 @@ def find_agreement(trainers: list, engines: list, bucket_bytes: int, timeout_s: 
         raise RuntimeError("the workers want the same weights in other dtypes: start all engines alike")
     wait([trainers[0].agree_on_weights.remote(manifests[0], bucket_bytes)], timeout_s, doing)
     because = "; ".join(sorted(set(filter(None, reasons)))) or None
-    how = f"reload sessions, because {because}" if because else "replays of what vLLM would copy"
-    tell(f"Agreed on {len(manifest)} weights; weight syncs are {how}")
+    tell(f"Agreed on {len(manifest)} weights" + (f"; not by replays, because {because}" if because else ""))
     return because
 
 
@@ -248,8 +247,7 @@ def differences(engines: list, seen: list[dict], timeout_s: float) -> list[str]:
     """Names of the tensors that are not as `seen`; if all are, prompts that are answered differently."""
     found = []
     for i, (now, then) in enumerate(zip(observe(engines, timeout_s, seen=seen), seen, strict=True)):
-        names = sorted(now["digests"].keys() | then["digests"].keys())
-        wrong = [name for name in names if now["digests"].get(name) != then["digests"].get(name)]
+        wrong = sorted({name for name, _ in now["digests"].items() ^ then["digests"].items()})
         if not wrong and then["repeatable"]:
             pairs = zip(now["answers"], then["answers"], strict=True)
             wrong = [f"the answer to {old['prompt']!r}" for new, old in pairs if new != old]
@@ -664,7 +662,7 @@ def collective(method):
             error = f"{type(caught).__name__}: {caught}"
         errors = [error] * group.world_size
         if group.world_size > 1:  # rank 0 names who does not come; after an error the others are near
-            limit_s = getattr(self.weight_group, "timeout_s", 600)
+            limit_s = getattr(getattr(self, "weight_group", None), "timeout_s", 600)
             limit_s = max(2, min(5, limit_s / 3)) if error else limit_s  # `wait` has 7 s
             try:
                 dist.monitored_barrier(group.cpu_group, timedelta(seconds=limit_s), wait_all_ranks=True)
@@ -697,6 +695,7 @@ class WorkerExtension:
     session: ReloadSession | None = None  # that `update_weight` has opened, until an update was complete
     last_seen: dict[str, int] | None = None  # what was stored when `check_weights_changed` was last asked
     at_start: Reached | None = None  # what the model reached before anything was brought
+    after_loading: dict[str, int] | None = None  # digests, if requests may come before `zero_weights`
     newest: WorkerExtension | None = None  # of this process
 
     def __new__(cls, *args, **kwargs):
@@ -722,10 +721,15 @@ class WorkerExtension:
 
     def _open_session(self) -> ReloadSession:
         """A new session; one that `update_weight` has left open ends."""
-        if self.session is not None:
-            self.session.close()
+        self._drop_session()
         self.at_start = self.at_start or self._reached()
         return ReloadSession(self.get_model(), self.model_config, self.at_start, self._reached)
+
+    def _drop_session(self) -> None:
+        if self.session is not None:
+            with contextlib.suppress(Exception):  # of one that has failed; what it has left comes anew
+                self.session.close()
+        self.session = None
 
     @collective
     def agree_on_weights(self, manifest: Manifest, bucket_bytes=BUCKET_BYTES) -> tuple[Manifest, str | None]:
@@ -772,11 +776,9 @@ class WorkerExtension:
         else:
             for number in numbers:
                 if number == 0:  # while the second bucket travels
-                    if self.session is not None:
-                        self.session.close()
+                    self._drop_session()
                     self.at_start.put_back()  # what others may have moved or made anew
                 self.replay(number)
-        self.session = None
 
     @collective
     def update_weight(self, name: str, dtype_name: str, shape: list[int]) -> None:
@@ -809,9 +811,9 @@ class WorkerExtension:
         """Set to zero what loading has written, so that what the next sync forgets will show: "stored", which
         are parameters and buffers; or "all", also what hangs elsewhere, and which no replay makes again."""
         reached, before = self._reached(), self.get_model().digests_before_loading
-        after = reached.digests()
+        after = self.after_loading or reached.digests()
         for name, tensor in reached.tensors.items():
-            written = name in reached.parameters or after[name] != before.get(name)
+            written = name in reached.parameters or after.get(name) != before.get(name)
             if written and (name in reached.stored or which == "all" and tensor.is_floating_point()):
                 tensor.zero_()
 
@@ -845,9 +847,8 @@ class WorkerExtension:
             elif not is_scale and loaded.ndim > 1 and "bias" not in leaf:
                 names["not_fp8"] += called
                 not_fp8.setdefault(type(layer).__name__, []).append(f"{name} {list(loaded.shape)}")
-        found = {"fp8_linear_layers": layers, "not_fp8": not_fp8}
-        found["names"] = {kind: sorted(set(each)) for kind, each in names.items()}
-        return {"rank": self.rank, **found, **gib}
+        names = {kind: sorted(set(each)) for kind, each in names.items()}
+        return {"rank": self.rank, "fp8_linear_layers": layers, "not_fp8": not_fp8, "names": names, **gib}
 
 
 def check_manifest(manifest: Manifest, expected: Manifest) -> None:
@@ -1084,8 +1085,7 @@ def stateless_init_process_group(
     with unpinned_nccl_env():  # the settings that vLLM pins for its workers are not the trainer's
         group = PyNcclCommunicator.from_unique_id_bytes(store.get("nccl_id"), rank, world_size, device)
     if group.disabled:
-        why = "NCCL is disabled in vLLM (is VLLM_DISABLE_PYNCCL set?), weights cannot flow"
-        raise RuntimeError(f"rank {rank}: {why}")
+        raise RuntimeError(f"rank {rank}: NCCL is disabled in vLLM (is VLLM_DISABLE_PYNCCL set?)")
     group.store, group.timeout_s = store, timeout_s  # the other ranks may still be reading the store
     return group
 
@@ -1386,49 +1386,53 @@ def agreed(reason: str | None) -> str | None:
 class OnlineQuantTransfer(NCCLWeightTransferEngine):
     """vLLM's own weight transfer, `{"backend": "online-quant"}`, from the senders of its "nccl" backend.
 
-    Before the first update replays prove themselves by the checkpoint that was loaded. Weights by other names
+    When a sender joins, replays prove themselves by the checkpoint that was loaded. Weights by other names
     are a session, and so are those in parts. Until an update is complete nothing is computed."""
 
     supports_draft_weight_update = False
-    weight_group = None  # see `collective`
 
     def __init__(self, *args):
         super().__init__(*args)
         self.worker, self.torn = WorkerExtension.newest, False
-        self.cold: dict[str, int] | None = None  # digests of what was loaded
+        self.cold: dict[str, int] | None = None  # digests before anything is brought
         self.known, self.because = None, None  # when it is proved: the checkpoint's weights, why no replays
-        self.last: tuple | None = None  # a manifest, a size, and the worker's buckets for them
-        plain = self.worker.model_runner.execute_model
+        self.worker.after_loading = Reached(self.model).digests()
+        runner = self.worker.model_runner
+        runner.execute_model = functools.partial(self._execute_model, runner.execute_model)
 
-        def execute_model(scheduled, *args, **kwargs):
-            if self.torn and scheduled.total_num_scheduled_tokens:
-                raise RuntimeError("refusing to generate: a weight update is not complete; send all weights")
-            return plain(scheduled, *args, **kwargs)
+    def _execute_model(self, plain, scheduled, *args, **kwargs):
+        if self.torn and scheduled.total_num_scheduled_tokens:
+            raise RuntimeError("refusing to generate: a weight update is not complete; send all weights")
+        return plain(scheduled, *args, **kwargs)
 
-        self.worker.model_runner.execute_model = execute_model
+    def init_transfer_engine(self, init_info) -> None:
+        """Join the sender's group. Raises RuntimeError if this model cannot be synced."""
+        super().init_transfer_engine(init_info)
+        self.model_update_group.timeout_s = 60.0  # for each bucket; then the sender has died
+        if self.known is None:
+            self.prove()
 
     def start_weight_update(self) -> None:
         """What is there may be lost from now on."""
         self.torn = True
-        if self.worker.session is not None:
-            with contextlib.suppress(Exception):  # of one that has failed; what it has left comes anew
-                self.worker.session.close()
-        self.worker.session = None
+        self.worker._drop_session()
 
-    def _agree(self, manifest: Manifest, bucket_bytes: int) -> str | None:
+    def _agree(self, manifest: Iterator[list], bucket_bytes: int) -> str | None:
         try:
+            manifest = [*manifest]
             _, because = self.worker.agree_on_weights.__wrapped__(self.worker, manifest, bucket_bytes)
         except Exception as error:  # of one worker: then all take sessions
             because = f"{type(error).__name__}: {error}"
-        self.last = manifest, bucket_bytes, self.worker.buckets
+        self.last = manifest, bucket_bytes, self.worker.buckets  # which these are for
         return agreed(because)
 
-    def _prove(self) -> None:
-        """As `prove_sync` does, but for answers. Raises RuntimeError."""
+    @collective
+    def prove(self) -> None:
+        """Once, as `prove_sync` does, but for answers. Raises RuntimeError."""
         loader, worker = model_loader.get_model_loader(self.vllm_config.load_config), self.worker
-        read = functools.partial(loader.get_all_weights, self.model_config, self.model)
-        manifest = [[name, str(weight.dtype)[6:], list(weight.shape)] for name, weight in read()]
         self.cold = self.cold or worker._reached().digests()
+        read = functools.partial(loader.get_all_weights, self.model_config, self.model)
+        manifest = ([name, str(weight.dtype)[6:], list(weight.shape)] for name, weight in read())
         self.because = self._agree(manifest, BUCKET_BYTES)
         for moves in [SESSIONS] if self.because else [REPLAYS, SESSIONS]:
             seen, wrong = {"own": self.cold}, set()
@@ -1443,7 +1447,7 @@ class OnlineQuantTransfer(NCCLWeightTransferEngine):
                 wrong.add(str(error))
             found = agreed(f"not as it was before: {some(sorted(wrong))}" if wrong else None)
             if not found:
-                self.known = sorted((name, shape) for name, _, shape in manifest)
+                self.known = sorted((name, shape) for name, _, shape in self.last[0])
                 return tell(f"online-quant: proved by {path}, {len(now)} tensors; because {self.because}")
             self.because = found
         raise RuntimeError(f"this model cannot be synced: {self.because}")
@@ -1453,13 +1457,9 @@ class OnlineQuantTransfer(NCCLWeightTransferEngine):
         """Receive weights, all or a part, of any floating-point type. Raises RuntimeError."""
         info = zip(update_info.names, update_info.dtype_names, update_info.shapes, strict=True)
         manifest, worker = [[name, dtype, list(shape)] for name, dtype, shape in info], self.worker
-        size, self.torn = self.packed_buffer_size_bytes if self.packed else 0, True
-        self.model_update_group.timeout_s = 60.0  # for each bucket; then the sender has died
+        size, self.torn, because = self.packed_buffer_size_bytes if self.packed else 0, True, self.because
         wire = Buckets(manifest, size, self.model_update_group, self.device, as_vllm=True)
         with to_the_end(wire.receive_from_vllm()) as weights:
-            if self.known is None:
-                self._prove()
-            because = self.because
             if sorted((name, shape) for name, _, shape in manifest) != self.known:
                 because = because or "these are not all weights of the checkpoint, by their names there"
             small = min(BUCKET_BYTES, size // 4)  # is in two of vLLM's buckets, even in FP32

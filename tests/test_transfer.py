@@ -34,6 +34,8 @@ def receive(llm, weights: dict, update: bool = True) -> None:
     transfer = worker(llm).weight_transfer_engine
     transfer.packed, transfer.packed_buffer_size_bytes = True, 100_000
     transfer.model_update_group, info = sent(weights)
+    if transfer.known is None:
+        transfer.prove()
     if update:
         llm.collective_rpc("start_weight_update")
     transfer.receive_weights(info)
@@ -160,6 +162,8 @@ class Extension(helper.WorkerExtension):
         transfer = self.weight_transfer_engine
         transfer.model_update_group, transfer.packed = self.weight_group, True
         transfer.packed_buffer_size_bytes = 100_000
+        if transfer.known is None:
+            transfer.prove()
         try:
             transfer.receive_weights(SimpleNamespace(**info))
         finally:

@@ -185,12 +185,16 @@ def measure_trl(config: Benchmark, port: int) -> dict[int, dict]:
     """TRL's part: seconds of a step by length and mode, each in a process of its own, on our engine's GPU."""
     found = {length: {} for length in config.lengths}
     for length, mode in itertools.product(config.lengths, config.modes):
-        numbers = [WARM_UP + config.repeats, length, config.tokens_per_microbatch // length, port]
-        program = str(Path(__file__).with_name("peer_trl.py"))
-        command = [sys.executable, program, config.model, *map(str, numbers)]
+        flags = dict(
+            model=config.model, port=port, steps=WARM_UP + config.repeats, dtype=config.trainer_dtype
+        )
+        flags |= {"max-tokens": length, "microbatch": config.tokens_per_microbatch // length}
+        command = [sys.executable, str(Path(__file__).with_name("peer_trl.py")), "--prompts", *helper.PROMPTS]
+        command += [f"--{name}={value}" for name, value in flags.items()]
+        command += ["--gradient-checkpointing" if mode == "on" else "--no-gradient-checkpointing"]
         with (config.output_dir / f"trl_{length}_{mode}.log").open("w") as log:
             output = subprocess.run(
-                [*command, mode, json.dumps(helper.PROMPTS), config.trainer_dtype],
+                command,
                 env=os.environ | {"CUDA_VISIBLE_DEVICES": "1"},
                 stdout=subprocess.PIPE,
                 stderr=log,

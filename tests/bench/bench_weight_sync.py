@@ -27,6 +27,8 @@ import tests_on_path  # noqa: F401
 import torch
 import tyro
 from transformers import AutoModelForCausalLM
+from vllm.config.weight_transfer import WeightTransferConfig
+from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
 
 from harness import (
     Extension,
@@ -53,6 +55,7 @@ RAW, PUBLISHED, VLLM = (
     "vLLM's NCCL weight transfer, packed",
 )
 SESSION, PROOF, OURS = "reload session", "proof (agrees, records, syncs, compares)", "ours"
+BACKEND = "the same sender, our backend"
 
 
 @dataclasses.dataclass
@@ -117,6 +120,13 @@ class BenchmarkExtension(Extension):
     @collective
     def do_nothing(self) -> None:
         pass
+
+    def use_backend(self, backend: str) -> None:
+        """Of vLLM's weight transfer, from now on."""
+        self.shutdown_weight_transfer_engine()
+        config = WeightTransferConfig(backend=backend)
+        where = config, self.vllm_config, self.device, self.get_model()
+        self.weight_transfer_engine = WeightTransferEngineFactory.create_engine(*where)
 
     def allocated_gib(self, peak: bool) -> float:
         return allocated_gib(self.device, peak)
@@ -293,9 +303,13 @@ def measure(config: Benchmark, device: str, trainer, actor) -> dict:
         slow = functools.partial(timed, ask_trainer, send_as_published, actor)
         add(PUBLISHED, slow, config.slow_repeats, warm_up=0, ours=False)
     if config.trainer_device == device == "cuda":
-        ask_trainer(join_vllm, actor, config.world_size)
-        theirs = functools.partial(timed, ask_trainer, lambda trainer: trainer.vllm_sender.send_weights())
-        add(VLLM, theirs, config.repeats, ours=False)
+        for method, backend in ((VLLM, "nccl"), (BACKEND, "online-quant")):
+            our_sync()
+            our_sync()  # the weights of the start, by which the backend proves itself
+            llm.collective_rpc("use_backend", args=(backend,))
+            ask_trainer(join_vllm, actor, config.world_size)
+            theirs = functools.partial(timed, ask_trainer, lambda trainer: trainer.vllm_sender.send_weights())
+            add(method, theirs, config.repeats, ours=False)
         our_sync()
         our_sync()
         different = [] if config.dummy else helper.differences([actor], [cold], config.timeout_s)
@@ -357,7 +371,7 @@ def draw(folder: Path) -> None:
     results = [json.loads(file.read_text()) for file in folder.glob("weight_sync_*.json")]
     results.sort(key=lambda result: result["bytes"])
     figure, (bars, growth) = plt.subplots(1, 2, figsize=(13, 5), layout="constrained")
-    methods = [m for m in (RAW, OURS, SESSION, VLLM, PUBLISHED) if m in results[-1]["rows"]]
+    methods = [m for m in (RAW, OURS, SESSION, VLLM, BACKEND, PUBLISHED) if m in results[-1]["rows"]]
     width = 0.8 / len(methods)
     for i, method in enumerate(methods):
         chosen = [(x, result) for x, result in enumerate(results) if method in result["rows"]]

@@ -1,0 +1,164 @@
+"""TRL as it is against `vllm serve`: vLLM's own weight transfer, and the helper's backend, in one run.
+
+    python tests/bench/bench_transfer.py --shape qwen3-0.6b --quantization fp8_per_channel [any flag]
+
+For each backend a server of its own starts, and TRL's GRPO (`peer_trl.py`) trains against one after another.
+Then the tensors and greedy answers of the helper's server are compared with those of a fresh one, of the
+weights of TRL's last update. Prints lines, writes OUTPUT_DIR/transfer.json. Needs trl==1.16.0.
+"""
+
+import contextlib
+import dataclasses
+import json
+import os
+import shlex
+import signal
+import statistics
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+import tests_on_path  # noqa: F401
+import tyro
+from vllm.utils.network_utils import get_open_port
+
+from harness import driver, helper
+from random_models import build_random_model
+
+PROJECT = Path(__file__).resolve().parents[2]
+
+
+@dataclasses.dataclass
+class Benchmark:
+    """One shape, one quantization."""
+
+    shape: str = "qwen3-0.6b"
+    """A key of SHAPES in random_models.py; a model of random weights."""
+    model: Path | None = None
+    """A folder with a model, instead."""
+    quantization: str = "fp8_per_channel"
+    """As the driver's flag."""
+    backends: tuple[str, ...] = ("nccl", "online-quant")
+    """Of vLLM's weight transfer."""
+    max_tokens: int = 128
+    gpus: tuple[str, str] = ("0", "1")
+    """Of TRL, of the servers."""
+    server_args: str = "--gpu-memory-utilization=0.4"
+    """More for `vllm serve`."""
+    max_model_len: int = 512
+    peer_args: str = "--learning-rate=1e-5"
+    """More for peer_trl.py."""
+    output_dir: Path = Path("outputs/transfer")
+
+
+@contextlib.contextmanager
+def server(config: Benchmark, model: str, name: str, backend: str | None) -> Iterator[int]:
+    """`vllm serve` as README has it; its port. Without a backend it only answers."""
+    port, arguments = get_open_port(), driver.quantization_arguments(config.quantization)
+    command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", model, "--port", str(port)]
+    command += ["--host", "127.0.0.1", "--dtype", "bfloat16", "--max-model-len", str(config.max_model_len)]
+    command += ["--logprobs-mode", "processed_logprobs", *shlex.split(config.server_args)]
+    for key, value in arguments.items():
+        text = value if isinstance(value, str) else json.dumps(value)
+        command += [f"--{key.replace('_', '-')}", text] if value else []
+    if backend != "nccl":
+        command += ["--worker-extension-cls", "rlhf_utils.WorkerExtension"]
+    if backend:
+        command += ["--weight-transfer-config", json.dumps({"backend": backend})]
+    environment = {"CUDA_VISIBLE_DEVICES": config.gpus[1], "VLLM_SERVER_DEV_MODE": "1"}
+    environment |= {"PYTHONPATH": str(PROJECT), "TORCHINDUCTOR_DETERMINISTIC": "1"}
+    with (config.output_dir / f"server_{name}.log").open("w") as log:
+        how = dict(env=os.environ | environment, stdout=log, stderr=log, start_new_session=True)
+        process = subprocess.Popen(command, **how)
+        try:
+            yield port
+        finally:
+            os.killpg(process.pid, signal.SIGTERM)
+            process.wait(60)
+
+
+def wait_for_server(port: int, limit_s: float = 400) -> None:
+    """Until it answers."""
+    give_up = time.monotonic() + limit_s
+    while True:
+        try:
+            return urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=2).close()
+        except OSError as error:
+            if time.monotonic() > give_up:
+                raise TimeoutError("the server is not up: see its log") from error
+            time.sleep(1)
+
+
+def post(port: int, path: str, body: dict) -> dict:
+    """What the server answers."""
+    data, kind = json.dumps(body).encode(), {"Content-Type": "application/json"}
+    request = urllib.request.Request(f"http://127.0.0.1:{port}/{path}", data, kind)
+    with urllib.request.urlopen(request, timeout=300) as response:
+        return json.loads(response.read())
+
+
+def look(port: int, asked: list[list[int]], max_tokens: int) -> tuple[list[dict], list[str]]:
+    """Digests of what the workers' models reach; greedy answers, which come first."""
+    body = dict(model=post_models(port), prompt=asked, temperature=0, max_tokens=max_tokens)
+    answers = [choice["text"] for choice in post(port, "v1/completions", body)["choices"]]
+    return post(port, "collective_rpc", {"method": "reached_digests"})["results"], answers
+
+
+def post_models(port: int) -> str:
+    """The name of the model that is served."""
+    with urllib.request.urlopen(f"http://127.0.0.1:{port}/v1/models", timeout=60) as response:
+        return json.loads(response.read())["data"][0]["id"]
+
+
+def train(config: Benchmark, model: str, port: int, save_to: Path) -> dict:
+    """What TRL's process says."""
+    flags = {"model": model, "port": port, "max-tokens": config.max_tokens, "save-to": save_to}
+    command = [sys.executable, str(Path(__file__).with_name("peer_trl.py")), "--prompts", *helper.PROMPTS]
+    command += [*(f"--{name}={value}" for name, value in flags.items()), *shlex.split(config.peer_args)]
+    environment = os.environ | {"CUDA_VISIBLE_DEVICES": config.gpus[0]}
+    with save_to.with_suffix(".log").open("w") as log:
+        how = dict(stdout=subprocess.PIPE, stderr=log, text=True, timeout=580, check=True)
+        output = subprocess.run(command, env=environment, **how).stdout
+    return json.loads(output.strip().splitlines()[-1])
+
+
+def main(config: Benchmark) -> None:
+    """Measure, compare, print, write."""
+    config.output_dir.mkdir(parents=True, exist_ok=True)
+    model, found, seen = str(config.model or config.output_dir / "model"), {}, {}
+    if not Path(model).exists():
+        build_random_model(model, config.shape)
+    title = f"RESULT {config.model or config.shape} {config.quantization}"
+    with contextlib.ExitStack() as servers:
+        ports = {each: servers.enter_context(server(config, model, each, each)) for each in config.backends}
+        for port in ports.values():
+            wait_for_server(port)
+        for backend, port in ports.items():
+            if backend != "nccl":
+                look(port, [[1, 2, 3]], 4)  # as a user does who tries it before training
+            learned = config.output_dir / f"learned_{backend}"
+            found[backend] = train(config, model, port, learned)
+            if backend != "nccl":
+                seen[backend] = look(port, found[backend]["asked"], 32)
+            times = {key: statistics.median(found[backend][key][1:]) for key in ("step_s", "sync_s")}
+            print(f"{title} {backend}: {times}, held out {found[backend]['held_out']}", flush=True)
+    for backend, (digests, answers) in seen.items():
+        with server(config, str(config.output_dir / f"learned_{backend}"), "fresh", None) as port:
+            wait_for_server(port)
+            fresh, said = look(port, found[backend]["asked"], 32)
+        pairs = zip(digests, fresh, strict=True)  # of each worker
+        different = sum(one.get(name) != two.get(name) for one, two in pairs for name in one | two)
+        same = sum(one == two for one, two in zip(answers, said, strict=True))
+        found[backend] |= {"different": different, "same_answers": same}
+        line = f"{different} of {sum(map(len, digests))} tensors differ from a fresh server's"
+        print(f"{title} {backend}: {line}, {same} of {len(said)} answers are equal", flush=True)
+    (config.output_dir / "transfer.json").write_text(
+        json.dumps(dataclasses.asdict(config) | found, default=str)
+    )
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Benchmark))
