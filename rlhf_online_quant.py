@@ -423,6 +423,9 @@ class Trainer(WeightSender):
         if config.trainer_dtype == "bfloat16":
             how["lr"] = torch.tensor(config.learning_rate)  # it is compiled, and refuses a number later
             self.optimizer = AdamW8bit(self.model.parameters(), **how, bf16_stochastic_round=True)
+            for module in self.model.modules() if self.device.type == "cuda" else ():  # one kernel for many
+                if type(module).__name__.endswith(("Norm", "MLP")):
+                    module.compile(dynamic=True)
         else:
             self.optimizer = torch.optim.AdamW(self.model.parameters(), **how, fused=True)
         self.random = torch.cuda if self.device.type == "cuda" else torch
@@ -451,8 +454,7 @@ class Trainer(WeightSender):
     def train_step(self, rollouts: list[Rollout]) -> dict:
         """`epochs` AdamW steps; returns metrics (README). Raises if a gradient or weight is not finite."""
         config, start = self.config, time.perf_counter()
-        on_gpu = self.device.type == "cuda"
-        if on_gpu:
+        if on_gpu := self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
         batches = [self._pad(part) for part in split_by_tokens(rollouts, config.tokens_per_microbatch)]
         tokens = sum(len(rollout.completion) for rollout in rollouts)
@@ -546,10 +548,8 @@ def checkpoint_layers(model: torch.nn.Module, config: Config) -> None:
         (free, total), more = torch.cuda.mem_get_info(), 13 if model.dtype == torch.float32 else 4
         free -= total / 10 + model.num_parameters() * more  # gradients, moments, FP32's copies for products
         keep = sum(activation_bytes(config, model.config, n) < free for n in range(1, keep + 1))
-    kept = {i * len(layers) // keep for i in range(keep)}
-    for number, layer in enumerate(layers):
-        if number not in kept:
-            layer.forward = functools.partial(checkpoint, layer.forward, use_reentrant=False)
+    for number in {*range(len(layers))} - {i * len(layers) // keep for i in range(keep)}:
+        layers[number].forward = functools.partial(checkpoint, layers[number].forward, use_reentrant=False)
 
 
 def activation_bytes(config: Config, model: transformers.PretrainedConfig, keep: int = 0) -> float:

@@ -611,6 +611,7 @@ def computing_as(
 
     model.set_experts_implementation("eager")  # expert by expert, each a linear layer
     with contextlib.ExitStack() as modes:
+        modes.enter_context(torch.compiler.set_stance("force_eager"))
         modes.callback(model.set_experts_implementation, experts)
         modes.callback(model.get_input_embeddings().register_forward_hook(disturb).remove)
         modes.enter_context(Instead(linear, lambda *given: compute(linear, given, *given)))
@@ -1176,8 +1177,7 @@ class Buckets:
                 came, weight = next(weights, ("no more weights", torch.empty(0)))
                 found, expected = (came, list(weight.shape)), (name, list(view.shape))
                 if found != expected:
-                    why = "the weights have changed since `prepare_weights`"
-                    raise ValueError(f"found {found}, expected {expected}: {why}")
+                    raise ValueError(f"found {found}, expected {expected}, which `prepare_weights` has seen")
                 sources.append(weight)
             torch._foreach_copy_([view for _, view in views], sources)
             for _, view in views if others else ():
