@@ -6,6 +6,7 @@ import itertools
 from types import SimpleNamespace
 
 import pytest
+import torch
 from safetensors.torch import load_file
 from vllm.config.weight_transfer import WeightTransferConfig
 from vllm.distributed.weight_transfer.packed_tensor import pack_tensors
@@ -72,6 +73,30 @@ def test_an_engine_follows_vllm_s_own_sender(tmp_path, name):
         receive(llm, dict(itertools.islice(others.items(), half, None)), update=False)
         finish(llm)
         assert seen(llm) == fresh
+
+
+def test_it_may_be_asked_before_the_first_update(tmp_path):
+    """What requests leave behind is no weight: the proof does not zero it, and does not want it back."""
+    old, new = (build(tmp_path / str(seed), "llama", seed=seed) for seed in (0, 1))
+    with local_engine(new, CONFIG) as llm:
+        fresh = seen(llm)
+    with local_engine(old, CONFIG, weight_transfer_config=CONFIGURED) as llm:
+        model = worker(llm).get_model()
+        model.lm_head.scratch = torch.ones(4)  # as kernels hold memory to work in, since a request
+        receive(llm, load_file(f"{new}/model.safetensors"))
+        finish(llm)
+        assert worker(llm).weight_transfer_engine.because is None
+        assert model.lm_head.scratch.tolist() == [1.0] * 4
+        del model.lm_head.scratch
+        assert seen(llm) == fresh
+
+
+def test_an_engine_without_a_checkpoint_is_refused(tmp_path):
+    """Before a sender broadcasts anything; and it does not serve."""
+    path = build(tmp_path / "model", "llama")
+    with local_engine(path, CONFIG, weight_transfer_config=CONFIGURED, load_format="dummy") as llm:
+        with pytest.raises(RuntimeError, match="DummyModelLoader"):
+            worker(llm).weight_transfer_engine.prove()
 
 
 def test_an_update_that_is_not_complete_is_not_served(tmp_path):
