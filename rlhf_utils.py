@@ -1083,7 +1083,7 @@ def stateless_init_process_group(
         return GlooGroup(store, rank, world_size, own_address, timeout_s)
     if rank == 0:
         store.set("nccl_id", bytes(NCCLLibrary().ncclGetUniqueId().internal))
-    with unpinned_nccl_env():  # the settings that vLLM pins for its workers are not the trainer's
+    with unpinned_nccl_env(), set_default_torch_dtype(torch.float32):  # not as vLLM's workers have them
         group = PyNcclCommunicator.from_unique_id_bytes(store.get("nccl_id"), rank, world_size, device)
     if group.disabled:
         raise RuntimeError(f"rank {rank}: NCCL is disabled in vLLM (is VLLM_DISABLE_PYNCCL set?)")
