@@ -1397,8 +1397,8 @@ class OnlineQuantTransfer(NCCLWeightTransferEngine):
         self.cold: dict[str, int] | None = None  # digests before anything is brought
         self.known, self.because = None, None  # when it is proved: the checkpoint's weights, why no replays
         self.worker.after_loading = Reached(self.model).digests()
-        runner = self.worker.model_runner
-        runner.execute_model = functools.partial(self._execute_model, runner.execute_model)
+        plain = self.worker.model_runner.execute_model
+        self.worker.model_runner.execute_model = functools.partial(self._execute_model, plain)
 
     def _execute_model(self, plain, scheduled, *args, **kwargs):
         if self.torn and scheduled.total_num_scheduled_tokens:
@@ -1408,13 +1408,13 @@ class OnlineQuantTransfer(NCCLWeightTransferEngine):
     def init_transfer_engine(self, init_info) -> None:
         """Join the sender's group. Raises RuntimeError if this model cannot be synced."""
         super().init_transfer_engine(init_info)
-        self.model_update_group.timeout_s = 60.0  # for each bucket; then the sender has died
+        self.model_update_group.timeout_s = 60.0  # for each bucket
+        self.worker._weight_update_active = False  # of a sender that has died
         if self.known is None:
             self.prove()
 
     def start_weight_update(self) -> None:
-        """What is there may be lost from now on."""
-        self.torn = True
+        self.torn = True  # from now on, until all weights have come
         self.worker._drop_session()
 
     def _agree(self, manifest: Iterator[list], bucket_bytes: int) -> str | None:
@@ -1447,9 +1447,9 @@ class OnlineQuantTransfer(NCCLWeightTransferEngine):
                 wrong.add(str(error))
             found = agreed(f"not as it was before: {some(sorted(wrong))}" if wrong else None)
             if not found:
-                self.known = sorted((name, shape) for name, _, shape in self.last[0])
+                self.known, self.torn = sorted((name, shape) for name, _, shape in self.last[0]), False
                 return tell(f"online-quant: proved by {path}, {len(now)} tensors; because {self.because}")
-            self.because = found
+            self.because = "; ".join(filter(None, (self.because, found)))
         raise RuntimeError(f"this model cannot be synced: {self.because}")
 
     @collective
