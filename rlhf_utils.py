@@ -1386,8 +1386,8 @@ def agreed(reason: str | None) -> str | None:
 class OnlineQuantTransfer(NCCLWeightTransferEngine):
     """vLLM's own weight transfer, `{"backend": "online-quant"}`, from the senders of its "nccl" backend.
 
-    When a sender joins, replays prove themselves by the checkpoint that was loaded. Weights by other names
-    are a session, and so are those in parts. Until an update is complete nothing is computed."""
+    When the first sender joins, replays prove themselves by the checkpoint that was loaded. Weights by other
+    names than its, or in parts, come by a session. A request that meets half an update ends the server."""
 
     supports_draft_weight_update = False
 
@@ -1395,7 +1395,7 @@ class OnlineQuantTransfer(NCCLWeightTransferEngine):
         super().__init__(*args)
         self.worker, self.torn = WorkerExtension.newest, False
         self.cold: dict[str, int] | None = None  # digests before anything is brought
-        self.known, self.because = None, None  # when it is proved: the checkpoint's weights, why no replays
+        self.known, self.because = None, None  # when it is proved: names and shapes; why no replays
         self.worker.after_loading = Reached(self.model).digests()
         plain = self.worker.model_runner.execute_model
         self.worker.model_runner.execute_model = functools.partial(self._execute_model, plain)
@@ -1423,12 +1423,12 @@ class OnlineQuantTransfer(NCCLWeightTransferEngine):
             _, because = self.worker.agree_on_weights.__wrapped__(self.worker, manifest, bucket_bytes)
         except Exception as error:  # of one worker: then all take sessions
             because = f"{type(error).__name__}: {error}"
-        self.last = manifest, bucket_bytes, self.worker.buckets  # which these are for
+        self.last = manifest, bucket_bytes, self.worker.buckets  # which were made for both
         return agreed(because)
 
     @collective
     def prove(self) -> None:
-        """Once, as `prove_sync` does, but for answers. Raises RuntimeError."""
+        """Once, as `prove_sync` does, answers excepted. Raises RuntimeError. All workers have to call it."""
         loader, worker = model_loader.get_model_loader(self.vllm_config.load_config), self.worker
         self.cold = self.cold or worker._reached().digests()
         read = functools.partial(loader.get_all_weights, self.model_config, self.model)

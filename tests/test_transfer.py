@@ -91,6 +91,28 @@ def test_it_may_be_asked_before_the_first_update(tmp_path):
         assert seen(llm) == fresh
 
 
+def test_a_sender_may_follow_one_that_has_died(tmp_path, monkeypatch):
+    """In an update: before the proof, which mends it, the engine serves; later not, until all has come."""
+    old, new = (build(tmp_path / str(seed), "llama", seed=seed) for seed in (0, 1))
+    with local_engine(new, CONFIG) as llm:
+        fresh = seen(llm)
+    weights = load_file(f"{new}/model.safetensors")
+    joins = lambda transfer, _: setattr(transfer, "model_update_group", sent(weights)[0])
+    monkeypatch.setattr(helper.NCCLWeightTransferEngine, "init_transfer_engine", joins)
+    with local_engine(old, CONFIG, weight_transfer_config=CONFIGURED) as llm:
+        cold, transfer = seen(llm), worker(llm).weight_transfer_engine
+        llm.collective_rpc("start_weight_update")
+        transfer.init_transfer_engine(None)
+        assert seen(llm) == cold
+        llm.collective_rpc("start_weight_update")
+        transfer.init_transfer_engine(None)
+        with pytest.raises(RuntimeError, match="refusing to generate: a weight update is not complete"):
+            llm.answer(["a"], 2)
+        receive(llm, weights)
+        finish(llm)
+        assert seen(llm) == fresh
+
+
 def test_an_engine_without_a_checkpoint_is_refused(tmp_path):
     """Before a sender broadcasts anything; and it does not serve."""
     path = build(tmp_path / "model", "llama")

@@ -16,24 +16,21 @@ import dataclasses
 import itertools
 import json
 import os
-import signal
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-import urllib.request
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
 from unittest import mock
 
+import bench_transfer
 import matplotlib.pyplot as plt
 import tests_on_path  # noqa: F401
 import transformers
 import tyro
 from vllm import SamplingParams
-from vllm.utils.network_utils import get_open_port
 
 from harness import connect, driver, helper, mismatch_kl, sampled, to_prompts, with_length, write_result
 from random_models import build_random_model
@@ -128,7 +125,7 @@ def measure(config: Benchmark, device: str, port: int | None) -> dict[int, dict]
         trainer, engines, _ = driver.start(config, device, stop)
         helper.prove_sync(trainer, engines, timeout_s=config.timeout_s)
         if port:
-            wait_for_server(port)  # its start would be measured, too
+            bench_transfer.wait_for_server(port)  # its start would be measured, too
         for length in config.lengths:
             own = dataclasses.replace(config, max_tokens=length)
             rollouts, kl = sampled(own, engines), {}
@@ -147,38 +144,6 @@ def measure(config: Benchmark, device: str, port: int | None) -> dict[int, dict]
                 }
             print(length, json.dumps(found[length]), flush=True)
     return found
-
-
-@contextlib.contextmanager
-def trl_server(config: Benchmark) -> Iterator[int]:
-    """TRL's vLLM server, on our trainer's GPU, where it takes little memory and idles meanwhile; its port."""
-    port, longest = get_open_port(), json.loads(config.engine_args)["max_model_len"]
-    command = [sys.executable, "-m", "trl.scripts.vllm_serve", "--model", config.model]
-    command += ["--host", "127.0.0.1", "--port", str(port), "--max_model_len", str(longest)]
-    command += ["--dtype", "bfloat16"]
-    command += ["--gpu_memory_utilization", "0.3"]
-    environment = os.environ | {"CUDA_VISIBLE_DEVICES": "0", "VLLM_SERVER_DEV_MODE": "1"}
-    with (config.output_dir / "trl_server.log").open("w") as log:
-        server = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
-        try:
-            yield port
-        finally:
-            os.killpg(server.pid, signal.SIGTERM)
-            server.wait(60)
-
-
-def wait_for_server(port: int, limit_s: float = 300) -> None:
-    """Until it answers."""
-    give_up = time.monotonic() + limit_s
-    while True:
-        try:
-            return urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=2).close()
-        except OSError as error:
-            if time.monotonic() > give_up:
-                raise TimeoutError(
-                    f"TRL's server is not up after {limit_s:g} s: see trl_server.log"
-                ) from error
-            time.sleep(1)
 
 
 def measure_trl(config: Benchmark, port: int) -> dict[int, dict]:
@@ -214,7 +179,13 @@ def main(config: Benchmark) -> dict:
     with contextlib.ExitStack() as cleanup:
         path = build_random_model(cleanup.enter_context(tempfile.TemporaryDirectory()), config.shape)
         config = with_length(dataclasses.replace(config, model=path), 64 + max(config.lengths))
-        port = cleanup.enter_context(trl_server(config)) if config.peer == "trl" else None
+        port = None
+        if config.peer == "trl":  # on our trainer's GPU, where it takes little memory and idles meanwhile
+            longest = json.loads(config.engine_args)["max_model_len"]
+            serving = dict(server_args="--gpu-memory-utilization=0.3", max_model_len=longest)
+            serving |= dict(quantization="none", gpus=("1", "0"), output_dir=config.output_dir)
+            serving = bench_transfer.Benchmark(**serving)
+            port = cleanup.enter_context(bench_transfer.server(serving, path, "trl", "nccl"))
         with contextlib.ExitStack() as stop:
             config, device = driver.resolve(config, connect(config, stop))
             dtype = driver.choose_dtype(config, transformers.AutoConfig.from_pretrained(path))

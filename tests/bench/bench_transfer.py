@@ -4,7 +4,7 @@
 
 For each backend a server of its own starts, and TRL's GRPO (`peer_trl.py`) trains against one after another.
 Then the tensors and greedy answers of the helper's server are compared with those of a fresh one, of the
-weights of TRL's last update. Prints lines, writes OUTPUT_DIR/transfer.json. Needs trl==1.16.0.
+weights of TRL's last update. Prints lines, writes OUTPUT_DIR/transfer.json. Needs trl==1.16.0 "datasets<5".
 """
 
 import contextlib
@@ -100,17 +100,11 @@ def post(port: int, path: str, body: dict) -> dict:
         return json.loads(response.read())
 
 
-def look(port: int, asked: list[list[int]], max_tokens: int) -> tuple[list[dict], list[str]]:
+def look(port: int, model: str, asked: list[list[int]]) -> tuple[list[dict], list[str]]:
     """Digests of what the workers' models reach; greedy answers, which come first."""
-    body = dict(model=post_models(port), prompt=asked, temperature=0, max_tokens=max_tokens)
+    body = dict(model=model, prompt=asked, temperature=0, max_tokens=32)
     answers = [choice["text"] for choice in post(port, "v1/completions", body)["choices"]]
     return post(port, "collective_rpc", {"method": "reached_digests"})["results"], answers
-
-
-def post_models(port: int) -> str:
-    """The name of the model that is served."""
-    with urllib.request.urlopen(f"http://127.0.0.1:{port}/v1/models", timeout=60) as response:
-        return json.loads(response.read())["data"][0]["id"]
 
 
 def train(config: Benchmark, model: str, port: int, save_to: Path) -> dict:
@@ -138,17 +132,18 @@ def main(config: Benchmark) -> None:
             wait_for_server(port)
         for backend, port in ports.items():
             if backend != "nccl":
-                look(port, [[1, 2, 3]], 4)  # as a user does who tries it before training
+                look(port, model, [[1, 2, 3]])  # as a user does who tries it before training
             learned = config.output_dir / f"learned_{backend}"
             found[backend] = train(config, model, port, learned)
             if backend != "nccl":
-                seen[backend] = look(port, found[backend]["asked"], 32)
+                seen[backend] = look(port, model, found[backend]["asked"])
             times = {key: statistics.median(found[backend][key][1:]) for key in ("step_s", "sync_s")}
             print(f"{title} {backend}: {times}, held out {found[backend]['held_out']}", flush=True)
     for backend, (digests, answers) in seen.items():
-        with server(config, str(config.output_dir / f"learned_{backend}"), "fresh", None) as port:
+        learned = str(config.output_dir / f"learned_{backend}")
+        with server(config, learned, "fresh", None) as port:
             wait_for_server(port)
-            fresh, said = look(port, found[backend]["asked"], 32)
+            fresh, said = look(port, learned, found[backend]["asked"])
         pairs = zip(digests, fresh, strict=True)  # of each worker
         different = sum(one.get(name) != two.get(name) for one, two in pairs for name in one | two)
         same = sum(one == two for one, two in zip(answers, said, strict=True))

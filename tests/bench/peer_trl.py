@@ -11,17 +11,19 @@ what the server is `asked` at last, as token ids.
 import dataclasses
 import itertools
 import json
-import re
 import tempfile
 import time
 from pathlib import Path
 
+import tests_on_path  # noqa: F401
 import torch
 import tyro
 from datasets import Dataset
 from transformers import TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 from vllm.utils.network_utils import get_open_port
+
+from harness import driver
 
 
 @dataclasses.dataclass
@@ -52,11 +54,6 @@ class Peer:
     """The same, for questions before and after."""
     save_to: Path | None = None
     """A folder for the weights of the last update."""
-
-
-def letters(prompts, completions, **_):
-    """The loop's reward of this name."""
-    return [len(re.findall("[a-z]", completion)) / max(1, len(completion)) for completion in completions]
 
 
 def timed(call, seconds: list[float]):
@@ -115,7 +112,7 @@ def main(peer: Peer) -> None:
         disable_tqdm=True,
     )
     rows = [{"prompt": prompt} for prompt in peer.prompts] * peer.prompts_per_step * (1 + peer.steps)
-    reward = letters
+    reward = driver.letters
     if peer.prompts_file:
         from make_smollm2 import exact as reward
 
