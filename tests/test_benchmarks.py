@@ -52,8 +52,9 @@ def test_rollout(tmp_path):
 def test_loop(tmp_path, capsys, monkeypatch):
     """Both modes of gradient checkpointing; TRL's part needs GPUs, here is what it would say."""
     said = {"step_s": 3.0, "trainer_gib": 5.0}
-    monkeypatch.setattr(bench_loop, "trl_server", lambda *_: contextlib.nullcontext(1))
-    monkeypatch.setattr(bench_loop, "wait_for_server", lambda port: port)
+    server = lambda config, *_: contextlib.nullcontext(config.max_model_len)  # as its port
+    monkeypatch.setattr(bench_loop.bench_transfer, "server", server)
+    monkeypatch.setattr(bench_loop.bench_transfer, "wait_for_server", lambda port: port)
     monkeypatch.setattr(
         bench_loop, "measure_trl", lambda *_: {8: {"on": said, "off": said | {"step_s": 2.0}}}
     )
