@@ -671,7 +671,7 @@ def collective(method):
                 found = f"engine rank {group.rank_in_group}: {error or 'done'}; {missing}"
                 raise RuntimeError(f"{method.__name__} failed. {found}") from missing
             dist.all_gather_object(errors, error, group=group.cpu_group)
-        if any(errors) and isinstance(self, OnlineQuantTransfer):
+        if any(errors) and isinstance(self, OnlineQuantTransfer) and self.worker._weight_update_active:
             self.torn, self.worker._weight_update_active = True, False  # the latter is vLLM's account
         if any(errors) and group.rank_in_group == group.world_size - 1:
             failed = "; ".join(f"engine rank {rank}: {e}" for rank, e in enumerate(errors) if e)
@@ -1394,8 +1394,7 @@ class OnlineQuantTransfer(NCCLWeightTransferEngine):
     def __init__(self, *args):
         super().__init__(*args)
         self.worker, self.torn = WorkerExtension.newest, False
-        self.cold: dict[str, int] | None = None  # digests before anything is brought
-        self.known, self.because = None, None  # when it is proved: names and shapes; why no replays
+        self.known = self.because = self.cold = None  # names, shapes; why no replays; digests at first
         self.worker.after_loading = Reached(self.model).digests()
         plain = self.worker.model_runner.execute_model
         self.worker.model_runner.execute_model = functools.partial(self._execute_model, plain)
@@ -1405,6 +1404,7 @@ class OnlineQuantTransfer(NCCLWeightTransferEngine):
             raise RuntimeError("refusing to generate: a weight update is not complete; send all weights")
         return plain(scheduled, *args, **kwargs)
 
+    @collective
     def init_transfer_engine(self, init_info) -> None:
         """Join the sender's group. Raises RuntimeError if this model cannot be synced."""
         super().init_transfer_engine(init_info)
@@ -1430,7 +1430,7 @@ class OnlineQuantTransfer(NCCLWeightTransferEngine):
     def prove(self) -> None:
         """Once, as `prove_sync` does, answers excepted. Raises RuntimeError. All workers have to call it."""
         loader, worker = model_loader.get_model_loader(self.vllm_config.load_config), self.worker
-        self.cold = self.cold or worker._reached().digests()
+        self.cold, self.torn = self.cold or worker._reached().digests(), True
         read = functools.partial(loader.get_all_weights, self.model_config, self.model)
         manifest = ([name, str(weight.dtype)[6:], list(weight.shape)] for name, weight in read())
         self.because = self._agree(manifest, BUCKET_BYTES)

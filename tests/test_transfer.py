@@ -4,6 +4,7 @@ import concurrent.futures
 import dataclasses
 import itertools
 from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 import torch
@@ -45,6 +46,11 @@ def receive(llm, weights: dict, update: bool = True) -> None:
 def finish(llm) -> None:
     llm.collective_rpc("finish_weight_update")
     llm.reset_prefix_cache()
+
+
+def refuses(llm) -> None:
+    with pytest.raises(RuntimeError, match="refusing to generate: a weight update is not complete"):
+        llm.answer(["a"], 2)
 
 
 def seen(llm) -> dict:
@@ -106,8 +112,7 @@ def test_a_sender_may_follow_one_that_has_died(tmp_path, monkeypatch):
         assert seen(llm) == cold
         llm.collective_rpc("start_weight_update")
         transfer.init_transfer_engine(None)
-        with pytest.raises(RuntimeError, match="refusing to generate: a weight update is not complete"):
-            llm.answer(["a"], 2)
+        refuses(llm)
         receive(llm, weights)
         finish(llm)
         assert seen(llm) == fresh
@@ -119,6 +124,7 @@ def test_an_engine_without_a_checkpoint_is_refused(tmp_path):
     with local_engine(path, CONFIG, weight_transfer_config=CONFIGURED, load_format="dummy") as llm:
         with pytest.raises(RuntimeError, match="DummyModelLoader"):
             worker(llm).weight_transfer_engine.prove()
+        refuses(llm)
 
 
 def test_an_update_that_is_not_complete_is_not_served(tmp_path):
@@ -130,8 +136,7 @@ def test_an_update_that_is_not_complete_is_not_served(tmp_path):
         cold = seen(llm)
 
         def refused_until_all_came() -> None:
-            with pytest.raises(RuntimeError, match="refusing to generate: a weight update is not complete"):
-                llm.answer(["a"], 2)
+            refuses(llm)
             receive(llm, weights)
             finish(llm)
             assert seen(llm) == cold
@@ -179,6 +184,7 @@ def test_a_replay_that_forgets_is_found_before_it_serves(tmp_path, monkeypatch, 
                 for _ in range(2):  # what a failed proof has left is not what was loaded
                     with pytest.raises(RuntimeError, match="cannot be synced: not as it was before: "):
                         receive(llm, weights)
+                    refuses(llm)
                 continue
             receive(llm, weights)
             finish(llm)
@@ -201,6 +207,13 @@ class Extension(helper.WorkerExtension):
             raise RuntimeError("out of memory")
 
         self._take_in = fail if self.rank == 1 else plain
+
+    def wait_for_nobody(self) -> None:
+        def fail(*_) -> None:
+            raise TimeoutError("no sender has come")
+
+        with mock.patch.object(helper.NCCLWeightTransferEngine, "init_transfer_engine", fail):
+            self.weight_transfer_engine.init_transfer_engine(None)
 
     def why_no_replays(self) -> str | None:
         return self.weight_transfer_engine.because
@@ -252,6 +265,9 @@ def test_two_workers_stay_in_step(tmp_path, one_cannot):
                     finish(llm)
                     assert seen(llm) == expected
 
+            with pytest.raises(RuntimeError, match="engine rank 0: .* no sender has come; engine rank 1: "):
+                llm.collective_rpc("wait_for_nobody")
+            assert seen(llm) == cold
             if one_cannot:
                 llm.collective_rpc("fail_once")
             follow()

@@ -58,6 +58,10 @@ class Benchmark(driver.Config):
     """Of gradient checkpointing; without it 8B does not fit."""
     peer: Literal["none", "trl"] = "none"
     """TRL, with trainer and vLLM server on a GPU each; it must be installed."""
+    gpus: tuple[str, str] = ("1", "0")
+    """Of TRL, of its server. Its server is on our trainer's GPU, where it idles meanwhile."""
+    peer_server_args: str = "--gpu-memory-utilization=0.3"
+    """More for `vllm serve`."""
 
 
 class MeasuredTrainer(driver.Trainer):
@@ -160,7 +164,7 @@ def measure_trl(config: Benchmark, port: int) -> dict[int, dict]:
         with (config.output_dir / f"trl_{length}_{mode}.log").open("w") as log:
             output = subprocess.run(
                 command,
-                env=os.environ | {"CUDA_VISIBLE_DEVICES": "1"},
+                env=os.environ | {"CUDA_VISIBLE_DEVICES": config.gpus[0]},
                 stdout=subprocess.PIPE,
                 stderr=log,
                 text=True,
@@ -180,10 +184,10 @@ def main(config: Benchmark) -> dict:
         path = build_random_model(cleanup.enter_context(tempfile.TemporaryDirectory()), config.shape)
         config = with_length(dataclasses.replace(config, model=path), 64 + max(config.lengths))
         port = None
-        if config.peer == "trl":  # on our trainer's GPU, where it takes little memory and idles meanwhile
+        if config.peer == "trl":
             longest = json.loads(config.engine_args)["max_model_len"]
-            serving = dict(server_args="--gpu-memory-utilization=0.3", max_model_len=longest)
-            serving |= dict(quantization="none", gpus=("1", "0"), output_dir=config.output_dir)
+            serving = dict(server_args=config.peer_server_args, max_model_len=longest)
+            serving |= dict(quantization="none", gpus=config.gpus, output_dir=config.output_dir)
             serving = bench_transfer.Benchmark(**serving)
             port = cleanup.enter_context(bench_transfer.server(serving, path, "trl", "nccl"))
         with contextlib.ExitStack() as stop:

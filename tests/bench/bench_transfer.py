@@ -23,12 +23,18 @@ from pathlib import Path
 
 import tests_on_path  # noqa: F401
 import tyro
+from peak_memory import PeakMemory
 from vllm.utils.network_utils import get_open_port
 
 from harness import driver, helper
 from random_models import build_random_model
 
 PROJECT = Path(__file__).resolve().parents[2]
+STARTED: dict[int, subprocess.Popen] = {}  # servers by port
+
+
+class OwnExtension(PeakMemory, helper.WorkerExtension):
+    """README's, and what the benchmark asks a worker besides."""
 
 
 @dataclasses.dataclass
@@ -53,6 +59,11 @@ class Benchmark:
     """More for peer_trl.py."""
     output_dir: Path = Path("outputs/transfer")
 
+    @property
+    def learned(self) -> Path:
+        """A checkpoint of TRL's last update."""
+        return self.output_dir / "learned"
+
 
 @contextlib.contextmanager
 def server(config: Benchmark, model: str, name: str, backend: str | None) -> Iterator[int]:
@@ -64,15 +75,16 @@ def server(config: Benchmark, model: str, name: str, backend: str | None) -> Ite
     for key, value in arguments.items():
         text = value if isinstance(value, str) else json.dumps(value)
         command += [f"--{key.replace('_', '-')}", text] if value else []
-    if backend != "nccl":
-        command += ["--worker-extension-cls", "rlhf_utils.WorkerExtension"]
+    extension = "peak_memory.PeakMemory" if backend == "nccl" else "bench_transfer.OwnExtension"
+    command += ["--worker-extension-cls", extension]
     if backend:
         command += ["--weight-transfer-config", json.dumps({"backend": backend})]
     environment = {"CUDA_VISIBLE_DEVICES": config.gpus[1], "VLLM_SERVER_DEV_MODE": "1"}
-    environment |= {"PYTHONPATH": str(PROJECT), "TORCHINDUCTOR_DETERMINISTIC": "1"}
+    folders = [PROJECT, PROJECT / "tests", PROJECT / "tests" / "bench"]
+    environment |= {"PYTHONPATH": os.pathsep.join(map(str, folders)), "TORCHINDUCTOR_DETERMINISTIC": "1"}
     with (config.output_dir / f"server_{name}.log").open("w") as log:
         how = dict(env=os.environ | environment, stdout=log, stderr=log, start_new_session=True)
-        process = subprocess.Popen(command, **how)
+        process = STARTED[port] = subprocess.Popen(command, **how)
         try:
             yield port
         finally:
@@ -87,7 +99,7 @@ def wait_for_server(port: int, limit_s: float = 400) -> None:
         try:
             return urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=2).close()
         except OSError as error:
-            if time.monotonic() > give_up:
+            if STARTED[port].poll() is not None or time.monotonic() > give_up:
                 raise TimeoutError("the server is not up: see its log") from error
             time.sleep(1)
 
@@ -100,20 +112,26 @@ def post(port: int, path: str, body: dict) -> dict:
         return json.loads(response.read())
 
 
+def ask_workers(port: int, method: str) -> list:
+    """What each of them returns."""
+    return post(port, "collective_rpc", {"method": method})["results"]
+
+
 def look(port: int, model: str, asked: list[list[int]]) -> tuple[list[dict], list[str]]:
     """Digests of what the workers' models reach; greedy answers, which come first."""
     body = dict(model=model, prompt=asked, temperature=0, max_tokens=32)
     answers = [choice["text"] for choice in post(port, "v1/completions", body)["choices"]]
-    return post(port, "collective_rpc", {"method": "reached_digests"})["results"], answers
+    return ask_workers(port, "reached_digests"), answers
 
 
-def train(config: Benchmark, model: str, port: int, save_to: Path) -> dict:
-    """What TRL's process says."""
-    flags = {"model": model, "port": port, "max-tokens": config.max_tokens, "save-to": save_to}
+def train(config: Benchmark, model: str, port: int, backend: str) -> dict:
+    """What TRL's process says; of the helper's backend it saves the last weights, in `learned`."""
+    flags, learned = {"model": model, "port": port, "max-tokens": config.max_tokens}, config.learned
+    flags |= {} if backend == "nccl" else {"save-to": learned}
     command = [sys.executable, str(Path(__file__).with_name("peer_trl.py")), "--prompts", *helper.PROMPTS]
     command += [*(f"--{name}={value}" for name, value in flags.items()), *shlex.split(config.peer_args)]
     environment = os.environ | {"CUDA_VISIBLE_DEVICES": config.gpus[0]}
-    with save_to.with_suffix(".log").open("w") as log:
+    with (config.output_dir / f"trl_{backend}.log").open("w") as log:
         how = dict(stdout=subprocess.PIPE, stderr=log, text=True, timeout=580, check=True)
         output = subprocess.run(command, env=environment, **how).stdout
     return json.loads(output.strip().splitlines()[-1])
@@ -133,14 +151,16 @@ def main(config: Benchmark) -> None:
         for backend, port in ports.items():
             if backend != "nccl":
                 look(port, model, [[1, 2, 3]])  # as a user does who tries it before training
-            learned = config.output_dir / f"learned_{backend}"
-            found[backend] = train(config, model, port, learned)
+            ask_workers(port, "start_peak")
+            found[backend] = train(config, model, port, backend)
+            found[backend]["extra_gib"] = [float(gib) for gib in ask_workers(port, "extra_gib")]
             if backend != "nccl":
                 seen[backend] = look(port, model, found[backend]["asked"])
-            times = {key: statistics.median(found[backend][key][1:]) for key in ("step_s", "sync_s")}
-            print(f"{title} {backend}: {times}, held out {found[backend]['held_out']}", flush=True)
+            said = {key: statistics.median(found[backend][key][1:]) for key in ("step_s", "sync_s")}
+            said |= {key: found[backend][key] for key in ("extra_gib", "trainer_gib", "held_out")}
+            print(f"{title} {backend}: {json.dumps(said)}", flush=True)
     for backend, (digests, answers) in seen.items():
-        learned = str(config.output_dir / f"learned_{backend}")
+        learned = str(config.learned)
         with server(config, learned, "fresh", None) as port:
             wait_for_server(port)
             fresh, said = look(port, learned, found[backend]["asked"])
