@@ -1419,7 +1419,7 @@ class OnlineQuantTransfer(NCCLWeightTransferEngine):
 
     def _agree(self, manifest: Iterator[list], bucket_bytes: int) -> str | None:
         try:
-            manifest = [*manifest]
+            manifest, self.last = [*manifest], None  # frees the buckets before
             _, because = self.worker.agree_on_weights.__wrapped__(self.worker, manifest, bucket_bytes)
         except Exception as error:  # of one worker: then all take sessions
             because = f"{type(error).__name__}: {error}"

@@ -317,7 +317,13 @@ def sync_versus_cold_start(
 def products_in(precision: str):
     """The trainer's products are meanwhile in that precision, whatever the device."""
     plain = torch.autocast
-    torch.autocast = lambda *device, enabled: plain(*device, enabled=precision == "bfloat16")
+
+    def autocast(*device, **how):
+        if how.keys() == {"enabled"}:  # the trainer's; what it has compiled names more
+            how = {"enabled": precision == "bfloat16"}
+        return plain(*device, **how)
+
+    torch.autocast = autocast
     try:
         yield
     finally:

@@ -3,6 +3,7 @@
 import concurrent.futures
 import dataclasses
 import itertools
+import weakref
 from types import SimpleNamespace
 from unittest import mock
 
@@ -79,6 +80,24 @@ def test_an_engine_follows_vllm_s_own_sender(tmp_path, name):
         receive(llm, dict(itertools.islice(others.items(), half, None)), update=False)
         finish(llm)
         assert seen(llm) == fresh
+
+
+def test_buckets_that_no_longer_fit_make_room_first(tmp_path, monkeypatch):
+    """At 8B they take more than two GiB."""
+    path, plain, left = build(tmp_path / "model", "llama"), helper.Buckets, []
+
+    def buckets(manifest, *args, as_vllm=False):
+        if not as_vllm and left:
+            assert left[-1]() is None, "both are there at once"
+        made = plain(manifest, *args, as_vllm=as_vllm)
+        left.extend([] if as_vllm else [weakref.ref(made)])
+        return made
+
+    monkeypatch.setattr(helper, "Buckets", buckets)
+    with local_engine(path, CONFIG, weight_transfer_config=CONFIGURED) as llm:
+        receive(llm, load_file(f"{path}/model.safetensors"))
+        finish(llm)
+    assert len(left) == 2
 
 
 def test_it_may_be_asked_before_the_first_update(tmp_path):

@@ -7,7 +7,7 @@ Two threads of one process are vLLM's own sender and an engine, and two ranks th
 or newer allows it, and moves their bytes at the speed of the GPU's memory. (Two processes would take turns
 on it.) Every update brings other weights; the last brings back those of the start, which every tensor and
 answer must show. Then come new weights, and a fresh engine of them. Prints lines, writes
-OUTPUT_DIR/backends_SHAPE.json.
+OUTPUT_DIR/backends_SHAPE_QUANTIZATION.json.
 """
 
 import contextlib
@@ -242,7 +242,7 @@ def main(config: Benchmark) -> None:
     medians = [found[backend]["seconds"] for backend in config.backends]
     print(f"{title}: differs from a fresh engine in {found['fresh']}; {medians[0] / medians[-1]:.2f} times")
     found |= {"device": torch.cuda.get_device_name()}
-    file = config.output_dir / f"backends_{config.shape}.json"
+    file = config.output_dir / f"backends_{config.shape}_{config.quantization}.json"
     file.write_text(json.dumps(dataclasses.asdict(config) | found, default=str, indent=2))
 
 

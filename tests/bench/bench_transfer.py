@@ -118,10 +118,10 @@ def ask_workers(port: int, method: str) -> list:
 
 
 def look(port: int, model: str, asked: list[list[int]]) -> tuple[list[dict], list[str]]:
-    """Digests of what the workers' models reach; greedy answers, which come first."""
-    body = dict(model=model, prompt=asked, temperature=0, max_tokens=32)
-    answers = [choice["text"] for choice in post(port, "v1/completions", body)["choices"]]
-    return ask_workers(port, "reached_digests"), answers
+    """Digests of what the workers' models reach; greedy answers, which come first, one at a time."""
+    body = dict(model=model, temperature=0, max_tokens=32)
+    said = [post(port, "v1/completions", body | {"prompt": each}) for each in asked]
+    return ask_workers(port, "reached_digests"), [each["choices"][0]["text"] for each in said]
 
 
 def train(config: Benchmark, model: str, port: int, backend: str) -> dict:
