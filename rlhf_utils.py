@@ -33,7 +33,7 @@ import sys
 import time
 import types
 from collections import Counter, deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 from typing import NamedTuple
 
@@ -463,9 +463,8 @@ class WeightSender:
     def init_weight_update_group(self, master_address, master_port, world_size, backend=None, timeout_s=60.0):
         """Join as rank 0, beside the workers' method of the same name; by the socket held before, if any."""
         listening, self.listening, self.buckets = self.listening, None, None
-        self.group = stateless_init_process_group(
-            master_address, master_port, 0, world_size, self.device, backend, timeout_s, listening
-        )
+        where = master_address, master_port, 0, world_size, self.device
+        self.group = stateless_init_process_group(*where, backend, timeout_s, listening)
 
     @torch.no_grad()
     def check_finite(self) -> tuple[Manifest, dict[str, Tensor]]:
@@ -571,9 +570,7 @@ def saved_views(model: torch.nn.Module, layer: dict[str, Tensor]) -> dict[str, t
 
 
 @contextlib.contextmanager
-def computing_as(
-    model, names: dict[str, list], tp: int, torchao_config, noise: float = 0.0
-) -> Iterator[None]:
+def computing_as(model, names: dict[str, list], tp: int, torchao_config, noise=0.0) -> Iterator[None]:
     """In the block a Hugging Face model computes linear layers as an engine with these `names` (of
     `inspect_weights`) does, by torchao, by rows, or else by fp8_per_channel: it rounds weights, and inputs
     where the scheme does, a layer at a time. Embeddings get random `noise`, relative to them."""
@@ -663,8 +660,7 @@ def collective(method):
             error = f"{type(caught).__name__}: {caught}"
         errors = [error] * group.world_size
         if group.world_size > 1:  # rank 0 names who does not come; after an error the others are near
-            limit_s = getattr(getattr(self, "weight_group", None), "timeout_s", 600)
-            limit_s = max(2, min(5, limit_s / 3)) if error else limit_s  # `wait` has 7 s
+            limit_s = 5 if error else getattr(getattr(self, "weight_group", None), "timeout_s", 600)
             try:
                 dist.monitored_barrier(group.cpu_group, timedelta(seconds=limit_s), wait_all_ranks=True)
             except RuntimeError as missing:
@@ -685,8 +681,7 @@ class WorkerExtension:
     """The engine's end: `worker_extension_cls="rlhf_utils.WorkerExtension"` adds it to vLLM's workers.
 
     Called by name, `llm.collective_rpc("method", args=(...))`. New weights come by `agree_on_weights`, once,
-    and `receive_weights`; or, one by one and all of them, by `update_weight`, then `check_weights_changed`.
-    """
+    and `receive_weights`; or, one by one and all of it, by `update_weight`, then `check_weights_changed`."""
 
     weight_group = None
     manifest: Manifest | None = None  # of the last complete set of weights: names and shapes stay
@@ -712,9 +707,8 @@ class WorkerExtension:
         """Join the trainer's group as rank `rank_offset` + this worker's rank."""
         self.buckets = self.replay = self.weight_group = None
         self.last_seen = self.last_seen or self._reached().digests(stored=True)
-        self.weight_group = stateless_init_process_group(
-            master_address, master_port, rank_offset + self.rank, world_size, self.device, backend, timeout_s
-        )
+        where = master_address, master_port, rank_offset + self.rank, world_size, self.device
+        self.weight_group = stateless_init_process_group(*where, backend, timeout_s)
 
     def _reached(self) -> Reached:
         """What the model reaches now, without KV caches, which are large and never from weights."""
@@ -870,8 +864,7 @@ class ReloadSession:
     """vLLM's own way to load a whole new set of weights into a running model: open, `load` each once, close.
 
     Then all is where it was `at_start`, also what vLLM makes anew, such as kernels with tables of scales.
-    Close one that failed, too: the model holds no valid weights then, but can be reloaded.
-    """
+    Close one that failed, too: the model holds no valid weights then, but can be reloaded."""
 
     def __init__(self, model: torch.nn.Module, model_config, at_start: Reached, look):
         self.model, self.model_config, self.at_start, self.look = model, model_config, at_start, look
@@ -945,8 +938,7 @@ class Reached:
 
     A module reaches its parameters and buffers and, by its other attributes, objects (quant methods, kernels,
     their configs, closures, lists) that have tensors of their own: scales, strides, copies in another form.
-    Left out are objects of FOREIGN packages, and the tensors `without`.
-    """
+    Left out are objects of FOREIGN packages, and the tensors `without`."""
 
     FOREIGN = ("torch.", "transformers.", "vllm.config", "vllm.compilation", "vllm.distributed")
 
@@ -1127,10 +1119,8 @@ class Buckets:
         self.names = []  # for messages
         for number, (size, pieces) in enumerate(plan):
             memory = two[number % 2][:size]
-            views = [
-                (name, memory[at : at + n].view(dtype).view(shape)) for name, at, n, dtype, shape in pieces
-            ]
-            self.buckets.append((memory, views))
+            view = lambda at, n, dtype, shape, of=memory: of[at : at + n].view(dtype).view(shape)
+            self.buckets.append((memory, [(name, view(*where)) for name, *where in pieces]))
             self.names.append(f"bucket {number + 1} of {len(plan)} ({pieces[0][0]} .. {pieces[-1][0]})")
         self.names.append("the digests")
         self.nbytes = sum(view.nbytes for _, views in self.buckets for _, view in views)
@@ -1258,8 +1248,7 @@ def record_copies(session: ReloadSession, manifest: Manifest) -> dict[str, list[
             session.model.load_weights(iter(weights.items()))
         tensors |= named_tensors(session.model)  # loaders may register more
     except Exception as error:  # of any kind: they are vLLM's loaders for hundreds of models
-        why = f"{type(error).__name__}: {error}"
-        raise CannotReplay(f"vLLM's loaders want to see the weights: {why}") from error
+        raise CannotReplay(f"vLLM's loaders want to see the weights: {error!r}") from error
     finally:
         for layer in session.model.modules():
             layerwise.get_layerwise_info(layer).load_numel = 0  # as if nothing had come
@@ -1376,10 +1365,14 @@ def bind(copy: Copy, name: str, view: Tensor, live: dict[str, Tensor], rows: dic
     rows.setdefault((*source.shape, source.stride(0), whole.shape[1], by_vllm), []).append(tensors)
 
 
-def agreed(reason: str | None) -> str | None:
-    """What any worker of this engine has to say."""
-    reasons = [None] * get_world_group().world_size
-    dist.all_gather_object(reasons, reason, group=get_world_group().cpu_group)
+def failure(call: Callable, *args) -> str | None:
+    """What a call returns or raises, on any worker of this engine; all have to make it."""
+    reasons, group = [None] * get_world_group().world_size, get_world_group().cpu_group
+    try:
+        reason = call(*args)
+    except Exception as error:
+        reason = f"{type(error).__name__}: {error}"
+    dist.all_gather_object(reasons, reason, group=group)
     return "; ".join(sorted(set(filter(None, reasons)))) or None
 
 
@@ -1407,7 +1400,12 @@ class OnlineQuantTransfer(NCCLWeightTransferEngine):
     @collective
     def init_transfer_engine(self, init_info) -> None:
         """Join the sender's group. Raises RuntimeError if this model cannot be synced."""
-        super().init_transfer_engine(init_info)
+        before = vars(self).copy()
+        if failed := failure(super().init_transfer_engine, init_info):
+            vars(self).update(before)  # the group of the last sender
+            raise RuntimeError(failed)
+        if before["model_update_group"] is not None:
+            before["model_update_group"].destroy()
         self.model_update_group.timeout_s = 60.0  # for each bucket
         self.worker._weight_update_active = False  # of a sender that has died
         if self.known is None:
@@ -1418,37 +1416,36 @@ class OnlineQuantTransfer(NCCLWeightTransferEngine):
         self.worker._drop_session()
 
     def _agree(self, manifest: Iterator[list], bucket_bytes: int) -> str | None:
-        try:
-            manifest, self.last = [*manifest], None  # frees the buckets before
-            _, because = self.worker.agree_on_weights.__wrapped__(self.worker, manifest, bucket_bytes)
-        except Exception as error:  # of one worker: then all take sessions
-            because = f"{type(error).__name__}: {error}"
+        self.last = self.worker.buckets = None  # frees them
+        self.cold, manifest = self.cold or self.worker._reached().digests(), [*manifest]
+        _, because = self.worker.agree_on_weights.__wrapped__(self.worker, manifest, bucket_bytes)
         self.last = manifest, bucket_bytes, self.worker.buckets  # which were made for both
-        return agreed(because)
+        return because
 
-    @collective
     def prove(self) -> None:
         """Once, as `prove_sync` does, answers excepted. Raises RuntimeError. All workers have to call it."""
-        loader, worker = model_loader.get_model_loader(self.vllm_config.load_config), self.worker
-        self.cold, self.torn = self.cold or worker._reached().digests(), True
+        loader = model_loader.get_model_loader(self.vllm_config.load_config)
         read = functools.partial(loader.get_all_weights, self.model_config, self.model)
         manifest = ([name, str(weight.dtype)[6:], list(weight.shape)] for name, weight in read())
-        self.because = self._agree(manifest, BUCKET_BYTES)
+
+        def go_through(moves: list[tuple]) -> str | None:
+            wrong, seen, self.torn = set(), {"own": self.cold}, True
+            for zero, weights, path in moves:
+                if zero:
+                    self.worker.zero_weights.__wrapped__(self.worker, zero)
+                self.worker._take_in(self.worker.buckets.fill(read(), weights == "others"), path == "session")
+                now = self.worker._reached().digests()
+                wrong |= {name for name, _ in seen.setdefault(weights, now).items() ^ now.items()}
+            return f"not as it was before: {some(sorted(wrong))}" if wrong else None
+
+        self.because = failure(self._agree, manifest, BUCKET_BYTES)
+        if failure(lambda: None if self.last else "not ready"):  # the engine serves on as it is
+            raise RuntimeError(f"this model cannot be synced: {self.because}")
         for moves in [SESSIONS] if self.because else [REPLAYS, SESSIONS]:
-            seen, wrong = {"own": self.cold}, set()
-            try:
-                for zero, weights, path in moves:
-                    if zero:
-                        worker.zero_weights.__wrapped__(worker, zero)
-                    worker._take_in(worker.buckets.fill(read(), weights == "others"), path == "session")
-                    now = worker._reached().digests()
-                    wrong |= {name for name, _ in seen.setdefault(weights, now).items() ^ now.items()}
-            except Exception as error:  # of one worker, which all have to hear of
-                wrong.add(str(error))
-            found = agreed(f"not as it was before: {some(sorted(wrong))}" if wrong else None)
-            if not found:
+            if not (found := failure(go_through, moves)):
                 self.known, self.torn = sorted((name, shape) for name, _, shape in self.last[0]), False
-                return tell(f"online-quant: proved by {path}, {len(now)} tensors; because {self.because}")
+                found = f"{len(self.cold)} tensors. {self.because or ''}"
+                return tell(f"online-quant: proved by {moves[0][2]}, {found}")
             self.because = "; ".join(filter(None, (self.because, found)))
         raise RuntimeError(f"this model cannot be synced: {self.because}")
 
@@ -1457,16 +1454,19 @@ class OnlineQuantTransfer(NCCLWeightTransferEngine):
         """Receive weights, all or a part, of any floating-point type. Raises RuntimeError."""
         info = zip(update_info.names, update_info.dtype_names, update_info.shapes, strict=True)
         manifest, worker = [[name, dtype, list(shape)] for name, dtype, shape in info], self.worker
-        size, self.torn, because = self.packed_buffer_size_bytes if self.packed else 0, True, self.because
+        size, self.torn = self.packed_buffer_size_bytes if self.packed else 0, True
         wire = Buckets(manifest, size, self.model_update_group, self.device, as_vllm=True)
         with to_the_end(wire.receive_from_vllm()) as weights:
+            if self.known is None:
+                raise RuntimeError(f"this model cannot be synced: {self.because or 'it was not proved'}")
+            because, small = self.because, min(BUCKET_BYTES, size // 4)  # in two of vLLM's, even in FP32
             if sorted((name, shape) for name, _, shape in manifest) != self.known:
                 because = because or "these are not all weights of the checkpoint, by their names there"
-            small = min(BUCKET_BYTES, size // 4)  # is in two of vLLM's buckets, even in FP32
             if not because and (manifest, small, worker.buckets) != self.last:
-                because = self.because = self._agree(manifest, small)
+                because = self.because = failure(self._agree, manifest, small)
             if because:
                 tell(f"online-quant: {len(manifest)} weights by a session, because {because}")
+                worker.buckets = worker.replay = self.last = None  # frees them
                 worker.session = worker.session or worker._open_session()
                 worker.session.load((name, weight.clone()) for name, weight in weights)
             else:

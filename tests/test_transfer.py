@@ -32,13 +32,28 @@ def sent(weights: dict, size: int = 100_000) -> tuple:
     return group, SimpleNamespace(names=[*weights], dtype_names=dtypes, shapes=shapes)
 
 
+def join(transfer, failing_ranks: tuple = ()) -> None:
+    """A sender's group, which is there already."""
+
+    def joins(transfer, _) -> None:
+        if transfer.worker.rank in failing_ranks:
+            raise TimeoutError("no sender has come")
+
+    with mock.patch.object(helper.NCCLWeightTransferEngine, "init_transfer_engine", joins):
+        group, transfer.model_update_group = transfer.model_update_group, SimpleNamespace(destroy=bool)
+        try:
+            transfer.init_transfer_engine(None)
+        finally:
+            transfer.model_update_group = group
+
+
 def receive(llm, weights: dict, update: bool = True) -> None:
     """What a worker does when a sender starts an update and broadcasts."""
     transfer = worker(llm).weight_transfer_engine
     transfer.packed, transfer.packed_buffer_size_bytes = True, 100_000
     transfer.model_update_group, info = sent(weights)
     if transfer.known is None:
-        transfer.prove()
+        join(transfer)
     if update:
         llm.collective_rpc("start_weight_update")
     transfer.receive_weights(info)
@@ -80,6 +95,10 @@ def test_an_engine_follows_vllm_s_own_sender(tmp_path, name):
         receive(llm, dict(itertools.islice(others.items(), half, None)), update=False)
         finish(llm)
         assert seen(llm) == fresh
+        assert worker(llm).buckets is None  # a session needs none
+        receive(llm, own)
+        finish(llm)
+        assert seen(llm) == cold
 
 
 def test_buckets_that_no_longer_fit_make_room_first(tmp_path, monkeypatch):
@@ -138,12 +157,33 @@ def test_a_sender_may_follow_one_that_has_died(tmp_path, monkeypatch):
 
 
 def test_an_engine_without_a_checkpoint_is_refused(tmp_path):
-    """Before a sender broadcasts anything; and it does not serve."""
+    """Before a sender broadcasts anything; and it serves on."""
     path = build(tmp_path / "model", "llama")
     with local_engine(path, CONFIG, weight_transfer_config=CONFIGURED, load_format="dummy") as llm:
+        cold = seen(llm)
         with pytest.raises(RuntimeError, match="DummyModelLoader"):
-            worker(llm).weight_transfer_engine.prove()
-        refuses(llm)
+            join(worker(llm).weight_transfer_engine)
+        assert seen(llm) == cold
+
+
+def test_an_engine_without_room_for_buckets_serves_on(tmp_path, monkeypatch):
+    """Nothing was set to zero yet; when there is room, the next sender is welcome."""
+    path, plain = build(tmp_path / "model", "llama"), helper.Buckets
+
+    def no_room(manifest, *args, as_vllm=False):
+        raise torch.OutOfMemoryError("tried to allocate 2.32 GiB")
+
+    with local_engine(path, CONFIG, weight_transfer_config=CONFIGURED) as llm:
+        cold, transfer = seen(llm), worker(llm).weight_transfer_engine
+        monkeypatch.setattr(helper, "Buckets", no_room)
+        with pytest.raises(RuntimeError, match="cannot be synced: OutOfMemoryError: tried to allocate"):
+            join(transfer)
+        assert seen(llm) == cold
+        monkeypatch.setattr(helper, "Buckets", plain)
+        receive(llm, load_file(f"{path}/model.safetensors"))
+        finish(llm)
+        assert transfer.because is None
+        assert seen(llm) == cold
 
 
 def test_an_update_that_is_not_complete_is_not_served(tmp_path):
@@ -198,12 +238,19 @@ def test_a_replay_that_forgets_is_found_before_it_serves(tmp_path, monkeypatch, 
     for broken in (False, True):
         with local_engine(old, CONFIG, weight_transfer_config=CONFIGURED) as llm:
             if broken:
+                transfer = worker(llm).weight_transfer_engine
+                transfer.packed, transfer.packed_buffer_size_bytes = True, 100_000
+                transfer.model_update_group, info = sent(weights)
                 monkeypatch.setattr(helper.ReloadSession, "load", loads_less)
                 monkeypatch.setattr(helper.ReloadSession, "complete", helper.ReloadSession.close)
                 for _ in range(2):  # what a failed proof has left is not what was loaded
                     with pytest.raises(RuntimeError, match="cannot be synced: not as it was before: "):
-                        receive(llm, weights)
+                        join(transfer)
                     refuses(llm)
+                llm.collective_rpc("start_weight_update")
+                with pytest.raises(RuntimeError, match="cannot be synced: not as it was before: "):
+                    transfer.receive_weights(info)  # of a sender that goes on all the same
+                refuses(llm)
                 continue
             receive(llm, weights)
             finish(llm)
@@ -227,12 +274,8 @@ class Extension(helper.WorkerExtension):
 
         self._take_in = fail if self.rank == 1 else plain
 
-    def wait_for_nobody(self) -> None:
-        def fail(*_) -> None:
-            raise TimeoutError("no sender has come")
-
-        with mock.patch.object(helper.NCCLWeightTransferEngine, "init_transfer_engine", fail):
-            self.weight_transfer_engine.init_transfer_engine(None)
+    def join(self, failing_ranks: tuple) -> None:
+        join(self.weight_transfer_engine, failing_ranks)
 
     def why_no_replays(self) -> str | None:
         return self.weight_transfer_engine.because
@@ -241,8 +284,6 @@ class Extension(helper.WorkerExtension):
         transfer = self.weight_transfer_engine
         transfer.model_update_group, transfer.packed = self.weight_group, True
         transfer.packed_buffer_size_bytes = 100_000
-        if transfer.known is None:
-            transfer.prove()
         try:
             transfer.receive_weights(SimpleNamespace(**info))
         finally:
@@ -284,15 +325,18 @@ def test_two_workers_stay_in_step(tmp_path, one_cannot):
                     finish(llm)
                     assert seen(llm) == expected
 
-            with pytest.raises(RuntimeError, match="engine rank 0: .* no sender has come; engine rank 1: "):
-                llm.collective_rpc("wait_for_nobody")
-            assert seen(llm) == cold
+            for failing_ranks in ((0, 1), (0,), (1,)):
+                found = "engine rank 0: .* no sender has come; engine rank 1: .* no sender has come"
+                with pytest.raises(RuntimeError, match=found):
+                    llm.collective_rpc("join", args=(failing_ranks,))
+                assert seen(llm) == cold
             if one_cannot:
                 llm.collective_rpc("fail_once")
+            llm.collective_rpc("join", args=((),))
             follow()
             because = llm.collective_rpc("why_no_replays")
             if one_cannot:
-                assert because == ["not as it was before: out of memory"] * 2
+                assert because == ["RuntimeError: out of memory"] * 2
                 return
             assert because == [None, None]
             llm.collective_rpc("start_weight_update")

@@ -5,9 +5,9 @@
 
 Two threads of one process are vLLM's own sender and an engine, and two ranks that share the GPU: NCCL 2.30
 or newer allows it, and moves their bytes at the speed of the GPU's memory. (Two processes would take turns
-on it.) Every update brings other weights; the last brings back those of the start, which every tensor and
-answer must show. Then come new weights, and a fresh engine of them. Prints lines, writes
-OUTPUT_DIR/backends_SHAPE_QUANTIZATION.json.
+on it.) Every update brings other weights, by which all bytes in FP8 change; the last brings back those of
+the start, which every tensor and answer must show. Then come new weights, and a fresh engine of them.
+Prints lines, writes OUTPUT_DIR/backends_NAME_QUANTIZATION.json.
 """
 
 import contextlib
@@ -179,16 +179,16 @@ def differences(found: dict, expected: dict) -> dict:
 
 
 def measure(pair: Pair, backend: str, cold: dict, repeats: int) -> dict:
-    """Seconds and memory of both ends together, in GiB: at most in an update, and what stays behind one."""
+    """Seconds and memory of both ends together, in GiB beyond that before joining: at most in an update, and
+    behind one."""
     before, found = torch.cuda.memory_allocated(), {"join_s": pair.use(backend)}
-    found["wire_gb_per_s"], seconds, factors = pair.wire_gb_per_s(), [], [2.0, 0.5]  # undone exactly
+    found["wire_gb_per_s"], seconds, factors = pair.wire_gb_per_s(), [], [-2.0, -0.5]  # undone exactly
+    torch.cuda.reset_peak_memory_stats()
     for number in range(2 + repeats):
         torch._foreach_mul_([*pair.weights.values()], factors[number % 2])
-        torch.cuda.reset_peak_memory_stats()
-        idle = torch.cuda.memory_allocated()
         seconds.append(pair.sync())
     found |= {"seconds": statistics.median(seconds[2:]), "all_seconds": seconds}
-    found["extra_gib"] = (torch.cuda.max_memory_allocated() - idle) / 2**30
+    found["extra_gib"] = (torch.cuda.max_memory_allocated() - before) / 2**30
     found["kept_gib"] = (torch.cuda.memory_allocated() - before) / 2**30
     found["because"] = getattr(pair.worker.weight_transfer_engine, "because", "vLLM's")
     return found | {"as_before": differences(pair.llm.observe(*ASKED), cold)}
@@ -232,7 +232,8 @@ def main(config: Benchmark) -> None:
         path = str(config.model or build_random_model(Path(folder) / "model", config.shape))
         torch.cuda.empty_cache()
         pair, found = Pair(config, path), {}
-        title = f"RESULT {config.model or config.shape} {config.quantization}"
+        name = config.model.name if config.model else config.shape
+        title = f"RESULT {name} {config.quantization}"
         cold = pair.llm.observe(*ASKED)
         assert cold["repeatable"], "greedy answers differ from one time to the next"
         for backend in config.backends:
@@ -242,7 +243,7 @@ def main(config: Benchmark) -> None:
     medians = [found[backend]["seconds"] for backend in config.backends]
     print(f"{title}: differs from a fresh engine in {found['fresh']}; {medians[0] / medians[-1]:.2f} times")
     found |= {"device": torch.cuda.get_device_name()}
-    file = config.output_dir / f"backends_{config.shape}_{config.quantization}.json"
+    file = config.output_dir / f"backends_{name}_{config.quantization}.json"
     file.write_text(json.dumps(dataclasses.asdict(config) | found, default=str, indent=2))
 
 

@@ -12,6 +12,7 @@ import dataclasses
 import json
 import os
 import shlex
+import shutil
 import signal
 import statistics
 import subprocess
@@ -117,11 +118,16 @@ def ask_workers(port: int, method: str) -> list:
     return post(port, "collective_rpc", {"method": method})["results"]
 
 
+def answer(port: int, model: str, prompt: list[int]) -> str:
+    """Greedy."""
+    body = dict(model=model, prompt=prompt, temperature=0, max_tokens=32)
+    return post(port, "v1/completions", body)["choices"][0]["text"]
+
+
 def look(port: int, model: str, asked: list[list[int]]) -> tuple[list[dict], list[str]]:
     """Digests of what the workers' models reach; greedy answers, which come first, one at a time."""
-    body = dict(model=model, temperature=0, max_tokens=32)
-    said = [post(port, "v1/completions", body | {"prompt": each}) for each in asked]
-    return ask_workers(port, "reached_digests"), [each["choices"][0]["text"] for each in said]
+    answers = [answer(port, model, prompt) for prompt in asked]
+    return ask_workers(port, "reached_digests"), answers
 
 
 def train(config: Benchmark, model: str, port: int, backend: str) -> dict:
@@ -140,7 +146,8 @@ def train(config: Benchmark, model: str, port: int, backend: str) -> dict:
 def main(config: Benchmark) -> None:
     """Measure, compare, print, write."""
     config.output_dir.mkdir(parents=True, exist_ok=True)
-    model, found, seen = str(config.model or config.output_dir / "model"), {}, {}
+    shutil.rmtree(config.learned, ignore_errors=True)
+    model, found, seen = str(config.model or config.output_dir / config.shape), {}, {}
     if not Path(model).exists():
         build_random_model(model, config.shape)
     title = f"RESULT {config.model or config.shape} {config.quantization}"
@@ -149,8 +156,7 @@ def main(config: Benchmark) -> None:
         for port in ports.values():
             wait_for_server(port)
         for backend, port in ports.items():
-            if backend != "nccl":
-                look(port, model, [[1, 2, 3]])  # as a user does who tries it before training
+            answer(port, model, [1, 2, 3])  # as a user does who tries it before training
             ask_workers(port, "start_peak")
             found[backend] = train(config, model, port, backend)
             found[backend]["extra_gib"] = [float(gib) for gib in ask_workers(port, "extra_gib")]
