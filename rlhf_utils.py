@@ -86,8 +86,7 @@ def join_group(train_model, quantized_llm, *, backend: str | None = None, timeou
     `backend` is "nccl" or "gloo", by default NCCL where every rank has a GPU. Args, here and below:
         train_model: handle of the trainer's actor; of a sharded trainer a list of all, the sender first.
         quantized_llm: handle of the engine's actor, or a list of several.
-        timeout_s: seconds for each phase; ten times that where something loads or answers.
-    """
+        timeout_s: seconds for each phase; ten times that where something loads or answers."""
     trainer, engines, rank = as_list(train_model)[0], as_list(quantized_llm), 1
     mine = {handle._actor_id for handle in [*as_list(train_model), *engines]}
     for name in [name for name, actor in ACTORS.items() if actor not in mine]:
@@ -660,7 +659,8 @@ def collective(method):
             error = f"{type(caught).__name__}: {caught}"
         errors = [error] * group.world_size
         if group.world_size > 1:  # rank 0 names who does not come; after an error the others are near
-            limit_s = 5 if error else getattr(getattr(self, "weight_group", None), "timeout_s", 600)
+            limit_s = getattr(getattr(self, "weight_group", None), "timeout_s", 600)
+            limit_s = max(2, min(5, limit_s / 3)) if error else limit_s  # `wait` has 7 s
             try:
                 dist.monitored_barrier(group.cpu_group, timedelta(seconds=limit_s), wait_all_ranks=True)
             except RuntimeError as missing:
@@ -668,7 +668,7 @@ def collective(method):
                 raise RuntimeError(f"{method.__name__} failed. {found}") from missing
             dist.all_gather_object(errors, error, group=group.cpu_group)
         if any(errors) and isinstance(self, OnlineQuantTransfer) and self.worker._weight_update_active:
-            self.torn, self.worker._weight_update_active = True, False  # the latter is vLLM's account
+            self.torn, self.worker._weight_update_active, self.last = True, False, None  # vLLM's; agree anew
         if any(errors) and group.rank_in_group == group.world_size - 1:
             failed = "; ".join(f"engine rank {rank}: {e}" for rank, e in enumerate(errors) if e)
             raise RuntimeError(f"{method.__name__} failed. {failed}")
@@ -1248,7 +1248,7 @@ def record_copies(session: ReloadSession, manifest: Manifest) -> dict[str, list[
             session.model.load_weights(iter(weights.items()))
         tensors |= named_tensors(session.model)  # loaders may register more
     except Exception as error:  # of any kind: they are vLLM's loaders for hundreds of models
-        raise CannotReplay(f"vLLM's loaders want to see the weights: {error!r}") from error
+        raise CannotReplay(f"vLLM's loaders want to see weights: {type(error).__name__}: {error}") from error
     finally:
         for layer in session.model.modules():
             layerwise.get_layerwise_info(layer).load_numel = 0  # as if nothing had come
@@ -1366,12 +1366,12 @@ def bind(copy: Copy, name: str, view: Tensor, live: dict[str, Tensor], rows: dic
 
 
 def failure(call: Callable, *args) -> str | None:
-    """What a call returns or raises, on any worker of this engine; all have to make it."""
+    """Make a call that all workers make; all get what any of them returned or raised. None: all is well."""
     reasons, group = [None] * get_world_group().world_size, get_world_group().cpu_group
     try:
         reason = call(*args)
     except Exception as error:
-        reason = f"{type(error).__name__}: {error}"
+        logger.exception(reason := f"{type(error).__name__}: {error}")
     dist.all_gather_object(reasons, reason, group=group)
     return "; ".join(sorted(set(filter(None, reasons)))) or None
 
@@ -1387,7 +1387,7 @@ class OnlineQuantTransfer(NCCLWeightTransferEngine):
     def __init__(self, *args):
         super().__init__(*args)
         self.worker, self.torn = WorkerExtension.newest, False
-        self.known = self.because = self.cold = None  # names, shapes; why no replays; digests at first
+        self.known = self.because = self.cold = None  # proved names, shapes; why no replays; as loaded
         self.worker.after_loading = Reached(self.model).digests()
         plain = self.worker.model_runner.execute_model
         self.worker.model_runner.execute_model = functools.partial(self._execute_model, plain)
@@ -1399,10 +1399,10 @@ class OnlineQuantTransfer(NCCLWeightTransferEngine):
 
     @collective
     def init_transfer_engine(self, init_info) -> None:
-        """Join the sender's group. Raises RuntimeError if this model cannot be synced."""
+        """Join the sender's group, which warms up in FP32. Raises RuntimeError if syncs cannot be proved."""
         before = vars(self).copy()
-        if failed := failure(super().init_transfer_engine, init_info):
-            vars(self).update(before)  # the group of the last sender
+        if failed := failure(set_default_torch_dtype(torch.float32)(super().init_transfer_engine), init_info):
+            vars(self).update(before)  # as the last sender has it: its group, how it packs
             raise RuntimeError(failed)
         if before["model_update_group"] is not None:
             before["model_update_group"].destroy()
@@ -1416,10 +1416,10 @@ class OnlineQuantTransfer(NCCLWeightTransferEngine):
         self.worker._drop_session()
 
     def _agree(self, manifest: Iterator[list], bucket_bytes: int) -> str | None:
-        self.last = self.worker.buckets = None  # frees them
-        self.cold, manifest = self.cold or self.worker._reached().digests(), [*manifest]
+        self.last = self.worker.buckets = self.worker.replay = None  # frees them
+        self.cold, manifest = (self.torn and self.cold) or self.worker._reached().digests(), [*manifest]
         _, because = self.worker.agree_on_weights.__wrapped__(self.worker, manifest, bucket_bytes)
-        self.last = manifest, bucket_bytes, self.worker.buckets  # which were made for both
+        self.last = manifest, bucket_bytes, self.worker.buckets  # the next such update needs none of this
         return because
 
     def prove(self) -> None:
@@ -1429,7 +1429,7 @@ class OnlineQuantTransfer(NCCLWeightTransferEngine):
         manifest = ([name, str(weight.dtype)[6:], list(weight.shape)] for name, weight in read())
 
         def go_through(moves: list[tuple]) -> str | None:
-            wrong, seen, self.torn = set(), {"own": self.cold}, True
+            wrong, seen, self.torn = set(), {"own": self.cold}, True  # it writes
             for zero, weights, path in moves:
                 if zero:
                     self.worker.zero_weights.__wrapped__(self.worker, zero)
@@ -1439,13 +1439,13 @@ class OnlineQuantTransfer(NCCLWeightTransferEngine):
             return f"not as it was before: {some(sorted(wrong))}" if wrong else None
 
         self.because = failure(self._agree, manifest, BUCKET_BYTES)
-        if failure(lambda: None if self.last else "not ready"):  # the engine serves on as it is
+        if failure(lambda: None if self.last else "not ready"):  # nothing is written yet: it serves on
+            self.last = self.worker.buckets = self.worker.replay = None
             raise RuntimeError(f"this model cannot be synced: {self.because}")
         for moves in [SESSIONS] if self.because else [REPLAYS, SESSIONS]:
             if not (found := failure(go_through, moves)):
                 self.known, self.torn = sorted((name, shape) for name, _, shape in self.last[0]), False
-                found = f"{len(self.cold)} tensors. {self.because or ''}"
-                return tell(f"online-quant: proved by {moves[0][2]}, {found}")
+                return tell(f"online-quant: proved by {moves[0][2]}. {self.because or ''}")
             self.because = "; ".join(filter(None, (self.because, found)))
         raise RuntimeError(f"this model cannot be synced: {self.because}")
 
@@ -1459,7 +1459,7 @@ class OnlineQuantTransfer(NCCLWeightTransferEngine):
         with to_the_end(wire.receive_from_vllm()) as weights:
             if self.known is None:
                 raise RuntimeError(f"this model cannot be synced: {self.because or 'it was not proved'}")
-            because, small = self.because, min(BUCKET_BYTES, size // 4)  # in two of vLLM's, even in FP32
+            because, small = self.because, min(BUCKET_BYTES, size // 4)  # spans two of vLLM's at most
             if sorted((name, shape) for name, _, shape in manifest) != self.known:
                 because = because or "these are not all weights of the checkpoint, by their names there"
             if not because and (manifest, small, worker.buckets) != self.last:

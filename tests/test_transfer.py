@@ -178,11 +178,14 @@ def test_an_engine_without_room_for_buckets_serves_on(tmp_path, monkeypatch):
         monkeypatch.setattr(helper, "Buckets", no_room)
         with pytest.raises(RuntimeError, match="cannot be synced: OutOfMemoryError: tried to allocate"):
             join(transfer)
+        assert transfer.last is worker(llm).buckets is None
         assert seen(llm) == cold
+        worker(llm).get_model().lm_head.scratch = torch.ones(4)  # since a request
         monkeypatch.setattr(helper, "Buckets", plain)
         receive(llm, load_file(f"{path}/model.safetensors"))
         finish(llm)
         assert transfer.because is None
+        del worker(llm).get_model().lm_head.scratch
         assert seen(llm) == cold
 
 
