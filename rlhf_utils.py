@@ -152,8 +152,7 @@ def prove_sync(
     as at the start. If replays fail, sessions are to serve, and prove the same of themselves.
 
     Returns what a sync does, of the last one; `because` (why no replay); how many `tensors` and `answers`
-    were compared, how many tensors `changed` with the weights; `proof_s` (seconds); the answers `before`.
-    """
+    were compared, how many tensors `changed` with the weights; `proof_s` (seconds); the answers `before`."""
     trainers, engines, start = as_list(train_model), as_list(quantized_llm), time.perf_counter()
     if any(wait([llm.get_weights_version.remote() for llm in engines], timeout_s, "reading the version")):
         raise RuntimeError("prove_sync needs a cold start, and an engine has been updated: start it anew")
@@ -435,8 +434,7 @@ class WeightSender:
 
         return ((name, weight.full_tensor()) for name, weight in super().weights())
 
-    All ranks call `prepare_weights` and `send_weights`, which gather; the one that is in the group sends.
-    """
+    All ranks call `prepare_weights` and `send_weights`, which gather; the one that is in the group sends."""
 
     def __init__(self, model: torch.nn.Module, device: torch.device | str):
         self.model, self.device = model, torch.device(device)
@@ -681,7 +679,7 @@ class WorkerExtension:
     """The engine's end: `worker_extension_cls="rlhf_utils.WorkerExtension"` adds it to vLLM's workers.
 
     Called by name, `llm.collective_rpc("method", args=(...))`. New weights come by `agree_on_weights`, once,
-    and `receive_weights`; or, one by one and all of it, by `update_weight`, then `check_weights_changed`."""
+    and `receive_weights`; or, all of them one by one, by `update_weight`, then `check_weights_changed`."""
 
     weight_group = None
     manifest: Manifest | None = None  # of the last complete set of weights: names and shapes stay
@@ -1050,8 +1048,7 @@ def stateless_init_process_group(
 
     `device` is where this rank's tensors live. `backend` is "nccl" or, if any rank is on a CPU, "gloo"; by
     default as `device` is. `timeout_s` is for the other ranks to come, and (in `Buckets`) for each broadcast.
-    Raises TimeoutError (which ranks did not come), OSError (the port is taken), RuntimeError (no NCCL).
-    """
+    Raises TimeoutError (which ranks did not come), OSError (the port is taken), RuntimeError (no NCCL)."""
     device, timeout = torch.device(device), timedelta(seconds=timeout_s)
     if device.type == "cuda" and device.index is None:
         device = torch.device("cuda", torch.cuda.current_device())  # NCCL wants to know which
@@ -1119,8 +1116,9 @@ class Buckets:
         self.names = []  # for messages
         for number, (size, pieces) in enumerate(plan):
             memory = two[number % 2][:size]
-            view = lambda at, n, dtype, shape, of=memory: of[at : at + n].view(dtype).view(shape)
-            self.buckets.append((memory, [(name, view(*where)) for name, *where in pieces]))
+            cut = ((name, memory[at : at + n], dtype, shape) for name, at, n, dtype, shape in pieces)
+            views = [(name, part.view(dtype).view(shape)) for name, part, dtype, shape in cut]
+            self.buckets.append((memory, views))
             self.names.append(f"bucket {number + 1} of {len(plan)} ({pieces[0][0]} .. {pieces[-1][0]})")
         self.names.append("the digests")
         self.nbytes = sum(view.nbytes for _, views in self.buckets for _, view in views)
@@ -1387,7 +1385,7 @@ class OnlineQuantTransfer(NCCLWeightTransferEngine):
     def __init__(self, *args):
         super().__init__(*args)
         self.worker, self.torn = WorkerExtension.newest, False
-        self.known = self.because = self.cold = None  # proved names, shapes; why no replays; as loaded
+        self.known = self.because = self.cold = self.last = None  # proved; why no replays; as loaded; agreed
         self.worker.after_loading = Reached(self.model).digests()
         plain = self.worker.model_runner.execute_model
         self.worker.model_runner.execute_model = functools.partial(self._execute_model, plain)
@@ -1399,9 +1397,10 @@ class OnlineQuantTransfer(NCCLWeightTransferEngine):
 
     @collective
     def init_transfer_engine(self, init_info) -> None:
-        """Join the sender's group, which warms up in FP32. Raises RuntimeError if syncs cannot be proved."""
+        """Join the sender's group. Raises RuntimeError if it does not come, or if syncs cannot be proved."""
         before = vars(self).copy()
-        if failed := failure(set_default_torch_dtype(torch.float32)(super().init_transfer_engine), init_info):
+        joining = set_default_torch_dtype(torch.float32)(super().init_transfer_engine)  # as senders warm up
+        if failed := failure(joining, init_info):
             vars(self).update(before)  # as the last sender has it: its group, how it packs
             raise RuntimeError(failed)
         if before["model_update_group"] is not None:
@@ -1412,7 +1411,8 @@ class OnlineQuantTransfer(NCCLWeightTransferEngine):
             self.prove()
 
     def start_weight_update(self) -> None:
-        self.torn = True  # from now on, until all weights have come
+        """From now on no request is served, until all weights have come."""
+        self.torn = True
         self.worker._drop_session()
 
     def _agree(self, manifest: Iterator[list], bucket_bytes: int) -> str | None:
@@ -1445,7 +1445,8 @@ class OnlineQuantTransfer(NCCLWeightTransferEngine):
         for moves in [SESSIONS] if self.because else [REPLAYS, SESSIONS]:
             if not (found := failure(go_through, moves)):
                 self.known, self.torn = sorted((name, shape) for name, _, shape in self.last[0]), False
-                return tell(f"online-quant: proved by {moves[0][2]}. {self.because or ''}")
+                tensors = f"{len(self.cold)} tensors. {self.because or ''}"
+                return tell(f"online-quant: proved by {moves[0][2]}, {tensors}")
             self.because = "; ".join(filter(None, (self.because, found)))
         raise RuntimeError(f"this model cannot be synced: {self.because}")
 
@@ -1504,9 +1505,8 @@ class Rows:
     They get FP8 e4m3 bytes and one FP32 scale each, bit-identical to torchao 0.18's PerRow, which makes it
     from the columns that a worker gets and rounds amax / 448 to BF16 (zeros get scale 1); or to vLLM 0.32's
     `fp8_per_channel`, which makes it from whole rows, without rounding, and at least 1 / (448 * 512).
-    `kind`: rows, columns, stride of a row, columns of a whole one, by vLLM? `tensors`, of each matrix: source
-    (rows, columns), whole (rows, all columns), bytes as source, scales (rows, 1); at multiples of 16 bytes.
-    """
+    `kind`: rows, columns, stride of a row, columns if whole, vLLM's? `tensors`, by matrix: source (rows,
+    columns), whole (rows, all columns), bytes as source, scales (rows, 1); at multiples of 16 bytes."""
 
     def __init__(self, kind: tuple, tensors: list[tuple[Tensor, ...]]):
         self.kind, self.tensors = kind, tensors

@@ -36,7 +36,9 @@ def join(transfer, failing_ranks: tuple = ()) -> None:
     """A sender's group, which is there already."""
 
     def joins(transfer, _) -> None:
+        assert torch.get_default_dtype() == torch.float32  # all ranks warm up with the same type
         if transfer.worker.rank in failing_ranks:
+            transfer.packed_buffer_size_bytes = 1
             raise TimeoutError("no sender has come")
 
     with mock.patch.object(helper.NCCLWeightTransferEngine, "init_transfer_engine", joins):
@@ -280,6 +282,10 @@ class Extension(helper.WorkerExtension):
     def join(self, failing_ranks: tuple) -> None:
         join(self.weight_transfer_engine, failing_ranks)
 
+    def look(self) -> tuple[int, bool]:
+        transfer = self.weight_transfer_engine
+        return transfer.packed_buffer_size_bytes, transfer.last is None
+
     def why_no_replays(self) -> str | None:
         return self.weight_transfer_engine.because
 
@@ -333,6 +339,7 @@ def test_two_workers_stay_in_step(tmp_path, one_cannot):
                 with pytest.raises(RuntimeError, match=found):
                     llm.collective_rpc("join", args=(failing_ranks,))
                 assert seen(llm) == cold
+            assert all(size > 1 for size, _ in llm.collective_rpc("look"))  # as a sender before has it
             if one_cannot:
                 llm.collective_rpc("fail_once")
             llm.collective_rpc("join", args=((),))
@@ -351,4 +358,5 @@ def test_two_workers_stay_in_step(tmp_path, one_cannot):
             llm.collective_rpc("start_weight_update")
             with pytest.raises(RuntimeError, match="engine rank 1: RuntimeError: out of memory"):
                 bring(weights[new])
+            assert llm.collective_rpc("look") == [(100_000, True)] * 2  # they agree anew, or none does
             follow()

@@ -13,7 +13,6 @@ Prints lines, writes OUTPUT_DIR/backends_NAME_QUANTIZATION.json.
 import contextlib
 import dataclasses
 import functools
-import gc
 import json
 import os
 import shutil
@@ -30,31 +29,23 @@ os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "TORCHINDUCTOR_DETERMINIST
 import tests_on_path  # noqa: F401
 import torch
 import tyro
+from bench_transfer import Subject
 from safetensors.torch import load_file, save_file
 from vllm.config.weight_transfer import WeightTransferConfig
 from vllm.distributed.weight_transfer import nccl_common, packed_tensor
 from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
 from vllm.utils.network_utils import get_open_port
 
-from harness import driver, helper
-from local import worker
-from random_models import build_random_model
+from harness import helper
+from local import CONFIG, local_engine, worker
 
 ASKED = (["Hello, my name is", "The capital of France is", "a b c", "1 2 3 4"], 24)
 
 
 @dataclasses.dataclass
-class Benchmark:
-    """One shape, one quantization."""
+class Benchmark(Subject):
+    """A backend after another, in one engine."""
 
-    shape: str = "qwen3-0.6b"
-    """A key of SHAPES in random_models.py; a model of random weights."""
-    model: Path | None = None
-    """A folder with a model, instead."""
-    quantization: str = "fp8_per_channel"
-    """As the driver's flag."""
-    backends: tuple[str, ...] = ("nccl", "online-quant")
-    """Of vLLM's weight transfer."""
     repeats: int = 6
     """Measured updates of each, after two to warm up; even, since every other one brings the same."""
     output_dir: Path = Path("outputs/backends")
@@ -91,9 +82,9 @@ def streams(thread: int, device: int, count: int) -> tuple:
 class Pair:
     """An engine, and a sender of its checkpoint's weights in a thread."""
 
-    def __init__(self, config: Benchmark, path: str):
-        self.llm, self.pool = start_engine(config, path), ThreadPoolExecutor(1, initializer=use_gpu)
-        self.worker, self.weights = worker(self.llm), {}
+    def __init__(self, llm, path: str):
+        self.llm, self.pool = llm, ThreadPoolExecutor(1, initializer=use_gpu)
+        self.worker, self.weights = worker(llm), {}
         for file in sorted(Path(path).glob("*.safetensors")):
             self.weights |= load_file(file, device="cuda")
         names, shapes = [*self.weights], [list(weight.shape) for weight in self.weights.values()]
@@ -154,20 +145,11 @@ def use_gpu() -> None:
     torch.cuda.set_device(0)
 
 
-def start_engine(config: Benchmark, path: str):
+def engine(config: Benchmark, path: str):
     """In this process, with little memory for its cache: compiled, with CUDA graphs."""
-    arguments = dict(model=path, dtype="bfloat16", max_model_len=256, kv_cache_memory_bytes=2**30, seed=0)
-    arguments |= dict(gpu_memory_utilization=0.05, max_num_seqs=64, max_num_batched_tokens=2048)
-    arguments |= driver.quantization_arguments(config.quantization)
-    arguments |= dict(worker_extension_cls="rlhf_utils.WorkerExtension", distributed_executor_backend="uni")
-    return helper.MyLLM(**arguments, weight_transfer_config=WeightTransferConfig(backend="nccl"))
-
-
-def stop_engine(llm) -> None:
-    """Give its memory back."""
-    llm.llm_engine.engine_core.shutdown()
-    gc.collect()
-    torch.cuda.empty_cache()
+    more = dict(kv_cache_memory_bytes=2**30, max_model_len=256, max_num_seqs=64, max_num_batched_tokens=2048)
+    more |= dict(weight_transfer_config=WeightTransferConfig(backend="nccl"), enforce_eager=False)
+    return local_engine(path, dataclasses.replace(CONFIG, quantization=config.quantization), **more)
 
 
 def differences(found: dict, expected: dict) -> dict:
@@ -194,24 +176,18 @@ def measure(pair: Pair, backend: str, cold: dict, repeats: int) -> dict:
     return found | {"as_before": differences(pair.llm.observe(*ASKED), cold)}
 
 
-def compare_with_fresh(pair: Pair, config: Benchmark, path: str, folder: Path) -> dict:
-    """New weights, twice, by the last backend; then they are a checkpoint, and another engine starts."""
+def bring_new_weights(pair: Pair, path: str, folder: Path) -> dict:
+    """By the last backend, twice; they become a checkpoint. Returns what the engine is then."""
     random = torch.Generator("cuda").manual_seed(1)
     for weight in pair.weights.values():
         noise = torch.randn(weight.shape, generator=random, device="cuda", dtype=weight.dtype)
         weight.add_(noise * weight.float().std().to(weight.dtype) * 0.3)
     pair.sync()
     pair.sync()
-    found = pair.llm.observe(*ASKED)
     shutil.copytree(path, folder, ignore=shutil.ignore_patterns("*.safetensors*"))
     weights = {name: weight.cpu() for name, weight in pair.weights.items()}
     save_file(weights, folder / "model.safetensors", {"format": "pt"})
-    pair.weights.clear()
-    stop_engine(pair.llm)
-    fresh = start_engine(config, str(folder))
-    expected = fresh.observe(*ASKED)
-    stop_engine(fresh)
-    return differences(found, expected)
+    return pair.llm.observe(*ASKED)
 
 
 @contextlib.contextmanager
@@ -228,22 +204,24 @@ def own_streams() -> Iterator[None]:
 def main(config: Benchmark) -> None:
     """Measure, compare, print, write."""
     config.output_dir.mkdir(parents=True, exist_ok=True)
+    title, found = f"RESULT {config.name} {config.quantization}", {}
     with tempfile.TemporaryDirectory(dir=config.output_dir) as folder, own_streams():
-        path = str(config.model or build_random_model(Path(folder) / "model", config.shape))
+        path, new = config.path(Path(folder)), Path(folder) / "new"
         torch.cuda.empty_cache()
-        pair, found = Pair(config, path), {}
-        name = config.model.name if config.model else config.shape
-        title = f"RESULT {name} {config.quantization}"
-        cold = pair.llm.observe(*ASKED)
-        assert cold["repeatable"], "greedy answers differ from one time to the next"
-        for backend in config.backends:
-            found[backend] = measure(pair, backend, cold, config.repeats)
-            print(f"{title} {backend}: {json.dumps(found[backend])}", flush=True)
-        found["fresh"] = compare_with_fresh(pair, config, path, Path(folder) / "new")
+        with engine(config, path) as llm:
+            pair, cold = Pair(llm, path), llm.observe(*ASKED)
+            assert cold["repeatable"], "greedy answers differ from one time to the next"
+            for backend in config.backends:
+                found[backend] = measure(pair, backend, cold, config.repeats)
+                print(f"{title} {backend}: {json.dumps(found[backend])}", flush=True)
+            last = bring_new_weights(pair, path, new)
+            del pair, llm
+        with engine(config, str(new)) as fresh:
+            found["fresh"] = differences(last, fresh.observe(*ASKED))
     medians = [found[backend]["seconds"] for backend in config.backends]
     print(f"{title}: differs from a fresh engine in {found['fresh']}; {medians[0] / medians[-1]:.2f} times")
     found |= {"device": torch.cuda.get_device_name()}
-    file = config.output_dir / f"backends_{name}_{config.quantization}.json"
+    file = config.output_dir / f"backends_{config.name}_{config.quantization}.json"
     file.write_text(json.dumps(dataclasses.asdict(config) | found, default=str, indent=2))
 
 

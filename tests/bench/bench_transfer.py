@@ -39,7 +39,7 @@ class OwnExtension(PeakMemory, helper.WorkerExtension):
 
 
 @dataclasses.dataclass
-class Benchmark:
+class Subject:
     """One shape, one quantization."""
 
     shape: str = "qwen3-0.6b"
@@ -50,6 +50,22 @@ class Benchmark:
     """As the driver's flag."""
     backends: tuple[str, ...] = ("nccl", "online-quant")
     """Of vLLM's weight transfer."""
+
+    @property
+    def name(self) -> str:
+        """Of the model."""
+        return self.model.name if self.model else self.shape
+
+    def path(self, folder: Path) -> str:
+        """Of the model, which may have to be built there."""
+        path = self.model or folder / self.shape
+        return str(path) if path.exists() else build_random_model(path, self.shape)
+
+
+@dataclasses.dataclass
+class Benchmark(Subject):
+    """A server and TRL's process for each backend."""
+
     max_tokens: int = 128
     gpus: tuple[str, str] = ("0", "1")
     """Of TRL, of the servers."""
@@ -147,10 +163,8 @@ def main(config: Benchmark) -> None:
     """Measure, compare, print, write."""
     config.output_dir.mkdir(parents=True, exist_ok=True)
     shutil.rmtree(config.learned, ignore_errors=True)
-    model, found, seen = str(config.model or config.output_dir / config.shape), {}, {}
-    if not Path(model).exists():
-        build_random_model(model, config.shape)
-    title = f"RESULT {config.model or config.shape} {config.quantization}"
+    model, found, seen = config.path(config.output_dir), {}, {}
+    title = f"RESULT {config.name} {config.quantization}"
     with contextlib.ExitStack() as servers:
         ports = {each: servers.enter_context(server(config, model, each, each)) for each in config.backends}
         for port in ports.values():
