@@ -146,6 +146,12 @@ def look(port: int, model: str, asked: list[list[int]]) -> tuple[list[dict], lis
     return ask_workers(port, "reached_digests"), answers
 
 
+def differences(one: list[dict], two: list[dict]) -> int:
+    """Count of the tensors that differ, by their digests on each worker."""
+    pairs = zip(one, two, strict=True)
+    return sum(a.get(name) != b.get(name) for a, b in pairs for name in a | b)
+
+
 def train(config: Benchmark, model: str, port: int, backend: str) -> dict:
     """What TRL's process says; of the helper's backend it saves the last weights, in `learned`."""
     flags, learned = {"model": model, "port": port, "max-tokens": config.max_tokens}, config.learned
@@ -171,21 +177,23 @@ def main(config: Benchmark) -> None:
             wait_for_server(port)
         for backend, port in ports.items():
             answer(port, model, [1, 2, 3])  # as a user does who tries it before training
+            before = ask_workers(port, "reached_digests") if backend != "nccl" else []
             ask_workers(port, "start_peak")
             found[backend] = train(config, model, port, backend)
             found[backend]["extra_gib"] = [float(gib) for gib in ask_workers(port, "extra_gib")]
             if backend != "nccl":
                 seen[backend] = look(port, model, found[backend]["asked"])
+                found[backend]["changed"] = differences(before, seen[backend][0])
             said = {key: statistics.median(found[backend][key][1:]) for key in ("step_s", "sync_s")}
-            said |= {key: found[backend][key] for key in ("extra_gib", "trainer_gib", "held_out")}
+            more = ("extra_gib", "trainer_gib", "held_out", "changed")
+            said |= {key: found[backend][key] for key in more if key in found[backend]}
             print(f"{title} {backend}: {json.dumps(said)}", flush=True)
     for backend, (digests, answers) in seen.items():
         learned = str(config.learned)
         with server(config, learned, "fresh", None) as port:
             wait_for_server(port)
             fresh, said = look(port, learned, found[backend]["asked"])
-        pairs = zip(digests, fresh, strict=True)  # of each worker
-        different = sum(one.get(name) != two.get(name) for one, two in pairs for name in one | two)
+        different = differences(digests, fresh)
         same = sum(one == two for one, two in zip(answers, said, strict=True))
         found[backend] |= {"different": different, "same_answers": same}
         line = f"{different} of {sum(map(len, digests))} tensors differ from a fresh server's"
