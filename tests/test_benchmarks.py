@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import itertools
 import json
+import types
 
 import bench_loop
 import bench_memory
@@ -50,14 +51,18 @@ def test_rollout(tmp_path):
 
 
 def test_loop(tmp_path, capsys, monkeypatch):
-    """Both modes of gradient checkpointing; TRL's part needs GPUs, here is what it would say."""
-    said = {"step_s": 3.0, "trainer_gib": 5.0}
+    """Both modes of gradient checkpointing; TRL's part needs GPUs, here is what its process would say."""
+
+    def peer(command, **_):
+        slow = "--gradient-checkpointing" in command
+        said = {"step_s": [9.0, 9.0, 3.0 if slow else 2.0, 8.0, 1.0], "rewards": [0.5, 0.6]}
+        said |= {"sync_s": [9.0, 9.0, 0.5, 0.5], "trainer_gib": 5.0, "held_out": [None, None]}
+        return types.SimpleNamespace(stdout=f"a warning\n{json.dumps(said)}\n")
+
     server = lambda config, *_: contextlib.nullcontext(config.max_model_len)  # as its port
     monkeypatch.setattr(bench_loop.bench_transfer, "server", server)
     monkeypatch.setattr(bench_loop.bench_transfer, "wait_for_server", lambda port: port)
-    monkeypatch.setattr(
-        bench_loop, "measure_trl", lambda *_: {8: {"on": said, "off": said | {"step_s": 2.0}}}
-    )
+    monkeypatch.setattr(bench_loop, "subprocess", types.SimpleNamespace(run=peer, PIPE=None))
     flags = ["--tensor-parallel-size", "1", "--prompts-per-step", "2", "--lengths", "8", "--repeats", "2"]
     flags += ["--peer", "trl", "--output-dir", str(tmp_path)]
     bench_loop.main(tyro.cli(bench_loop.Benchmark, args=flags))
@@ -69,6 +74,7 @@ def test_loop(tmp_path, capsys, monkeypatch):
     row = found["on"]["in turn"]
     assert row["rollout_s"] + row["train_s"] < row["step_s"] * 1.05
     assert found["on"]["TRL"]["step_s"] == 3.0 and found["off"]["TRL"]["step_s"] == 2.0
+    assert found["on"]["TRL"]["sync_s"] == 0.5
     rates, kl = found["rollout_tokens_per_s"], found["mismatch_kl_of_the_first_batch"]
     assert set(rates) == {"loop", "plain"} and min(rates.values()) > 0
     assert kl["bfloat16"] != kl["float32"] and kl["float32"] == pytest.approx(2.5e-3, rel=0.5)

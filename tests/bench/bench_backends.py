@@ -6,7 +6,9 @@
 Two threads of one process are vLLM's own sender and an engine, and two ranks that share the GPU: NCCL 2.30
 or newer allows it, and moves their bytes at the speed of the GPU's memory. (Two processes would take turns
 on it.) Every update brings other weights, by which all bytes in FP8 change; the last brings back those of
-the start, which every tensor and answer must show. Then come new weights, and a fresh engine of them.
+the start, which every tensor and answer must show. Then come new weights: by the last backend, and once more
+by vLLM's own, which reloads; then a fresh engine of them. Engines may answer differently where all tensors
+are equal, as they may choose other kernels when they start: a second fresh engine shows how much that is.
 Prints lines, writes OUTPUT_DIR/backends_NAME_QUANTIZATION.json.
 """
 
@@ -153,11 +155,14 @@ def engine(config: Benchmark, path: str):
 
 
 def differences(found: dict, expected: dict) -> dict:
-    """Of two `MyLLM.observe`: counts of tensors and of answers with other bytes, tokens or probabilities."""
+    """Of two `MyLLM.observe`: counts of tensors and of answers with other bytes, tokens or probabilities; how
+    far the log-probabilities of first tokens are apart at most."""
     names = found["digests"].keys() | expected["digests"].keys()
     tensors = [name for name in names if found["digests"].get(name) != expected["digests"].get(name)]
-    answers = sum(one != two for one, two in zip(found["answers"], expected["answers"], strict=True))
-    return {"tensors": len(tensors), "of": len(names), "answers": answers, "some": helper.some(tensors)}
+    pairs = [*zip(found["answers"], expected["answers"], strict=True)]
+    apart = max(abs(one["logprobs"][0] - two["logprobs"][0]) for one, two in pairs)
+    counts = {"tensors": len(tensors), "of": len(names), "answers": sum(one != two for one, two in pairs)}
+    return counts | {"first_token": apart, "some": helper.some(tensors)}
 
 
 def measure(pair: Pair, backend: str, cold: dict, repeats: int) -> dict:
@@ -215,11 +220,19 @@ def main(config: Benchmark) -> None:
                 found[backend] = measure(pair, backend, cold, config.repeats)
                 print(f"{title} {backend}: {json.dumps(found[backend])}", flush=True)
             last = bring_new_weights(pair, path, new)
+            if config.backends[-1] != "nccl" and "nccl" in config.backends:
+                pair.use("nccl")
+                pair.sync()
+                found["as_by_nccl"] = differences(pair.llm.observe(*ASKED), last)
             del pair, llm
-        with engine(config, str(new)) as fresh:
-            found["fresh"] = differences(last, fresh.observe(*ASKED))
+        seen = []
+        for _ in range(2):
+            with engine(config, str(new)) as fresh:
+                seen.append(fresh.observe(*ASKED))
+        found |= {"fresh": differences(last, seen[0]), "two_fresh_ones": differences(*seen)}
     medians = [found[backend]["seconds"] for backend in config.backends]
-    print(f"{title}: differs from a fresh engine in {found['fresh']}; {medians[0] / medians[-1]:.2f} times")
+    ends = {name: found[name] for name in ("as_by_nccl", "fresh", "two_fresh_ones") if name in found}
+    print(f"{title}: {json.dumps(ends)}; {medians[0] / medians[-1]:.2f} times as fast", flush=True)
     found |= {"device": torch.cuda.get_device_name()}
     file = config.output_dir / f"backends_{config.name}_{config.quantization}.json"
     file.write_text(json.dumps(dataclasses.asdict(config) | found, default=str, indent=2))

@@ -173,7 +173,8 @@ def measure_trl(config: Benchmark, port: int) -> dict[int, dict]:
             ).stdout
         said = json.loads(output.strip().splitlines()[-1])
         print("TRL", length, mode, json.dumps(said), flush=True)
-        found[length][mode] = said | {"step_s": statistics.median(said["step_s"][WARM_UP:])}
+        medians = {name: statistics.median(said[name][WARM_UP:]) for name in ("step_s", "sync_s")}
+        found[length][mode] = said | medians
     return found
 
 
