@@ -7,8 +7,8 @@ Two threads of one process are vLLM's own sender and an engine, and two ranks th
 or newer allows it, and moves their bytes at the speed of the GPU's memory. (Two processes would take turns
 on it.) Every update brings other weights, by which all bytes in FP8 change; the last brings back those of
 the start, which every tensor and answer must show. Then come new weights: by the last backend, and once more
-by vLLM's own, which reloads; then a fresh engine of them. Engines may answer differently where all tensors
-are equal, as they may choose other kernels when they start: a second fresh engine shows how much that is.
+by vLLM's own, which reloads; then a fresh engine of them, and a second one: engines of the same tensors were
+seen to answer differently, for reasons that are not known, and this shows by how much.
 Prints lines, writes OUTPUT_DIR/backends_NAME_QUANTIZATION.json.
 """
 

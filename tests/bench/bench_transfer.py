@@ -45,7 +45,7 @@ class Subject:
     shape: str = "qwen3-0.6b"
     """A key of SHAPES in random_models.py; a model of random weights."""
     model: Path | None = None
-    """A folder with a model, instead."""
+    """A folder with a model, instead; it must be there."""
     quantization: str = "fp8_per_channel"
     """As the driver's flag."""
     backends: tuple[str, ...] = ("nccl", "online-quant")
@@ -57,9 +57,9 @@ class Subject:
         return self.model.name if self.model else self.shape
 
     def path(self, folder: Path) -> str:
-        """Of the model, which may have to be built there."""
+        """Of the model; one of random weights may have to be built there."""
         path = self.model or folder / self.shape
-        return str(path) if path.exists() else build_random_model(path, self.shape)
+        return str(path) if self.model or path.exists() else build_random_model(path, self.shape)
 
 
 @dataclasses.dataclass
