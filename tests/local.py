@@ -87,6 +87,9 @@ def local_engine(
         cleanup.callback(torch.set_default_dtype, torch.get_default_dtype())  # an error may leave vLLM's
         # vLLM looks at the class of each model in a process of its own: 5 s each, unless it is in a cache.
         cleanup.enter_context(mock.patch.object(registry, "_run_in_subprocess", lambda look: look()))
+        # Engines of one model have the same kernels, not those that were fastest that time. (Each compilation
+        # switches this off for the next: Dynamo restores PyTorch's own determinism, which sets it, too.)
+        cleanup.enter_context(torch._inductor.config.patch(deterministic=True))
         if DEVICE == "cpu":
             # It collects garbage nine times for each engine, among all that has been imported: 2 s.
             cleanup.enter_context(mock.patch.object(gc, "collect", lambda *_: 0))

@@ -5,6 +5,7 @@ import dataclasses
 import itertools
 import json
 import types
+from pathlib import Path
 
 import bench_loop
 import bench_memory
@@ -14,7 +15,7 @@ import pytest
 import torch
 import tyro
 
-from local import local_actors
+from local import CONFIG, local_actors, local_engine
 
 
 @pytest.fixture(autouse=True)
@@ -22,6 +23,16 @@ def here():
     """Trainers and engines in this process."""
     with local_actors():
         yield
+
+
+def test_engines_of_one_process_choose_kernels_by_rules():
+    """Not by time, or two of the same weights may answer differently; each compilation switches that off."""
+    path = str(Path(__file__).with_name("tiny"))
+    for _ in range(2):
+        torch.compile(torch.neg, backend="eager")(torch.ones(1))
+        assert not torch._inductor.config.deterministic
+        with local_engine(path, CONFIG, enforce_eager=True):
+            assert torch._inductor.config.deterministic
 
 
 def test_weight_sync(tmp_path, monkeypatch):
