@@ -14,6 +14,7 @@ import bench_weight_sync as weight_sync
 import pytest
 import torch
 import tyro
+from torch._inductor.graph import GraphLowering
 
 from local import CONFIG, local_actors, local_engine
 
@@ -25,14 +26,24 @@ def here():
         yield
 
 
-def test_engines_of_one_process_choose_kernels_by_rules():
+def test_engines_of_one_process_choose_kernels_by_rules(monkeypatch):
     """Not by time, or two of the same weights may answer differently; each compilation switches that off."""
-    path = str(Path(__file__).with_name("tiny"))
-    for _ in range(2):
-        torch.compile(torch.neg, backend="eager")(torch.ones(1))
-        assert not torch._inductor.config.deterministic
-        with local_engine(path, CONFIG, enforce_eager=True):
-            assert torch._inductor.config.deterministic
+    chosen, plain = [], GraphLowering.codegen
+
+    def codegen(graph):
+        chosen.append(torch._inductor.config.deterministic)
+        return plain(graph)
+
+    monkeypatch.delenv("TORCH_COMPILE_DISABLE")
+    monkeypatch.setenv("VLLM_DISABLE_COMPILE_CACHE", "1")
+    monkeypatch.setattr(GraphLowering, "codegen", codegen)
+    torch.compile(torch.neg, backend="eager")(torch.ones(1))
+    tiny = str(Path(__file__).with_name("tiny"))
+    with (
+        torch.compiler.config.patch(force_disable_caches=True),
+        local_engine(tiny, CONFIG, enforce_eager=False),
+    ):
+        assert chosen and all(chosen)
 
 
 def test_weight_sync(tmp_path, monkeypatch):

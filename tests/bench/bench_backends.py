@@ -6,9 +6,8 @@
 Two threads of one process are vLLM's own sender and an engine, and two ranks that share the GPU: NCCL 2.30
 or newer allows it, and moves their bytes at the speed of the GPU's memory. (Two processes would take turns
 on it.) Every update brings other weights, by which all bytes in FP8 change; the last brings back those of
-the start, which every tensor and answer must show. Then come new weights: by the last backend, and once more
-by vLLM's own, which reloads; then a fresh engine of them, and a second one. Where answers differ from a fresh
-engine's, the last two say whether a sync did it: engines of the same tensors differ if their kernels do.
+the start, which every tensor and answer must show. Then come new weights: by the last backend, once more by
+vLLM's own, which reloads them in the same engine, and in a fresh one.
 Prints lines, writes OUTPUT_DIR/backends_NAME_QUANTIZATION.json.
 """
 
@@ -225,13 +224,10 @@ def main(config: Benchmark) -> None:
                 pair.sync()
                 found["as_by_nccl"] = differences(pair.llm.observe(*ASKED), last)
             del pair, llm
-        seen = []
-        for _ in range(2):
-            with engine(config, str(new)) as fresh:
-                seen.append(fresh.observe(*ASKED))
-        found |= {"fresh": differences(last, seen[0]), "two_fresh_ones": differences(*seen)}
+        with engine(config, str(new)) as fresh:
+            found["fresh"] = differences(last, fresh.observe(*ASKED))
     medians = [found[backend]["seconds"] for backend in config.backends]
-    ends = {name: found[name] for name in ("as_by_nccl", "fresh", "two_fresh_ones") if name in found}
+    ends = {name: found[name] for name in ("as_by_nccl", "fresh") if name in found}
     print(f"{title}: {json.dumps(ends)}; {medians[0] / medians[-1]:.2f} times as fast", flush=True)
     found |= {"device": torch.cuda.get_device_name()}
     file = config.output_dir / f"backends_{config.name}_{config.quantization}.json"
